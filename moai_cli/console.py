@@ -1,0 +1,84 @@
+"""What every command shares with the person in front of it: consoles, tables, JSON, progress, one-line errors.
+
+Results go to stdout, everything else (progress, notes, warnings, errors) to stderr, so that a pipe gets results only. Text that comes from
+prompts, data or a model passes through `clean` before it reaches a terminal: control characters of C0 and C1 can move the cursor, retitle the
+window or worse (ECMA-48).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moai_core.errors import MoaiError
+
+console = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# C0 without tab and newline, DEL, C1; and the bidirectional overrides that can make a line read as another.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> str:
+    """`text` without characters that steer a terminal; tab and newline stay. Works a character at a time, so chunks may be cleaned alone."""
+    return _CONTROL.sub("", text)
+
+
+def fail(error: MoaiError) -> int:
+    """Prints `error: …` and its hint on stderr and returns the exit code."""
+    message = " ".join(clean(error.message).split("\n"))
+    err.print(f"[bold red]error:[/] {escape(message)}")
+    if error.hint:
+        err.print(f"[bold]hint:[/] {escape(clean(error.hint))}")
+    return error.exit_code
+
+
+def note(text: str) -> None:
+    """A calm line on stderr."""
+    err.print(f"[dim]{escape(clean(text))}[/]")
+
+
+def warn(text: str) -> None:
+    """A warning line on stderr."""
+    err.print(f"[yellow]warning:[/] {escape(clean(text))}")
+
+
+def print_json(value: Any) -> None:
+    """`value` as one JSON document on stdout; text stays readable (no \\u escapes), NaN is refused by the JSON standard and becomes null."""
+    sys.stdout.write(json.dumps(_strict(value), ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, right: Sequence[int] = ()) -> None:
+    """A table on stdout; `right` lists the columns to align right."""
+    grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(columns):
+        grid.add_column(name, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(escape(clean(str(cell))) for cell in row))
+    console.print(grid)
+
+
+def progress(*fields: str) -> Progress:
+    """A bar with count, elapsed time and ETA on stderr; `fields` are extra text columns, read from the task's fields. Silent where stderr is no terminal."""
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
+    columns += [TextColumn("{task.fields[" + name + "]}") for name in fields]
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)

@@ -1,0 +1,104 @@
+"""The `moai` executable: registers one function a subcommand, turns errors into one line and an exit code.
+
+Commands import the core inside their functions, so that `moai --help` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from moai_cli import console
+from moai_core import __version__
+from moai_core.errors import Interrupted, MoaiError, UsageError, storage_error
+
+app = typer.Typer(
+    name="moai",
+    help="Train, quantize, talk to, measure and convert pure-Mamba language models.",
+    epilog="Start here: `moai train --recipe cpu-tiny`, then `moai chat --model runs/cpu-tiny`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"moai {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if debug:
+        os.environ["MOAI_DEBUG"] = "1"
+
+
+def _register() -> None:
+    from moai_cli.commands import chat, doctor, eval, generate, init, recipes, train
+
+    app.command()(init.init)
+    app.command()(train.train)
+    app.command()(generate.generate)
+    app.command()(chat.chat)
+    app.command(name="eval")(eval.evaluate)
+    app.add_typer(recipes.app, name="recipes")
+    app.command()(doctor.doctor)
+
+
+def _error(exc: BaseException) -> MoaiError | None:
+    """The user-facing error for `exc`, or None where it is a bug."""
+    if isinstance(exc, MoaiError):
+        return exc
+    if isinstance(exc, (KeyboardInterrupt, typer.Abort)):
+        return Interrupted(2)
+    if isinstance(exc, OSError) and exc.filename is not None:
+        return storage_error(exc, exc.filename)
+    return None
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Runs one command line; returns the exit code. A traceback appears only with --debug."""
+    from typer._click.exceptions import ClickException  # Typer exports no base for the errors of its parser
+
+    try:
+        result = app(argv, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except ClickException as exc:
+        if os.environ.get("MOAI_DEBUG"):
+            raise
+        context = getattr(exc, "ctx", None)
+        if type(exc).__name__ == "NoArgsIsHelpError":
+            exc.show()
+            return 2
+        hint = f"{context.command_path} --help" if context is not None else "moai --help"
+        return console.fail(UsageError(exc.format_message(), hint=hint))
+    except typer.Exit as exc:
+        return exc.exit_code
+    except BrokenPipeError:
+        # The reader of our pipe left (`moai ... | head`): nothing to say, and nothing more to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as exc:
+        if os.environ.get("MOAI_DEBUG") or isinstance(exc, SystemExit):
+            raise
+        error = _error(exc)
+        if error is None:
+            error = MoaiError(f"internal: {type(exc).__name__}: {exc}", hint="run again with `moai --debug ...` and report the traceback")
+        return console.fail(error)
+
+
+_register()
+
+
+def main() -> NoReturn:
+    """Entry point of the `moai` executable."""
+    raise SystemExit(run())
