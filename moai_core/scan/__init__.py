@@ -28,8 +28,14 @@ __all__ = ["BACKENDS", "conv", "conv_step", "explain", "pick", "scan", "step"]
 
 
 def explain(
-    device: torch.device | str, dtype: torch.dtype = torch.float32, *, op: str = "scan", N: int = 16, K: int = 4,
-    state: bool = False, seq_idx: bool = False,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    op: str = "scan",
+    N: int = 16,
+    K: int = 4,
+    state: bool = False,
+    seq_idx: bool = False,
 ) -> list[tuple[str, str | None]]:
     """Every backend in the order of preference with the reason why it can't do this call, or None if it can.
 
@@ -45,9 +51,15 @@ def explain(
 
 @lru_cache(maxsize=256)
 def pick(
-    device: torch.device | str, dtype: torch.dtype = torch.float32, *, backend: str = "auto", op: str = "scan", N: int
-    = 16,
-    K: int = 4, state: bool = False, seq_idx: bool = False,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: str = "auto",
+    op: str = "scan",
+    N: int = 16,
+    K: int = 4,
+    state: bool = False,
+    seq_idx: bool = False,
 ) -> ModuleType:
     """The backend for such a call: the first of `BACKENDS` that doesn't refuse it, or the one named.
 
@@ -60,15 +72,26 @@ def pick(
         if reason is None and backend in ("auto", name):
             return BACKENDS[name]
         if backend == name:
-            raise UsageError(f"scan backend '{name}' can't be used here: {reason}", hint="use scan: auto to let moai
-            choose")
+            raise UsageError(
+                f"scan backend '{name}' can't be used here: {reason}", hint="use scan: auto to let moai choose"
+            )
     refusals = "; ".join(f"{name}: {reason}" for name, reason in reasons)
     raise UsageError(f"no scan backend works on {device} with {dtype} ({refusals})")
 
 
 def scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-    dt_bias: Tensor | None = None, *, state: Tensor | None = None, seq_idx: Tensor | None = None, backend: str = "auto",
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The selective scan over a whole chunk of tokens, differentiable in every tensor through both results.
 
@@ -84,14 +107,24 @@ def scan(
     can't do it.
     """
     chosen = pick(
-        u.device, u.dtype, backend=backend, op="scan", N=A.shape[1], state=state is not None, seq_idx=seq_idx is not
-        None
+        u.device,
+        u.dtype,
+        backend=backend,
+        op="scan",
+        N=A.shape[1],
+        state=state is not None,
+        seq_idx=seq_idx is not None,
     )
     return chosen.scan(u, dt, A, B, C, D, z, dt_bias, state=state, seq_idx=seq_idx)
 
 
 def conv(
-    u: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None = None, seq_idx: Tensor | None = None,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution over time, then SiLU, differentiable in every tensor through both results.
@@ -105,15 +138,29 @@ def conv(
     can't do it.
     """
     chosen = pick(
-        u.device, u.dtype, backend=backend, op="conv", K=weight.shape[-1], state=state is not None,
+        u.device,
+        u.dtype,
+        backend=backend,
+        op="conv",
+        K=weight.shape[-1],
+        state=state is not None,
         seq_idx=seq_idx is not None,
     )
     return chosen.conv(u, weight, bias, state=state, seq_idx=seq_idx)
 
 
 def step(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
-    state: Tensor, *, backend: str = "auto",
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`scan` for one token a row: u, dt, z (B, I); B, C (B, N); state (B, I, N). Returns (y (B, I), the new state)."""
     chosen = pick(u.device, u.dtype, backend=backend, op="scan", N=A.shape[1], state=True)
