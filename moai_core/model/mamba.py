@@ -1,0 +1,95 @@
+"""The Mamba-1 mixer (Gu and Dao, arXiv 2312.00752, section 3), with Jamba's optional norms on dt, B and C (arXiv 2403.19887).
+
+Letters: B batch, L tokens, H hidden, I inner width, N state, K convolution width, R time-step rank. dt, B, C, A_log, D, z as in the paper.
+Every projection is called, never read through `.weight`, so that quantized and adapted layers work in its place. The bias of dt is a
+parameter of its own, added inside the scan, and `dt_proj` is a plain matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moai_core import scan as kernels
+from moai_core.model.configuration import MoaiMambaConfig
+from moai_core.model.norm import RMSNorm
+
+LayerState = tuple[Tensor, Tensor]
+
+# The time step starts log-uniform in this range (paper, section 3.6), never below the floor.
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+
+
+class MambaMixer(nn.Module):
+    """H -> 2I, causal convolution, selective scan, gate, I -> H."""
+
+    # The recurrence multiplies these thousands of times over; half precision would change the model.
+    _FP32 = ("A_log", "D", "dt_bias")
+
+    def __init__(self, config: MoaiMambaConfig) -> None:
+        super().__init__()
+        hidden, inner, state, rank = config.hidden_size, config.inner_size, config.state_size, int(config.time_step_rank or 1)
+        self.split = [rank, state, state]
+        self.in_proj = nn.Linear(hidden, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, config.conv_kernel_size, groups=inner)
+        self.x_proj = nn.Linear(inner, rank + 2 * state, bias=False)
+        norm = config.dt_bc_norm
+        self.dt_layernorm = RMSNorm(rank, config.dt_bc_norm_eps) if norm else nn.Identity()
+        self.b_layernorm = RMSNorm(state, config.dt_bc_norm_eps) if norm else nn.Identity()
+        self.c_layernorm = RMSNorm(state, config.dt_bc_norm_eps) if norm else nn.Identity()
+        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+        self.A_log = nn.Parameter(torch.empty(inner, state))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor, state: LayerState | None, seq_idx: Tensor | None, backend: str) -> tuple[Tensor, LayerState]:
+        """x (B, L, H), state as in MoaiState.layers, seq_idx (B, L) int32 with padding (-1) only at the end of a row.
+
+        Returns the output (B, L, H) and the state after the last real token.
+        """
+        if state is not None and x.shape[1] == 1 and seq_idx is None and not torch.is_grad_enabled():
+            return self._step(x, state, backend)
+        conv_state, ssm_state = state if state is not None else (None, None)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, conv_state = kernels.conv(u, self.conv1d.weight, self.conv1d.bias, state=conv_state, seq_idx=seq_idx, backend=backend)
+        dt, B, C = self._select(u)
+        y, ssm_state = kernels.scan(
+            u, dt, self.A(), B, C, self.D, z, self.dt_bias, state=ssm_state, seq_idx=seq_idx, backend=backend
+        )
+        return self.out_proj(y), (conv_state, ssm_state)
+
+    def _step(self, x: Tensor, state: LayerState, backend: str) -> tuple[Tensor, LayerState]:
+        u, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)
+        u, conv_state = kernels.conv_step(u, self.conv1d.weight, self.conv1d.bias, state[0], backend=backend)
+        dt, B, C = self._select(u)
+        y, ssm_state = kernels.step(u, dt, self.A(), B, C, self.D, z, self.dt_bias, state[1], backend=backend)
+        return self.out_proj(y)[:, None], (conv_state, ssm_state)
+
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The input-dependent parameters: raw dt (..., I), B and C (..., N)."""
+        dt, B, C = self.x_proj(u).split(self.split, dim=-1)
+        return self.dt_proj(self.dt_layernorm(dt)), self.b_layernorm(B), self.c_layernorm(C)
+
+    def A(self) -> Tensor:
+        """(I, N) fp32, negative."""
+        return -torch.exp(self.A_log)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves and casts like any module, but never takes A_log, D and dt_bias below fp32."""
+        before = {name: getattr(self, name).data for name in self._FP32}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype in (torch.bfloat16, torch.float16):
+                new.data = old.to(device=new.device, dtype=torch.float32)
+        return self
+
+
+def dt_bias_init(size: int, device: torch.device) -> Tensor:
+    """(size,) fp32 with softplus(dt_bias) log-uniform in [DT_MIN, DT_MAX]."""
+    dt = torch.exp(torch.rand(size, device=device) * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN)).clamp(min=DT_FLOOR)
+    # The inverse of softplus, in the form that stays exact for small dt: log(e^dt - 1) = dt + log(1 - e^-dt).
+    return dt + torch.log(-torch.expm1(-dt))

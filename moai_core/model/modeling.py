@@ -1,0 +1,315 @@
+"""`MoaiMambaForCausalLM`: embeddings, a stack of Mamba (+ SwiGLU) layers, final norm and head, as a transformers `PreTrainedModel`.
+
+    logits = head(norm(layers(embed(ids))));  each layer: x += mixer(norm(x)), then x += ffn(ffn_norm(x))
+
+Tensor names follow Jamba's, so that a checkpoint reads as a Jamba without attention. One contract holds for state, padding and packing, with
+chunks of any length (`MoaiMambaForCausalLM.forward`). What is left out: attention, positions, and anything that grows with the context.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from moai_core import scan as kernels
+from moai_core.errors import UsageError
+from moai_core.model import loss as losses
+from moai_core.model.configuration import MoaiMambaConfig
+from moai_core.model.ffn import SwiGLU
+from moai_core.model.mamba import LayerState, MambaMixer, dt_bias_init
+from moai_core.model.norm import RMSNorm
+from moai_core.model.state import MoaiState
+
+
+@dataclass
+class MoaiModelOutput(ModelOutput):
+    """last_hidden_state (B, L, H) after the final norm; state after the last real token of each row."""
+
+    last_hidden_state: Tensor | None = None
+    state: MoaiState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MoaiCausalLMOutput(ModelOutput):
+    """loss (scalar, fp32), logits (B, L or logits_to_keep, V), state after the last real token of each row."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: MoaiState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class MoaiMambaLayer(nn.Module):
+    """Pre-norm residual layer: Mamba mixer, then (unless `ffn: none`) SwiGLU."""
+
+    def __init__(self, config: MoaiMambaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mamba = MambaMixer(config)
+        self.pre_ff_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.ffn != "none" else None
+        self.feed_forward = SwiGLU(config) if config.ffn != "none" else None
+
+    def forward(self, x: Tensor, state: LayerState | None, seq_idx: Tensor | None, backend: str) -> tuple[Tensor, LayerState]:
+        """x (B, L, H) residual stream -> the stream after this layer and the layer's new state."""
+        mixed, state = self.mamba(self.input_layernorm(x), state, seq_idx, backend)
+        x = x + mixed
+        if self.feed_forward is not None and self.pre_ff_layernorm is not None:
+            x = x + self.feed_forward(self.pre_ff_layernorm(x))
+        return x, state
+
+
+class MoaiPreTrainedModel(PreTrainedModel):
+    """Initialisation (model.md of the papers: A_log = log(1..N), D = 1, dt log-uniform, residual outputs scaled by depth) and loading."""
+
+    config_class = MoaiMambaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MoaiMambaLayer",)
+    # Loading in half precision keeps these in fp32, as MambaMixer._apply does for casts.
+    _keep_in_fp32_modules_strict = ("A_log", "D", "dt_bias")
+    # A recurrent state can't be cropped: transformers then refuses assisted decoding instead of giving wrong tokens.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        depth = 1 / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, MambaMixer):
+            state = module.A_log.shape[1]
+            init.copy_(module.A_log, torch.arange(1, state + 1, dtype=torch.float32, device=module.A_log.device).log().expand_as(module.A_log))
+            init.ones_(module.D)
+            init.copy_(module.dt_bias, dt_bias_init(module.dt_bias.shape[0], module.dt_bias.device))
+            init.uniform_(module.dt_proj.weight, -(module.split[0] ** -0.5), module.split[0] ** -0.5)
+            init.normal_(module.out_proj.weight, std=std * depth)
+        elif isinstance(module, SwiGLU):
+            init.normal_(module.down_proj.weight, std=std * depth)
+        elif isinstance(module, nn.Conv1d):
+            bound = 1 / math.sqrt(module.kernel_size[0])
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+
+
+class MoaiMambaModel(MoaiPreTrainedModel):
+    """The stack without the head: ids -> hidden states and state."""
+
+    def __init__(self, config: MoaiMambaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([MoaiMambaLayer(config) for _ in range(config.num_hidden_layers)])
+        self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.scan_backend = "auto" if config.use_fast_scan else "reference"
+        # transformers switches these two (activation_checkpointing_enable); the config gives the start.
+        self.gradient_checkpointing = config.use_checkpoint
+        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: MoaiState | None = None,
+        seq_idx: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> MoaiModelOutput:
+        """As MoaiMambaForCausalLM.forward, without head and loss."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UsageError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.residual_in_fp32:
+            x = x.float()
+        batch, length = x.shape[:2]
+        if state is not None and (state.batch_size != batch or len(state.layers) != len(self.layers)):
+            raise UsageError(
+                f"the state has {state.batch_size} rows and {len(state.layers)} layers, the call has {batch} rows and the model {len(self.layers)} layers"
+            )
+        seq_idx, order = _real_tokens_first(attention_mask, seq_idx, (batch, length))
+        if order is not None:
+            x = x.gather(1, order[..., None].expand_as(x))
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        new_layers: list[LayerState] = []
+        every: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            if output_hidden_states:
+                every.append(x)
+            before = state.layers[index] if state is not None else None
+            if self.gradient_checkpointing and self.training:
+                x, after = self._gradient_checkpointing_func(layer.__call__, x, before, seq_idx, self.scan_backend)
+            else:
+                x, after = layer(x, before, seq_idx, self.scan_backend)
+            if use_cache:
+                new_layers.append(after)
+        x = self.final_layernorm(x)
+        every.append(x)
+        if order is not None:
+            back = order.argsort(1)[..., None]
+            every = [h.gather(1, back.expand_as(h)) for h in (every if output_hidden_states else every[-1:])]
+        new_state = None
+        if use_cache:
+            read = torch.full((batch,), length, device=x.device) if seq_idx is None else (seq_idx >= 0).sum(1)
+            new_state = MoaiState(new_layers, read if state is None else state.seen.to(read.device) + read)
+        return MoaiModelOutput(
+            last_hidden_state=every[-1], state=new_state, hidden_states=tuple(every) if output_hidden_states else None
+        )
+
+
+def _real_tokens_first(
+    attention_mask: Tensor | None, seq_idx: Tensor | None, shape: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Padding as the layers want it: document numbers with -1 at each row's end, and the order (B, L) that puts it there (None = as it is).
+
+    A convolution and a recurrence must not see padding between a state and the tokens that continue it, so padding wherever it stands
+    is moved behind the row's real tokens, at every batch size.
+    """
+    for name, given in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
+        if given is not None and tuple(given.shape) != shape:
+            raise UsageError(f"{name} must have the shape of input_ids {shape} (got {tuple(given.shape)})")
+    if seq_idx is not None:
+        seq_idx = seq_idx.to(torch.int32)
+    if attention_mask is not None and not bool(attention_mask.all()):
+        pad = attention_mask == 0
+        seq_idx = (torch.zeros_like(pad, dtype=torch.int32) if seq_idx is None else seq_idx).masked_fill(pad, -1)
+    if seq_idx is None:
+        return None, None
+    pad = seq_idx < 0
+    order = None
+    if bool((pad[:, :-1] & ~pad[:, 1:]).any()):
+        order = pad.to(torch.int8).argsort(dim=1, stable=True)
+        seq_idx = seq_idx.gather(1, order)
+    falls = (seq_idx[:, 1:] < seq_idx[:, :-1]) & (seq_idx[:, 1:] >= 0)
+    if bool(falls.any()):
+        row, column = falls.nonzero()[0].tolist()
+        raise UsageError(f"seq_idx must not decrease within a row: row {row} has {int(seq_idx[row, column])} before {int(seq_idx[row, column + 1])}")
+    return seq_idx, order
+
+
+class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
+    """The language model: `MoaiMambaModel` and a head (tied to the embeddings if the config says so)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own convention)
+
+    def __init__(self, config: MoaiMambaConfig) -> None:
+        super().__init__(config)
+        self.model = MoaiMambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def set_scan_backend(self, name: str) -> None:
+        """Selects the scan by name (`auto` = the fastest that can run). Raises UsageError where the named one can't run here."""
+        if name != "auto" and name not in kernels.BACKENDS:
+            raise UsageError(f"unknown scan backend {name!r}", hint=f"backends: auto, {', '.join(kernels.BACKENDS)}")
+        self.model.scan_backend = name
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: MoaiState | None = None,
+        seq_idx: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MoaiCausalLMOutput | tuple[Any, ...]:
+        """Reads a chunk of tokens of any length.
+
+        input_ids (B, L) int64, or inputs_embeds (B, L, H).
+        attention_mask (B, L), 0 = padding, anywhere in a row. A padded row gives what it gives alone, at every batch size; the outputs at
+        padding mean nothing.
+        state: what an earlier call returned (None = zeros); the first token continues it. It is not modified.
+        seq_idx (B, L) int32: the document that a token belongs to, never decreasing in a row, < 0 = padding. State and convolution
+        restart where it grows inside the call.
+        labels (B, L) int64: aligned with input_ids and shifted inside; -100 and the first token of each document are not predicted.
+        num_items: divide the summed loss by this instead of the number of counted labels (accumulation over micro-batches).
+        use_cache: return the state (default: when not training).
+        logits_to_keep: only the last so many positions' logits (0 = all). return_logits: default, no logits when labels are given.
+
+        Raises UsageError for shapes that don't agree and for a seq_idx that decreases.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            state=state,
+            seq_idx=seq_idx,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = out.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, losses.IGNORED)
+            loss = losses.chunked_cross_entropy(hidden, losses.shift_labels(labels, seq_idx), self.lm_head, num_items)
+        if return_logits if return_logits is not None else labels is None:
+            logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        result = MoaiCausalLMOutput(loss=loss, logits=logits, state=out.state, hidden_states=out.hidden_states)
+        return result.to_tuple() if return_dict is False else result
+
+    # ---- transformers' generate: the state travels as its `past_key_values`
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: MoaiState | None = None,
+        state: MoaiState | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = True,
+        logits_to_keep: int = 0,
+        is_first_iteration: bool = False,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """The first call reads the whole prompt (continuing `state` if one is passed to generate), later ones the newest token."""
+        inputs: dict[str, Any] = {"use_cache": use_cache, "logits_to_keep": logits_to_keep}
+        if past_key_values is not None:
+            return {**inputs, "input_ids": input_ids[:, -1:], "state": past_key_values}
+        prompt = {"inputs_embeds": inputs_embeds} if inputs_embeds is not None and is_first_iteration else {"input_ids": input_ids}
+        return {**inputs, **prompt, "state": state, "attention_mask": attention_mask}
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        model_kwargs["past_key_values"] = outputs.state
+        return model_kwargs
