@@ -186,11 +186,7 @@ def _real_tokens_first(
     for name, given in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
         if given is not None and tuple(given.shape) != shape:
             raise UsageError(f"{name} must have the shape of input_ids {shape} (got {tuple(given.shape)})")
-    if seq_idx is not None:
-        seq_idx = seq_idx.to(torch.int32)
-    if attention_mask is not None and not bool(attention_mask.all()):
-        pad = attention_mask == 0
-        seq_idx = (torch.zeros_like(pad, dtype=torch.int32) if seq_idx is None else seq_idx).masked_fill(pad, -1)
+    seq_idx = _numbered(attention_mask, seq_idx)
     if seq_idx is None:
         return None, None
     pad = seq_idx < 0
@@ -203,6 +199,14 @@ def _real_tokens_first(
         row, column = falls.nonzero()[0].tolist()
         raise UsageError(f"seq_idx must not decrease within a row: row {row} has {int(seq_idx[row, column])} before {int(seq_idx[row, column + 1])}")
     return seq_idx, order
+
+
+def _numbered(attention_mask: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
+    """seq_idx (B, L) int32 with -1 where attention_mask is 0; None where nothing is packed or padded."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        pad = attention_mask == 0
+        return (torch.zeros_like(pad, dtype=torch.int32) if seq_idx is None else seq_idx.to(torch.int32)).masked_fill(pad, -1)
+    return None if seq_idx is None else seq_idx.to(torch.int32)
 
 
 class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
@@ -276,9 +280,8 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         hidden = out.last_hidden_state
         loss = logits = None
         if labels is not None:
-            if attention_mask is not None:
-                labels = labels.masked_fill(attention_mask == 0, losses.IGNORED)
-            loss = losses.chunked_cross_entropy(hidden, losses.shift_labels(labels, seq_idx), self.lm_head, num_items)
+            targets = losses.shift_labels(labels, _numbered(attention_mask, seq_idx))
+            loss = losses.chunked_cross_entropy(hidden, targets, self.lm_head, num_items)
         if return_logits if return_logits is not None else labels is None:
             logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         result = MoaiCausalLMOutput(loss=loss, logits=logits, state=out.state, hidden_states=out.hidden_states)
@@ -311,5 +314,6 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        model_kwargs["past_key_values"] = outputs.state
+        if outputs.state is not None:
+            model_kwargs["past_key_values"] = outputs.state
         return model_kwargs
