@@ -1,10 +1,11 @@
-"""Folders that are either whole or not there: atomic writing with a manifest, verification, purging, and the lock of a run folder.
+"""Folders that are either whole or not there: atomic writing with a manifest, verification, purging, a run's lock.
 
-Why: training is killed at any moment, disks fill up and bits flip (safetensors alone notices almost none of them). A folder is written as
-`NAME.tmp-PID`: every file is flushed to the disk, `manifest.json` (size and SHA-256 of each file, and of itself) comes last, all of it is read
-back and compared, and only then it is renamed to NAME. So a folder under its final name was complete and readable at least once, and damage
-that comes later shows. Other temporary names: `NAME.old-PID` is being replaced, `NAME.del-PID` is being deleted.
-What the files mean is left to the caller (`checkpoint.py`). POSIX only (flock, fsync of folders).
+Why: training is killed at any moment, disks fill up and bits flip (safetensors alone notices almost none of them). A
+folder is written as `NAME.tmp-PID`: every file is flushed to the disk, `manifest.json` (size and SHA-256 of each file,
+and of itself) comes last, all of it is read back and compared, and only then it is renamed to NAME. So a folder under
+its final name was whole once, and damage that comes later shows. Other temporary names: `NAME.old-PID` is being
+replaced, `NAME.del-PID` is being deleted. What the files mean is left to the callers (checkpoint.py, weights.py).
+POSIX only (flock, fsync of folders).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def _write(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
@@ -82,14 +83,14 @@ def _sync_folder(path: Path) -> None:
 
 
 class FolderWriter:
-    """The folder under way inside `new_folder`. `path` is where it lies now; other libraries may write files there as well."""
+    """The folder under way in `new_folder`. `path` is where it lies now; other libraries may write files there as well."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str, chunks: Iterable[Any] | bytes) -> None:
-        """Write one file from bytes or from an iterable of bytes-like chunks; it is flushed to the disk and hashed on the way."""
+        """Write one file from bytes or an iterable of bytes-like chunks; it is hashed on the way, then flushed."""
         self.files[name] = _write(self.path / name, [chunks] if isinstance(chunks, bytes) else chunks)
 
     def _adopt(self) -> None:
@@ -103,9 +104,10 @@ class FolderWriter:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[FolderWriter]:
-    """Write a folder that appears as `final` complete, flushed and verified, or not at all; a folder of that name is replaced as a whole.
+    """Write a folder that appears as `final` complete, flushed and verified, or not at all; replaces one of that name.
 
-    Raises StorageError (disk full, no permission, what was written reads back damaged); nothing temporary is left and an older `final` is intact.
+    Raises StorageError (disk full, no permission, what was written reads back damaged); nothing temporary is left then
+    and an older `final` is intact.
     """
     final = Path(os.path.abspath(final))
     tmp = final.with_name(f"{final.name}.tmp-{os.getpid()}")
@@ -151,7 +153,7 @@ def _replace(tmp: Path, final: Path) -> None:
 
 
 def write_file(path: str | os.PathLike[str], chunks: Iterable[Any] | bytes) -> None:
-    """Write one file atomically (temporary name, flush, rename, flush of the folder). Raises StorageError; nothing temporary is left."""
+    """Write one file atomically (temporary name, flush, rename). Raises StorageError; nothing temporary is left then."""
     path = Path(os.path.abspath(path))
     tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -167,13 +169,18 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Any] | bytes) -> N
         raise
 
 
-# ---- the manifest -------------------------------------------------------------------------------------------------------------------------
+# ---- the manifest --------------------------------------------------------------------------------
 
 
 def _manifest_bytes(files: dict[str, Any]) -> bytes:
     body: dict[str, Any] = {"format": 1, "files": dict(sorted(files.items()))}
     body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as the bytes of a JSON file."""
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def sha256(path: Path) -> str:
@@ -186,7 +193,7 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path, *, limit: int = _MANIFEST_LIMIT) -> Any:
-    """JSON from a file that nobody vouches for: at most `limit` bytes, UTF-8, no key twice. Raises CheckpointError naming the file."""
+    """JSON from a file that nobody vouches for: at most `limit` bytes, UTF-8, no key twice. Raises CheckpointError."""
     try:
         with open(path, "rb") as file:
             raw = file.read(limit + 1)
@@ -213,7 +220,10 @@ def parse_json(raw: bytes, where: str) -> Any:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """`{file: {"size", "sha256"}}` of a folder written by `new_folder`. Raises CheckpointError if it is missing or not exactly as written."""
+    """`{file: {"size", "sha256"}}` of a folder written by `new_folder`.
+
+    Raises CheckpointError if the manifest is missing or not, byte for byte, as it was written.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: incomplete ({MANIFEST} is missing)")
@@ -221,25 +231,38 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     files = body.get("files") if isinstance(body, dict) else None
     if not isinstance(files, dict) or path.read_bytes() != _manifest_bytes(files):
         raise CheckpointError(f"{path}: damaged (it doesn't match its own checksum)")
-    if bad := [name for name in files if not plain_name(name)]:
-        raise CheckpointError(f"{path}: {bad[0]!r} is not a file name inside the folder")
+    for name, entry in files.items():
+        if not plain_name(name) or not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+            raise CheckpointError(f"{path}: the entry {name[:80]!r} is malformed")
     return files
 
 
 def plain_name(name: object) -> bool:
     """Whether `name` is a bare file name: no folder, no `..`, no control character."""
-    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", ".", "..")
+        and not set(name) & {"/", "\\", "\0"}
+    )
 
 
 def verify(folder: str | os.PathLike[str], *, only: Callable[[str], bool] | None = None) -> None:
-    """Compare every file (or those whose name `only` accepts) with the manifest, sizes first. Raises CheckpointError naming file and reason."""
+    """Compare every file (or those whose name `only` accepts) with the manifest, sizes first.
+
+    Raises CheckpointError naming the file and the reason.
+    """
     folder = Path(folder)
     files = {name: entry for name, entry in read_manifest(folder).items() if only is None or only(name)}
     check_sizes(folder, files)
 
     def check(name: str) -> str | None:
         try:
-            return None if sha256(folder / name) == files[name]["sha256"] else "damaged (SHA-256 differs from the manifest's)"
+            return (
+                None
+                if sha256(folder / name) == files[name]["sha256"]
+                else "damaged (SHA-256 differs from the manifest's)"
+            )
         except OSError as exc:
             return f"can't be read ({exc.strerror})"
 
@@ -257,10 +280,12 @@ def check_sizes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         except OSError as exc:
             raise CheckpointError(f"{folder / name}: missing or can't be read ({exc.strerror})") from exc
         if not stat.S_ISREG(found.st_mode) or found.st_size != entry["size"]:
-            raise CheckpointError(f"{folder / name}: damaged ({found.st_size} bytes, the manifest says {entry['size']})")
+            raise CheckpointError(
+                f"{folder / name}: damaged ({found.st_size} bytes, the manifest says {entry['size']})"
+            )
 
 
-# ---- the steps of a run -------------------------------------------------------------------------------------------------------------------
+# ---- the steps of a run --------------------------------------------------------------------------
 
 
 def steps(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
@@ -276,9 +301,11 @@ def steps(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
 
 
 def purge(run_dir: Path, *, newest: int, keep_last: int) -> None:
-    """Delete complete steps older than `newest` (which the caller has verified) until `keep_last` of them remain; others are not touched.
+    """Delete the oldest complete steps up to `newest`, which the caller has verified, until `keep_last` of them remain.
 
-    Complete means: its manifest is intact and the sizes agree. Raises StorageError."""
+    Complete means that the manifest is intact and the sizes agree; others don't count and are not touched. Raises
+    StorageError.
+    """
     complete = []
     for step, path in steps(run_dir):
         if step <= newest:
@@ -295,12 +322,17 @@ def purge(run_dir: Path, *, newest: int, keep_last: int) -> None:
 
 
 def tidy(run_dir: Path) -> list[Path]:
-    """Remove what dead processes left half done in `run_dir`; returns the paths. A live process's are left alone, and so is a locked or read-only run."""
+    """Remove what dead processes left half done in `run_dir`; returns the paths.
+
+    What a live process is writing is left alone, and so is all of a run that another process has locked or that is
+    read-only.
+    """
     try:
         names = os.listdir(run_dir)
     except OSError:
         return []
-    stale = [(run_dir / name, match) for name in names if (match := _TEMPORARY.fullmatch(name)) and _is_stale(run_dir / name, int(match["pid"]))]
+    named = [(run_dir / name, match) for name in names if (match := _TEMPORARY.fullmatch(name))]
+    stale = [(path, match) for path, match in named if _is_stale(path, int(match["pid"]))]
     if not stale:
         return []
     try:
@@ -331,14 +363,15 @@ def _is_stale(path: Path, pid: int) -> bool:
     return False
 
 
-# ---- the lock -----------------------------------------------------------------------------------------------------------------------------
+# ---- the lock ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold `run_dir` (made if missing) against other writers. The system releases it when the process ends, however it ends.
+    """Hold `run_dir` (made if missing) against other writers; the system lets go when the process ends, however it ends.
 
-    Raises LockedError naming the holder's PID at once, StorageError if the folder can't be written."""
+    Raises LockedError naming the holder's PID at once, StorageError if the folder can't be written.
+    """
     run_dir = Path(os.path.abspath(run_dir))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -356,7 +389,8 @@ def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
             raise storage_error(exc, run_dir / ".lock") from exc
         who = f"process {int(holder)}" if holder.isdigit() else "another process"
         raise LockedError(
-            f"{run_dir}: {who} is writing to this run folder", hint="wait for it, stop it, or choose another output folder"
+            f"{run_dir}: {who} is writing to this run folder",
+            hint="wait for it, stop it, or choose another output folder",
         ) from exc
     _locks[run_dir] = fd
     try:

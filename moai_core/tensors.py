@@ -1,9 +1,9 @@
-"""Tensors to and from safetensors files, and nested dicts of tensors and plain values as one safetensors file plus JSON.
+"""Tensors to and from safetensors files, and nested dicts of tensors and plain values as one such file plus JSON.
 
-Why a writer of our own: it streams (a tensor at a time from the GPU, no second copy in memory), is hashed in the same pass, and a full disk
-reaches the caller as an OSError. Why a check of our own before the library opens a file: a hostile or damaged header is refused with one
-line, and before anything is allocated. Loading itself is the safetensors library's. Format: https://github.com/huggingface/safetensors#format
-Left out: complex and sub-byte types.
+Why a writer of our own: it streams (a tensor at a time from the GPU, no second copy in memory), is hashed in the same
+pass, and a full disk reaches the caller as an OSError. Why a check of our own before the library opens a file: a hostile
+or damaged header is refused with one line, before anything is allocated. Loading itself is the library's.
+Format: https://github.com/huggingface/safetensors#format. Left out: complex and sub-byte types.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TensorInfo(NamedTuple):
 
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
-    """The bytes of a safetensors file, in pieces: the header, then a piece a tensor (any device; the widest types first, as the format aligns them)."""
+    """The bytes of a safetensors file in pieces: the header, then each tensor (from any device), the widest types first."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -64,16 +64,19 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | No
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > HEADER_LIMIT:
-        raise ValueError(f"{len(tensors)} tensors need a header of {len(raw)} bytes, more than {HEADER_LIMIT}: use several files")
+        raise ValueError(
+            f"{len(tensors)} tensors need a header of {len(raw)} bytes, more than {HEADER_LIMIT}: use several files"
+        )
     yield struct.pack("<Q", len(raw)) + raw
     for name in order:
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """Name, type and shape of every tensor of a safetensors file, its header checked in full (nothing else is read).
+    """Type and shape of every tensor of a safetensors file by name; its header is checked in full, nothing else is read.
 
-    Raises CheckpointError: truncated, header too long or broken, a tensor outside the file, overlapping another or of a size that its shape denies.
+    Raises CheckpointError: truncated, header too long or broken, a tensor outside the file, overlapping another, or of
+    another size than its shape.
     """
     path = Path(path)
     try:
@@ -98,10 +101,14 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     expected = 0
     for begin, end, name in sorted(spans):
         if begin != expected:
-            raise CheckpointError(f"{path}: tensor {name!r} {'overlaps another' if begin < expected else 'leaves a gap before it'}")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} {'overlaps another' if begin < expected else 'leaves a gap before it'}"
+            )
         expected = end
     if expected != size - 8 - length:
-        raise CheckpointError(f"{path}: {size - 8 - length} bytes of data, the header describes {expected} (truncated or appended to)")
+        raise CheckpointError(
+            f"{path}: {size - 8 - length} bytes of data, the header describes {expected} (truncated or appended to)"
+        )
     return found
 
 
@@ -120,7 +127,9 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, TensorInfo]:
     dtype = DTYPES[entry["dtype"]]
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise CheckpointError(f"{path}: tensor {name[:80]!r} of shape {shape} needs {nbytes} bytes, its offsets give {offsets[1] - offsets[0]}")
+        raise CheckpointError(
+            f"{path}: tensor {name[:80]!r} of shape {shape} needs {nbytes} bytes, its offsets give {offsets[1] - offsets[0]}"
+        )
     return offsets[0], TensorInfo(dtype, tuple(shape), nbytes)
 
 
@@ -144,13 +153,14 @@ def iterate(path: str | os.PathLike[str], *, device: str | torch.device = "cpu")
         raise CheckpointError(f"{path}: can't be read ({exc})") from exc
 
 
-# ---- nested dicts -------------------------------------------------------------------------------------------------------------------------
+# ---- nested dicts --------------------------------------------------------------------------------
 
 
 def flatten(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Split a tree of dicts (string keys), lists, tuples, tensors and JSON values into a JSON tree and named tensors; `unflatten` undoes it exactly.
+    """Split a tree of dicts (string keys), lists, tuples, tensors and JSON values into a JSON tree and named tensors.
 
-    In the JSON tree a tensor is `{"$tensor": name}` and a tuple `{"$tuple": [...]}`. Raises TypeError for anything else (there is no pickle).
+    In the JSON tree a tensor is `{"$tensor": name}` and a tuple `{"$tuple": [...]}`; `unflatten` gives the exact tree
+    back. Raises TypeError for anything else: there is no pickle.
     """
     tensors: dict[str, torch.Tensor] = {}
 
