@@ -16,6 +16,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.writes_residual = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, H) -> (B, L, H)."""

@@ -44,6 +44,7 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(inner, state))
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, hidden, bias=False)
+        self.out_proj.writes_residual = True
 
     def forward(self, x: Tensor, state: LayerState | None, seq_idx: Tensor | None, backend: str) -> tuple[Tensor, LayerState]:
         """x (B, L, H), state as in MoaiState.layers, seq_idx (B, L) int32 with padding (-1) only at the end of a row.

@@ -83,23 +83,21 @@ class MoaiPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        depth = 1 / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, MambaMixer):
             state = module.A_log.shape[1]
             init.copy_(module.A_log, torch.arange(1, state + 1, dtype=torch.float32, device=module.A_log.device).log().expand_as(module.A_log))
             init.ones_(module.D)
             init.copy_(module.dt_bias, dt_bias_init(module.dt_bias.shape[0], module.dt_bias.device))
             init.uniform_(module.dt_proj.weight, -(module.split[0] ** -0.5), module.split[0] ** -0.5)
-            init.normal_(module.out_proj.weight, std=std * depth)
-        elif isinstance(module, SwiGLU):
-            init.normal_(module.down_proj.weight, std=std * depth)
         elif isinstance(module, nn.Conv1d):
             bound = 1 / math.sqrt(module.kernel_size[0])
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=std)
+            # Outputs onto the residual stream start smaller, so that its variance doesn't grow with the depth (GPT-2).
+            depth = math.sqrt(2 * self.config.num_hidden_layers) if getattr(module, "writes_residual", False) else 1.0
+            init.normal_(module.weight, std=std / depth)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
 
