@@ -59,7 +59,10 @@ class Model:
         return config.fields(self.preset, **self.overrides())
 
 
-Format = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt"]
+# The kinds and aliases of moai_core/data/records.py, which this layer can't import; a test holds the two together.
+Kind = Literal["text", "messages", "conversations", "instruction", "prompt"]
+Alias = Literal["chat", "openai", "chatml", "sharegpt", "alpaca", "completion"]
+Format = Literal[Literal["auto"], Kind, Alias]
 TrainOn = Literal["assistant", "all"]
 
 
