@@ -1,0 +1,379 @@
+"""Generation: prompts in, completions out, many rows at once, each exactly as if it were alone.
+
+Why so much care: a matrix product of M rows may round differently for every M (on CPUs the kernel changes at M = 2 and near 6, 11 and 16; on
+GPUs with the tile), the difference of 1e-7 sooner or later flips a token, and the rest of the row goes another way. So a row's numbers must
+not depend on its company:
+- a prompt is read alone, in chunks of `CHUNK` tokens (memory stays constant, whatever its length);
+- decoding runs at widths whose results were found bit-identical to those of a row alone (`Widths`); a row alone is decoded at width 2, beside
+  a copy of itself, which costs a CPU no more than width 1 and agrees with more widths;
+- settings, random numbers and stop strings belong to the row.
+Rows join when there is room and leave when they are done. What is left out: speculative decoding, beam search, prefix sharing.
+
+Shapes: W width of a decoding step (rows and copies), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from moai_core.errors import UsageError
+from moai_core.generation.sampling import Sampler, Settings, log_probabilities
+from moai_core.generation.text import Detokenizer, StopStrings, Vocabulary
+from moai_core.model.state import MoaiState
+
+CHUNK = 2048
+BATCH_SIZE = 16
+
+OnEvent = Callable[[dict[str, Any]], None]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+@dataclass
+class Completion:
+    """One row's answer.
+
+    text: without the stop string and without special tokens.  tokens: the ids chosen, with the one that ended the answer.
+    finish_reason: `eos` (an end-of-text or end-of-turn token), `stop` (a stop string), `length`, or `interrupted`.
+    seed: of the random numbers; the same seed and settings give the same answer.
+    logprobs: if asked for, one {"token", "text", "logprob", "top": [...]} a token.
+    prefill_seconds: reading the prompt; decode_seconds: from then to the last token, in whatever company.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = "interrupted"
+    prompt_tokens: int = 0
+    seed: int = 0
+    logprobs: list[dict[str, Any]] | None = None
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+class Row:
+    """One answer in the making."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        settings: Settings,
+        context: Sequence[int],
+        *,
+        draws: int = 0,
+        device: Any = "cpu",
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
+        """context: every token that the model has read or will read before the answer; draws: random numbers already used of this seed."""
+        self.vocabulary = vocabulary
+        self.settings = settings
+        self.sampler = Sampler(settings, vocabulary.size, context, draws=draws, device=device)
+        self.answer = Completion(seed=self.sampler.seed, prompt_tokens=len(context), logprobs=None if settings.logprobs is None else [])
+        self.state: MoaiState | None = None
+        self.done = False
+        self._detokenizer = Detokenizer(vocabulary, context)
+        # A stop string that names a special token never shows up in the text.
+        self._stop_ids = {vocabulary.special[stop] for stop in settings.stop if stop in vocabulary.special}
+        self._stops = StopStrings([stop for stop in settings.stop if stop not in vocabulary.special])
+        self._on_text = on_text
+        self._started = time.perf_counter()
+
+    def start_decoding(self) -> None:
+        """The prompt is read."""
+        self.answer.prefill_seconds = time.perf_counter() - self._started
+        self._started = time.perf_counter()
+
+    def take(self, logits: Tensor) -> None:
+        """Choose the next token from logits (V,) and see whether the answer is complete. Raises NonFiniteError."""
+        # Ids that the tokenizer doesn't have (a vocabulary padded to a round number) mean nothing.
+        logits = logits[: self.vocabulary.size]
+        token = self.sampler.pick(logits)
+        answer = self.answer
+        answer.tokens.append(token)
+        if answer.logprobs is not None:
+            answer.logprobs.append(self._report(logits, token))
+        if token in self.vocabulary.eos:
+            self.finish("eos")
+        elif token in self._stop_ids:
+            self.finish("stop")
+        else:
+            self._show(self._stops.add(self._detokenizer.add(token)))
+            if self._stops.found is not None:
+                self.finish("stop")
+            elif len(answer.tokens) >= self.settings.max_new_tokens:
+                self.finish("length")
+
+    def finish(self, reason: str) -> None:
+        """End the answer; text kept back for a stop string that never came is shown."""
+        if self._stops.found is None:
+            self._show(self._stops.rest())
+        self.answer.finish_reason = reason
+        self.answer.decode_seconds = time.perf_counter() - self._started if self.answer.tokens else 0.0
+        self.done = True
+
+    def _show(self, text: str) -> None:
+        if text:
+            self.answer.text += text
+            if self._on_text is not None:
+                self._on_text(text)
+
+    def _report(self, logits: Tensor, token: int) -> dict[str, Any]:
+        logprob, top = log_probabilities(logits, token, self.settings.logprobs or 0)
+
+        def entry(id: int, value: float) -> dict[str, Any]:
+            return {"token": id, "text": self.vocabulary.tokenizer.decode([id]), "logprob": value}
+
+        return {**entry(token, logprob), "top": [entry(*pair) for pair in top]}
+
+
+# ---- reading a prompt ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def prefill(
+    model: Any,
+    tokens: Sequence[int],
+    state: MoaiState | None = None,
+    *,
+    row: int = 0,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[Tensor, MoaiState] | None:
+    """Read tokens (at least one) after `state`, in chunks: the logits (V,) that follow and the new state, or None if `stop` said so.
+
+    Events: {"event": "prefill", "row", "done", "total"} after each chunk.
+    """
+    ids = torch.as_tensor(tokens, dtype=torch.int64)[None]
+    out = None
+    for begin in range(0, len(tokens), CHUNK):
+        if stop():
+            return None
+        out = model(ids[:, begin : begin + CHUNK].to(model.device), state=state, use_cache=True, logits_to_keep=1)
+        state = out.state
+        if on_event is not None:
+            on_event({"event": "prefill", "row": row, "done": min(begin + CHUNK, len(tokens)), "total": len(tokens)})
+    assert out is not None, "a prompt has at least one token"
+    return out.logits[0, -1], out.state
+
+
+# ---- decoding -----------------------------------------------------------------------------------------------------------------------------
+
+
+class Widths:
+    """The widths at which this model, on this device and with these threads, decodes a row bit for bit as at width 2 alone.
+
+    Found by trying: copies of one row at the wider width must all give the logits and the state of the narrow one. Rows of a matrix product
+    don't mix, so copies show whatever the width and a row's place in it change.
+    """
+
+    ALONE = 2
+    TRIED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    _known: WeakKeyDictionary[Any, dict[tuple, bool]] = WeakKeyDictionary()
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.found = self._known.setdefault(model, {})
+
+    def split(self, rows: int) -> list[tuple[int, int]]:
+        """How to decode so many rows: (rows, width) of each step, width >= rows."""
+        steps = []
+        while rows:
+            count, width = 1, self.ALONE
+            if rows > 1:
+                fitting = [width for width in self.TRIED if width < 2 * rows]
+                narrow_last = [w for w in fitting if w >= rows] + [w for w in reversed(fitting) if w < rows]
+                # Where not even width 2 treats both its rows alike, each row gets a step of its own.
+                if (found := next((w for w in narrow_last if self.same(w)), None)) is not None:
+                    count, width = min(rows, found), found
+            steps.append((count, width))
+            rows -= count
+        return steps
+
+    @torch.inference_mode()
+    def same(self, width: int) -> bool:
+        """Whether decoding at `width` gives each row what it gets alone."""
+        model = self.model
+        key = (width, torch.get_num_threads(), model.device, model.dtype, model.model.scan_backend)
+        if key not in self.found:
+            # Any tokens do; these are spread over the vocabulary and always the same.
+            ids = torch.arange(1, 5, device=model.device)[None] * 7919 % model.config.vocab_size
+            state = model(ids, use_cache=True, logits_to_keep=1).state
+            alone, wide = (_step(model, ids[0, :1].expand(w), _repeat(state, w)) for w in (self.ALONE, width))
+            self.found[key] = all(
+                torch.equal(b, a[:1].expand_as(b)) for a, b in zip(_numbers(alone), _numbers(wide), strict=True)
+            )
+        return self.found[key]
+
+
+def _numbers(step: tuple[Tensor, MoaiState]) -> list[Tensor]:
+    return [step[0], *(tensor for layer in step[1].layers for tensor in layer)]
+
+
+def _repeat(state: MoaiState, width: int) -> MoaiState:
+    return state.select(torch.zeros(width, dtype=torch.int64))
+
+
+def _join(states: Sequence[MoaiState]) -> MoaiState:
+    """The rows of several states as one."""
+    if len(states) == 1:
+        return states[0]
+    layers = zip(*(state.layers for state in states), strict=True)
+    return MoaiState(
+        [(torch.cat([conv for conv, _ in layer]), torch.cat([ssm for _, ssm in layer])) for layer in layers],
+        torch.cat([state.seen for state in states]),
+    )
+
+
+def _step(model: Any, tokens: Tensor, state: MoaiState) -> tuple[Tensor, MoaiState]:
+    """One token (W,) a row: logits (W, V) and the new state."""
+    out = model(tokens[:, None], state=state, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1], out.state
+
+
+class Batch:
+    """The rows being decoded. A row that is done leaves with its state: what the model remembers after all its tokens but the last."""
+
+    def __init__(self, model: Any, widths: Widths | None = None) -> None:
+        self.model = model
+        self.widths = widths or Widths(model)
+        self._groups: list[tuple[list[Row], MoaiState]] = []
+        self._settled = True
+
+    def __len__(self) -> int:
+        return sum(not row.done for rows, _ in self._groups for row in rows)
+
+    @torch.inference_mode()
+    def add(self, row: Row, logits: Tensor, state: MoaiState) -> None:
+        """A row whose prompt is read: logits (V,) after it, and its state."""
+        row.start_decoding()
+        row.take(logits)
+        row.state = state
+        if not row.done:
+            self._groups.append(([row], state))
+            self._settled = False
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One more token for every row."""
+        if not self._settled:
+            self._regroup()
+        for number, (rows, state) in enumerate(self._groups):
+            tokens = [row.answer.tokens[-1] for row in rows]
+            tokens += tokens[:1] * (state.batch_size - len(rows))
+            logits, state = _step(self.model, torch.tensor(tokens, device=self.model.device), state)
+            self._groups[number] = (rows, state)
+            for place, row in enumerate(rows):
+                row.take(logits[place])
+                if row.done:
+                    row.state = state.select(torch.tensor([place]))
+                    self._settled = False
+
+    def close(self, reason: str = "interrupted") -> None:
+        """End every row that is still being decoded; its last token was not read by the model, as for any row."""
+        for rows, state in self._groups:
+            for place, row in enumerate(rows):
+                if not row.done:
+                    row.state = state.select(torch.tensor([place]))
+                    row.finish(reason)
+        self._groups = []
+
+    def _regroup(self) -> None:
+        """Rows that are done leave; the others are laid out anew."""
+        places, start = [], 0
+        for rows, state in self._groups:
+            places += [(start + at, row) for at, row in enumerate(rows) if not row.done]
+            start += state.batch_size
+        self._settled = True
+        if not places:
+            self._groups = []
+            return
+        everything = _join([state for _, state in self._groups])
+        self._groups = []
+        for count, width in self.widths.split(len(places)):
+            chosen, places = places[:count], places[count:]
+            at = [place for place, _ in chosen]
+            at += at[:1] * (width - count)
+            self._groups.append(([row for _, row in chosen], everything.select(torch.tensor(at))))
+
+
+# ---- many prompts -------------------------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    settings: Settings | Sequence[Settings] = Settings(),
+    *,
+    batch_size: int = BATCH_SIZE,
+    on_text: Callable[[int, str], None] | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Completion]:
+    """Complete every prompt; the results are in the order of the prompts, and no row depends on the others.
+
+    prompts: texts, lists of token ids, or lists of chat messages {"role", "content"}. settings: one for all or one a prompt.
+    batch_size: rows decoded at a time (the others wait). on_text(row, text) gets each row's text as it comes, in whole characters.
+    on_event: {"event": "prefill", ...} and {"event": "row", "row", "tokens", "finish_reason", "done", "total"}. stop: asked before every
+    step; True ends all unfinished rows with what they have (`interrupted`).
+
+    Raises UsageError for prompts that can't be read (before anything is generated) and for a tokenizer that doesn't fit the model,
+    NonFiniteError when the model's logits hold NaN or infinity.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be >= 1 (got {batch_size})")
+    each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
+    if len(each) != len(prompts):
+        raise UsageError(f"{len(prompts)} prompts need as many settings (got {len(each)})")
+    vocabulary = Vocabulary(tokenizer, vocab_size=model.config.vocab_size, extra_eos=eos_ids(model))
+    waiting = deque((number, vocabulary.prompt(prompt)) for number, prompt in enumerate(prompts))
+    rows: list[Row | None] = [None] * len(prompts)
+    open_rows: dict[int, Row] = {}
+    batch = Batch(model)
+    was_training = model.training
+    model.eval()
+
+    def report() -> None:
+        for number, row in list(open_rows.items()):
+            if row.done:
+                del open_rows[number]
+                row.state = None
+                if on_event is not None:
+                    done = len(prompts) - len(waiting) - len(open_rows)
+                    answer = row.answer
+                    on_event({"event": "row", "row": number, "tokens": len(answer.tokens), "finish_reason": answer.finish_reason,
+                              "done": done, "total": len(prompts)})
+
+    try:
+        while waiting or len(batch):
+            while waiting and len(batch) < batch_size:
+                number, ids = waiting.popleft()
+                show = None if on_text is None else lambda text, number=number: on_text(number, text)
+                row = Row(vocabulary, each[number], ids, device=model.device, on_text=show)
+                rows[number] = open_rows[number] = row
+                read = prefill(model, ids, row=number, on_event=on_event, stop=stop)
+                if read is None:
+                    row.finish("interrupted")
+                else:
+                    batch.add(row, *read)
+                report()
+            if stop():
+                batch.close()
+            elif len(batch):
+                batch.step()
+            report()
+    finally:
+        model.train(was_training)
+    return [row.answer for row in rows if row is not None]
+
+
+def eos_ids(model: Any) -> list[int]:
+    """The ids that end a text, by the model's configuration."""
+    named = model.config.eos_token_id
+    return [] if named is None else list(named) if isinstance(named, (list, tuple)) else [named]
