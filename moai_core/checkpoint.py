@@ -6,9 +6,9 @@
     trainer.json                                              step, tokens, RNG states, loader state, resolved recipe
     manifest.json                                             size and SHA-256 of each file, written last (storage.py)
 
-Why: a run must survive a kill, a full disk or a damaged file at any moment, and resume bit-exactly. No pickle is written
-or read. Left out: gathering the pieces of a sharded model or optimizer, which the caller does; each list entry of
-`optimizer_state` becomes one rank's file, and all of them are merged on loading, whatever the world size then is.
+Why: a run must survive a kill, a full disk or a damaged file at any moment, and resume bit-exactly. No pickle is
+written or read. Left out: gathering the pieces of a sharded model or optimizer, which the caller does; each list entry
+of `optimizer_state` becomes one rank's file, and all are merged on loading, whatever the world size then is.
 """
 
 from __future__ import annotations
@@ -51,10 +51,6 @@ _OPTIMIZER = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
 OnEvent = Callable[[dict[str, Any]], None]
 
 
-def _ignore(event: dict[str, Any]) -> None:
-    return None
-
-
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -69,7 +65,7 @@ def save(
     recipe: Mapping[str, Any] | None = None,
     keep_last: int | None = 3,
     max_shard_size: int | str = "5GB",
-    on_event: OnEvent = _ignore,
+    on_event: OnEvent | None = None,
 ) -> Path:
     """Write `run_dir/step-N` as a whole and return it; then delete the oldest complete steps beyond `keep_last`.
 
@@ -94,8 +90,8 @@ def save(
         try:
             storage.purge(run_dir, newest=step, keep_last=keep_last)
         except StorageError as exc:  # the new checkpoint is safe: an old one that can't be deleted is no reason to stop
-            on_event({"event": "warning", "message": f"old checkpoints could not be deleted: {exc}"})
-    on_event({"event": "checkpoint", "step": step, "path": str(final)})
+            _tell(on_event, event="warning", message=f"old checkpoints could not be deleted: {exc}")
+    _tell(on_event, event="checkpoint", step=step, path=str(final))
     return final
 
 
@@ -111,6 +107,11 @@ def save_model(
         if tokenizer is not None:
             _write_tokenizer(tokenizer, writer.path)
     return Path(folder)
+
+
+def _tell(on_event: OnEvent | None, **event: Any) -> None:
+    if on_event is not None:
+        on_event(event)
 
 
 def _write_tokenizer(tokenizer: Any, path: Path) -> None:
@@ -136,7 +137,7 @@ def _write_optimizer(folder: storage.FolderWriter, ranks: Sequence[Mapping[str, 
 # ---- finding -------------------------------------------------------------------------------------
 
 
-def latest(run_dir: str | os.PathLike[str], *, on_event: OnEvent = _ignore) -> Path | None:
+def latest(run_dir: str | os.PathLike[str], *, on_event: OnEvent | None = None) -> Path | None:
     """The newest `step-N` of a run whose every file verifies, or None; emits a warning for each newer one that doesn't.
 
     Leftovers of dead processes are removed on the way. Raises StorageError if the folder can't be listed.
@@ -149,11 +150,11 @@ def latest(run_dir: str | os.PathLike[str], *, on_event: OnEvent = _ignore) -> P
             return path
         except CheckpointError as exc:
             if path.exists():  # not purged meanwhile
-                on_event({"event": "warning", "message": f"damaged checkpoint passed over: {exc}"})
+                _tell(on_event, event="warning", message=f"damaged checkpoint passed over: {exc}")
     return None
 
 
-def _resolve(path: str | os.PathLike[str], on_event: OnEvent = _ignore) -> Path:
+def _resolve(path: str | os.PathLike[str], on_event: OnEvent | None = None) -> Path:
     """The folder that holds the model: `path` itself, or the latest step of the run folder `path`."""
     folder = Path(path)
     if not folder.is_dir():
@@ -168,7 +169,7 @@ def _resolve(path: str | os.PathLike[str], on_event: OnEvent = _ignore) -> Path:
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (hex) over names and hashes of the weight files: the same for two folders with the same weights and shards.
+    """SHA-256 (hex) over names and hashes of the weight files: equal for folders with the same weights and shards.
 
     The manifest's hashes are taken where there is one, the files are read where not. Raises CheckpointError.
     """
@@ -193,13 +194,13 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     scan: str = "auto",
-    on_event: OnEvent = _ignore,
+    on_event: OnEvent | None = None,
 ) -> MoaiMambaForCausalLM:
-    """The model in a run folder (its latest step), a `step-N` folder or any Hugging Face folder of model_type mamba_moai.
+    """The model in a run folder (its latest step), a `step-N` folder or any Hugging Face folder of type mamba_moai.
 
-    `dtype` casts the weights (None: as stored); A_log, D and dt_bias are always fp32. A manifest is verified where there
-    is one. The model is in eval mode. Raises CheckpointError naming the file and the reason, UsageError for a scan
-    backend that can't run here.
+    `dtype` casts the weights (None: as stored); A_log, D and dt_bias are always fp32. A manifest is verified where
+    there is one. The model is in eval mode. Raises CheckpointError naming the file and the reason, UsageError for
+    a scan backend that can't run here.
     """
     for last_try in (False, False, True):
         folder = _resolve(path, on_event)
@@ -220,7 +221,7 @@ def load_model(
 
 
 def load_training(step_dir: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """`(optimizer state, trainer dict)` of a checkpoint, verified first; the ranks' parts are merged, None if none was saved.
+    """`(optimizer state, trainer dict)` of a checkpoint, verified first. The ranks' states are merged; None without one.
 
     The trainer dict has `step`, `recipe` and what `save` was given. Raises CheckpointError.
     """
@@ -248,7 +249,7 @@ def _parameter_names(model: torch.nn.Module) -> dict[torch.Tensor, str]:
 
 
 def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state keyed by parameter name, not position: another order of parameters or world size can load it."""
+    """The optimizer's state keyed by parameter name: another order of parameters or world size can load it."""
     names = _parameter_names(model)
     groups = [
         {**group, "params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups
@@ -260,10 +261,11 @@ def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def load_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Put what `optimizer_state` gave into `optimizer`, each tensor with the type it had. Raises CheckpointError if the parameters differ.
+    """Put what `optimizer_state` gave into `optimizer`, each tensor with the type it had.
 
     (torch's own load_state_dict casts moments to the parameter's type, which would round the fp32 moments of bf16
     weights.) A group takes its settings (lr, betas ...) from the saved group of its first parameter.
+    Raises CheckpointError if the parameters differ.
     """
     names = _parameter_names(model)
     settings = {name: group for group in saved["groups"] for name in group["params"]}
@@ -284,7 +286,7 @@ def load_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimize
 
 
 def _placed(key: str, value: Any, parameter: torch.nn.Parameter, step_on_device: bool | None) -> Any:
-    """A copy where torch's optimizers expect it: with its parameter, but `step` on the CPU unless fused or capturable."""
+    """A copy where torch expects it: with its parameter, but `step` on the CPU unless fused or capturable."""
     if not isinstance(value, torch.Tensor):
         return value
     return value.to("cpu" if key == "step" and not step_on_device else parameter.device, copy=True)
@@ -309,7 +311,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators into the states that `rng_state` gave; CUDA devices beyond those saved keep theirs. Raises CheckpointError."""
+    """Put the generators into the states that `rng_state` gave; CUDA devices beyond those keep theirs.
+
+    Raises CheckpointError.
+    """
     try:
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))

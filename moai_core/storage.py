@@ -37,7 +37,7 @@ _locks: dict[Path, int] = {}
 
 
 def _after_fork() -> None:
-    # A flock lives as long as any copy of its descriptor: a data worker that outlives a killed trainer must not keep the run locked.
+    # A flock lives as long as any copy of its descriptor: a data worker that outlives a killed trainer must not keep it
     for fd in _locks.values():
         os.close(fd)
     _locks.clear()
@@ -51,7 +51,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _write(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
-    """Create `path` from bytes-like chunks, flush it to the disk and drop it from the cache; returns its manifest entry."""
+    """Create `path` from bytes-like chunks, flush it, drop it from the cache; returns its manifest entry."""
     digest, size = hashlib.sha256(), 0
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -83,7 +83,7 @@ def _sync_folder(path: Path) -> None:
 
 
 class FolderWriter:
-    """The folder under way in `new_folder`. `path` is where it lies now; other libraries may write files there as well."""
+    """The folder under way in `new_folder`. It lies at `path` for now; other libraries may write files there too."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -153,7 +153,7 @@ def _replace(tmp: Path, final: Path) -> None:
 
 
 def write_file(path: str | os.PathLike[str], chunks: Iterable[Any] | bytes) -> None:
-    """Write one file atomically (temporary name, flush, rename). Raises StorageError; nothing temporary is left then."""
+    """Write one file atomically (temporary name, flush, rename). Raises StorageError; nothing temporary is left."""
     path = Path(os.path.abspath(path))
     tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -205,7 +205,7 @@ def read_json(path: Path, *, limit: int = _MANIFEST_LIMIT) -> Any:
 
 
 def parse_json(raw: bytes, where: str) -> Any:
-    """The value in `raw`; broken, too deep or ambiguous (a key twice) JSON raises CheckpointError beginning with `where`."""
+    """The value in `raw`; broken, too deep or ambiguous (a key twice) JSON raises CheckpointError naming `where`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -239,12 +239,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 def plain_name(name: object) -> bool:
     """Whether `name` is a bare file name: no folder, no `..`, no control character."""
-    return (
-        isinstance(name, str)
-        and name.isprintable()
-        and name not in ("", ".", "..")
-        and not set(name) & {"/", "\\", "\0"}
-    )
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & {"/", "\\"}
 
 
 def verify(folder: str | os.PathLike[str], *, only: Callable[[str], bool] | None = None) -> None:
@@ -258,11 +253,8 @@ def verify(folder: str | os.PathLike[str], *, only: Callable[[str], bool] | None
 
     def check(name: str) -> str | None:
         try:
-            return (
-                None
-                if sha256(folder / name) == files[name]["sha256"]
-                else "damaged (SHA-256 differs from the manifest's)"
-            )
+            same = sha256(folder / name) == files[name]["sha256"]
+            return None if same else "damaged (SHA-256 differs from the manifest's)"
         except OSError as exc:
             return f"can't be read ({exc.strerror})"
 
@@ -336,7 +328,7 @@ def tidy(run_dir: Path) -> list[Path]:
     if not stale:
         return []
     try:
-        # Whoever holds the lock may write from another machine, where its PID means something; so nobody cleans without it.
+        # The lock's holder may write from another machine, where its PID means something: nobody cleans without it.
         with nullcontext() if Path(os.path.abspath(run_dir)) in _locks else lock(run_dir):
             for path, match in stale:
                 final = run_dir / match["name"]
@@ -368,7 +360,7 @@ def _is_stale(path: Path, pid: int) -> bool:
 
 @contextmanager
 def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold `run_dir` (made if missing) against other writers; the system lets go when the process ends, however it ends.
+    """Hold `run_dir` (made if missing) against other writers; it ends with the process, whatever ends that.
 
     Raises LockedError naming the holder's PID at once, StorageError if the folder can't be written.
     """

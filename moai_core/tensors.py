@@ -1,8 +1,8 @@
 """Tensors to and from safetensors files, and nested dicts of tensors and plain values as one such file plus JSON.
 
 Why a writer of our own: it streams (a tensor at a time from the GPU, no second copy in memory), is hashed in the same
-pass, and a full disk reaches the caller as an OSError. Why a check of our own before the library opens a file: a hostile
-or damaged header is refused with one line, before anything is allocated. Loading itself is the library's.
+pass, and a full disk reaches the caller as an OSError. Why a check of our own before the library opens a file: a
+hostile or damaged header is refused with one line, before anything is allocated. Loading itself is the library's.
 Format: https://github.com/huggingface/safetensors#format. Left out: complex and sub-byte types.
 """
 
@@ -52,7 +52,7 @@ class TensorInfo(NamedTuple):
 
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
-    """The bytes of a safetensors file in pieces: the header, then each tensor (from any device), the widest types first."""
+    """The bytes of a safetensors file in pieces: the header, then each tensor (of any device), widest types first."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -73,7 +73,7 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | No
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """Type and shape of every tensor of a safetensors file by name; its header is checked in full, nothing else is read.
+    """Type and shape of every tensor of a safetensors file by name; its header is checked in full, no data is read.
 
     Raises CheckpointError: truncated, header too long or broken, a tensor outside the file, overlapping another, or of
     another size than its shape.
@@ -128,7 +128,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, TensorInfo]:
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(
-            f"{path}: tensor {name[:80]!r} of shape {shape} needs {nbytes} bytes, its offsets give {offsets[1] - offsets[0]}"
+            f"{path}: tensor {name[:80]!r} of shape {shape} needs {nbytes} bytes, not {offsets[1] - offsets[0]}"
         )
     return offsets[0], TensorInfo(dtype, tuple(shape), nbytes)
 

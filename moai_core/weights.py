@@ -1,10 +1,12 @@
-"""A model as a folder in the Hugging Face layout: written in shards, and read with every claim checked before memory is given to it.
+"""A model as a folder in the Hugging Face layout: written in shards, and read with every claim checked beforehand.
 
-    config.json  generation_config.json  model.safetensors | model-0000I-of-0000K.safetensors + model.safetensors.index.json
+    config.json, generation_config.json
+    model.safetensors, or model-0000I-of-0000K.safetensors and model.safetensors.index.json
 
-Why not `from_pretrained` for reading: a folder from elsewhere may be truncated, hostile or of another model; here it is refused with one line
-that names file and tensor, nothing is initialised at random silently, and no code of the folder runs. What `save_pretrained` of
-transformers wrote loads here, and the other way round. Left out: `.bin` files, other model types (converters are separate).
+Why not transformers' `from_pretrained`: a folder from elsewhere may be truncated, hostile or of another model; here it
+is refused with one line that names file and tensor before memory is given to it, nothing missing is quietly initialised
+at random, and no code of the folder runs. What `save_pretrained` wrote loads here, and the other way round. Left out:
+`.bin` files, other model types (converters are separate).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ Found = Mapping[str, tensors.TensorInfo]
 
 
 def write(folder: storage.FolderWriter, model: torch.nn.Module, *, max_shard_size: int | str = "5GB") -> None:
-    """config.json, generation_config.json and shards. A tensor that several names share is written once, under its first name."""
+    """config.json, generation_config.json and shards. A tensor with several names is written once, under the first."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     state, seen = {}, set()
@@ -91,7 +93,10 @@ def read(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.
 
 
 def shards(folder: Path) -> dict[str, dict[str, tensors.TensorInfo]]:
-    """`{file: {tensor: info}}` of a folder's weights, each header checked and compared with the index. Raises CheckpointError."""
+    """`{file: {tensor: info}}` of a folder's weights, each header checked and compared with the index.
+
+    Raises CheckpointError.
+    """
     if (folder / INDEX).exists():
         return _indexed(folder)
     if (folder / SINGLE).exists():
@@ -100,7 +105,7 @@ def shards(folder: Path) -> dict[str, dict[str, tensors.TensorInfo]]:
     if other:
         raise CheckpointError(
             f"{folder / other[0]}: pickle files can run code when opened, only safetensors files are read",
-            hint="open it where you trust it and write it again with model.save_pretrained(FOLDER): that is safetensors",
+            hint="open it where you trust it and write it again with model.save_pretrained(FOLDER), as safetensors",
         )
     raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}", hint=EXPECTED)
 
@@ -159,7 +164,7 @@ def _config(folder: Path, found: Found) -> Any:
     layers = len(numbers)
     if config.num_hidden_layers != layers:
         raise CheckpointError(
-            f"{folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, the weights have {layers} layers"
+            f"{folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, the weights have {layers}"
         )
     return config
 

@@ -13,10 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "paths"},
-    {"config", "recipe"},
+    {"config", "recipe", "storage"},
     {"plan"},
-    {"device", "storage", "tensors", "scan"},
+    {"device", "tensors", "scan"},
     {"model", "data"},
+    {"weights"},
     {"checkpoint", "evaluate"},
     {"training", "generation"},
     {"bench"},
