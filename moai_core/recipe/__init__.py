@@ -41,7 +41,7 @@ from moai_core.recipe.schema import (
     plain,
 )
 
-__all__ = ["Data", "Hardware", "Model", "Optim", "Origin", "Recipe", "Source", "Train", "check", "find", "load", "names", "schema"]
+__all__ = ["Data", "Hardware", "Model", "Optim", "Origin", "Recipe", "Source", "Train", "annotate", "check", "find", "load", "names", "schema"]
 
 # Pairs of which at most one counts. Setting one in a later layer takes the inherited other away: `train.steps=10` on a recipe with epochs is no conflict.
 _EITHER = (("train", "steps", "epochs"), ("train", "accumulation", "effective_batch"))
@@ -170,6 +170,33 @@ def schema() -> Iterator[tuple[str, str, Any, str]]:
                 yield f"{key}.{sub}", describe(inner_kind, inner.metadata), plain(inner.default), inner.metadata["help"]
         elif key != "origins":
             yield key, describe(kind, spec.metadata), plain(spec.default), spec.metadata["help"]
+
+
+def annotate(recipe: Recipe, *, everything: bool = False) -> Iterator[str]:
+    """Lines of YAML that load to the same recipe, with a comment that says where each value comes from; nulls by default only on request."""
+    for key, value in items(recipe):
+        if key == "origins":
+            continue
+        if not dataclasses.is_dataclass(value):
+            yield _line("", key, value, recipe.origin(key))
+            continue
+        inside = [
+            _line("  ", sub, inner, recipe.origin(f"{key}.{sub}"))
+            for sub, inner in items(value)
+            if everything or inner is not None or recipe.origin(f"{key}.{sub}")
+        ]
+        if inside:
+            yield from (f"{key}:", *inside)
+
+
+def _line(indent: str, key: str, value: Any, origin: Origin | None) -> str:
+    bare = [{k: v for k, v in one.items() if v is not None} for one in plain(value)] if _is_mixture(value) else plain(value)
+    text = yaml.safe_dump({key: bare}, default_flow_style=True, allow_unicode=True, width=math.inf).strip()[1:-1]
+    return f"{indent}{text}".ljust(48) + f"  # {origin or 'default'}"
+
+
+def _is_mixture(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], Source)
 
 
 def _only(recipe: Recipe | None, errors: list[RecipeError]) -> Recipe:
@@ -361,13 +388,22 @@ def _str(node: Node, limits: Mapping[str, Any]) -> str:
 
 
 def _path(text: str, node: Node) -> str:
-    """A path made absolute from where it was written; hub names stay."""
+    """A path made absolute from where it was written, from a file also among the packaged recipes; hub names stay."""
     if not text or "\0" in text or len(text) > 4096:
         raise ValueError
-    if text.startswith("hf://"):
-        return text
     home = os.path.expanduser(text)
-    return os.path.normpath(os.path.join(node.base, home)) if node.base else home
+    if text.startswith("hf://") or node.base is None:
+        return home
+    beside = os.path.normpath(os.path.join(node.base, home))
+    if node.origin.line is not None and not os.path.exists(_fixed(beside)):
+        packaged = os.path.normpath(os.path.join(paths.RECIPES, home))
+        return packaged if os.path.exists(_fixed(packaged)) else beside
+    return beside
+
+
+def _fixed(path: str) -> str:
+    """The part of a path before its first glob character, up to a folder."""
+    return path if not re.search(r"[*?[]", path) else os.path.dirname(re.split(r"[*?[]", path, maxsplit=1)[0])
 
 
 _SCALARS = {bool: _bool, int: _int, float: _float, str: _str}
