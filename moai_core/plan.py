@@ -9,11 +9,14 @@ Letters as in the model: H hidden, I inner, N state, K convolution, R time-step 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from moai_core import paths
 from moai_core.recipe import Recipe
 
 GIB = 1 << 30
@@ -66,7 +69,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def flops_per_token(config: Mapping[str, Any], length: int = 1, *, checkpointing: str = "none") -> dict[str, int]:
-    """FLOPs a token: `forward`, and `training` = forward + backward (twice the forward) + what checkpointing computes again.
+    """FLOPs a token: `forward`, `training` (forward and backward: three times forward, what MFU counts), and `recompute`, which checkpointing adds.
 
     A multiply-add counts as two. Matrix products: 2 a parameter, the head's included, the embedding's look-up not. Convolution: 2 K I. Scan: 9 N a
     channel (dt A, exp, dt u B: two, state: two, C h: two, and the softplus and skip spread over N), plus 6 a channel for gate and activation.
@@ -74,11 +77,9 @@ def flops_per_token(config: Mapping[str, Any], length: int = 1, *, checkpointing
     """
     c, p = _letters(config), parameters(config)
     products = sum(p[part] for part in ("in_proj", "x_proj", "dt_proj", "out_proj", "feed-forward"))
-    mixing = c["layers"] * c["I"] * (2 * c["K"] + 9 * c["N"] + 6)
-    head = 2 * c["V"] * c["H"]
-    layers = 2 * products + mixing
-    again = layers if checkpointing == "full" else 0
-    return {"forward": layers + head, "training": 3 * (layers + head) + again}
+    layers = 2 * products + c["layers"] * c["I"] * (2 * c["K"] + 9 * c["N"] + 6)
+    forward = layers + 2 * c["V"] * c["H"]
+    return {"forward": forward, "training": 3 * forward, "recompute": layers if checkpointing == "full" else 0}
 
 
 @dataclass(frozen=True)
@@ -275,15 +276,36 @@ class Plan:
         lines.append(("run", "steps", f"{self.steps:,}" if self.steps else "known when the data has been counted"))
         if self.tokens is not None:
             lines.append(("run", "tokens", f"{self.tokens:,} ({self.tokens / self.parameters['total']:.1f} a parameter)"))
-            lines.append(("run", "FLOPs", f"{self.tokens * self.flops['training']:.3g}"))
+            lines.append(("run", "FLOPs", f"{self.tokens * (self.flops['training'] + self.flops['recompute']):.3g}"))
         lines.append(("run", "state a sequence", f"{self.state_bytes / 1e6:.1f} MB, at any length"))
         return lines + [("note", "", note) for note in self.notes]
 
 
-def plan(recipe: Recipe, *, vocab_size: int | None = None) -> Plan:
-    """The plan of a recipe; `vocab_size` is the tokenizer's, where the recipe doesn't fix the model's. RecipeError for a batch that doesn't divide."""
-    known = {"vocab_size": vocab_size} if vocab_size and recipe.model.vocab_size is None else {}
-    config = {**recipe.model.numbers(), **known}
+def vocabulary(tokenizer: str | None) -> int | None:
+    """Rows that a tokenizer needs of an embedding (its largest id + 1), read from its tokenizer.json; None when there is none to read."""
+    if tokenizer is None:
+        return None
+    packaged = paths.TOKENIZERS / tokenizer
+    try:
+        parsed = json.loads(((packaged if packaged.is_dir() else Path(tokenizer)) / "tokenizer.json").read_text(encoding="utf-8"))
+        ids = [entry["id"] for entry in parsed.get("added_tokens", [])]
+        words = parsed["model"]["vocab"]
+        ids += words.values() if isinstance(words, dict) else [len(words) - 1]
+        return max(ids) + 1
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # The run itself says what is wrong with a tokenizer; a plan only does without.
+        return None
+
+
+def numbers(recipe: Recipe) -> dict[str, Any]:
+    """The model's numbers as a run would choose them: where the recipe doesn't fix the vocabulary, the tokenizer does."""
+    size = vocabulary(recipe.tokenizer) if recipe.model.vocab_size is None else None
+    return {**recipe.model.numbers(), **({"vocab_size": size} if size else {})}
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe. RecipeError for an effective batch that its micro-batches don't divide."""
+    config = numbers(recipe)
     t, length, count = recipe.train, recipe.data.max_length, recipe.hardware.count
     accumulation = recipe.accumulation(count)
     step_tokens = t.batch_size * accumulation * count * length
