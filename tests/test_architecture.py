@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "paths"},
-    {"config", "recipe", "storage"},
+    {"config", "storage"},
+    {"recipe"},
     {"plan"},
     {"device", "tensors", "scan"},
     {"model", "data"},
