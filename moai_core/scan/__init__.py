@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from moai_core.errors import UsageError
-from moai_core.scan import reference
+from moai_core.scan import cpu, reference
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
 __all__ = ["BACKENDS", "conv", "conv_step", "explain", "pick", "scan", "step"]
 

@@ -1,0 +1,332 @@
+"""The scan on processors: `cpu_kernels` behind torch's tensors, autograd and threads.
+
+float32 and, converted at the door, bfloat16 and float16; everything is computed in float32. Results are the same bits
+for any number of threads. Leaves out float64 (the reference does it) and second derivatives.
+
+Threads: a kernel runs in torch's own OpenMP team, called through `GOMP_parallel`. A pool of our own would fight with
+that team, whose threads spin for milliseconds after each matrix product (measured: with a pool of our own two threads
+were no faster than one). Where the symbol doesn't exist (macOS, Windows) there is a pool of Python threads. In a
+forked child torch's team is gone: there one thread works.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moai_core.paths import cache_dir
+
+_SMALL = 1 << 16  # states or taps; below it a second thread costs more than it gives
+_forked = False
+
+
+def why_not(device: torch.device, dtype: torch.dtype, **needs: object) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU only, not on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in float32, and {dtype} would lose precision" if dtype == torch.float64 else f"not {dtype}"
+    return _numba_problem()
+
+
+def scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `moai_core.scan.scan`."""
+    marks = None if seq_idx is None else _marks(seq_idx)
+    inputs = (
+        *map(_rows, (u, dt)),
+        _solid(A),
+        *map(_rows, (B, C)),
+        *map(_solid, (D,)),
+        _rows(z),
+        *map(_solid, (dt_bias, state)),
+    )
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        y, last = _Scan.apply(*inputs, marks)
+    else:
+        y, last, _ = _scan_forward(*inputs, marks, keep=False)
+    return y.to(u.dtype), last
+
+
+def conv(
+    u: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `moai_core.scan.conv`."""
+    marks = None if seq_idx is None else _marks(seq_idx)
+    inputs = (_rows(u), _solid(weight), _solid(bias), _solid(state))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        y, last = _Conv.apply(*inputs, marks)
+    else:
+        y, last = _conv_forward(*inputs, marks)
+    return y.to(u.dtype), last.to(u.dtype)
+
+
+def step(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `moai_core.scan.step`."""
+    inputs = (u, dt, A, B, C, D, z, dt_bias, state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        gate = None if z is None else z[:, None]
+        y, last = scan(u[:, None], dt[:, None], A, B[:, None], C[:, None], D, gate, dt_bias, state=state)
+        return y[:, 0], last
+    u_, dt_, B_, C_, z_ = map(_rows, (u, dt, B, C, z))
+    A_, D_, bias_, first = map(_solid, (A, D, dt_bias, state))
+    batch, channels = u.shape
+    states = A.shape[1]
+    y, last = torch.empty_like(u_, memory_format=torch.contiguous_format), torch.empty_like(first)
+    _run(
+        "scan_step", batch * _tiles(channels), batch * channels * states, channels, states,
+        *_at(u_, 1), *_at(dt_, 1), *_at(z_, 1), *_at(B_, 1), *_at(C_, 1),
+        *map(_address, (A_, D_, bias_, first, last, y)),
+    )  # fmt: skip
+    return y.to(u.dtype), last
+
+
+def conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """See `moai_core.scan.conv_step`."""
+    y, last = conv(u[:, None], weight, bias, state=state)
+    return y[:, 0], last
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u, dt, A, B, C, D, z, dt_bias, state, marks):  # type: ignore[no-untyped-def]
+        y, last, kept = _scan_forward(u, dt, A, B, C, D, z, dt_bias, state, marks, keep=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, marks, kept)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_y: Tensor | None, g_last: Tensor | None):  # type: ignore[no-untyped-def]
+        u, dt, A, B, C, D, z, dt_bias, marks, kept = ctx.saved_tensors
+        batch, length, channels = u.shape
+        states, tiles = A.shape[1], _tiles(channels)
+        g_y = u.new_zeros(1, 1, channels).expand_as(u) if g_y is None else _rows(g_y)
+        g_last = _solid(g_last)
+        to_u, to_dt = u.new_empty(u.shape), u.new_empty(u.shape)
+        to_z = None if z is None else u.new_empty(u.shape)
+        to_A, to_first = u.new_empty(batch, channels, states), u.new_empty(batch, channels, states)
+        to_B, to_C = u.new_empty(batch, tiles, length, states), u.new_empty(batch, tiles, length, states)
+        to_D, to_bias = u.new_empty(batch, channels), u.new_empty(batch, channels)
+        _run(
+            "scan_backward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
+            *_at(u), *_at(dt), *_at(z), *_at(B), *_at(C), *map(_address, (A, D, dt_bias, kept)), *_at(g_y),
+            *map(_address, (g_last, to_u, to_dt, to_z, to_A, to_B, to_C, to_D, to_bias, to_first)),
+        )  # fmt: skip
+        grads = (to_u, to_dt, to_A.sum(0), to_B.sum(1), to_C.sum(1), to_D.sum(0), to_z, to_bias.sum(0), to_first, None)
+        return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u, weight, bias, state, marks):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, weight, bias, state, marks)
+        return _conv_forward(u, weight, bias, state, marks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_y: Tensor | None, g_last: Tensor | None):  # type: ignore[no-untyped-def]
+        u, weight, bias, state, marks = ctx.saved_tensors
+        batch, length, channels = u.shape
+        width = weight.shape[-1]
+        g_y = u.new_zeros(1, 1, channels).expand_as(u) if g_y is None else _rows(g_y)
+        g_last = _solid(g_last)
+        to_u, to_first = u.new_empty(u.shape), u.new_empty(batch, channels, width - 1)
+        to_weight, to_bias = u.new_empty(batch, channels, width), u.new_empty(batch, channels)
+        _run(
+            "conv_backward", batch * _tiles(channels), u.numel() * width, length, channels, width, _address(marks),
+            *_at(u), *map(_address, (weight, bias, state)), *_at(g_y),
+            *map(_address, (g_last, to_u, to_weight, to_bias, to_first)),
+        )  # fmt: skip
+        grads = (to_u, to_weight.sum(0)[:, None], to_bias.sum(0), to_first, None)
+        return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+def _scan_forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    marks: Tensor | None,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, last state, the states at the start of each chunk if they are to be kept for the backward pass)."""
+    batch, length, channels = u.shape
+    states, tiles, kernels = A.shape[1], _tiles(channels), _kernels()
+    y, last = u.new_empty(u.shape), u.new_empty(batch, channels, states)
+    kept = u.new_empty(batch * tiles, -(-length // kernels.T), states, kernels.W) if keep else None
+    _run(
+        "scan_forward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
+        *_at(u), *_at(dt), *_at(z), *_at(B), *_at(C), *map(_address, (A, D, dt_bias, state, last, y, kept)),
+    )  # fmt: skip
+    return y, last, kept
+
+
+def _conv_forward(
+    u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, marks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, length, channels = u.shape
+    width = weight.shape[-1]
+    y, last = u.new_empty(u.shape), u.new_empty(batch, channels, width - 1)
+    _run(
+        "conv_forward", batch * _tiles(channels), u.numel() * width, length, channels, width, _address(marks),
+        *_at(u), *map(_address, (weight, bias, state, last, y)),
+    )  # fmt: skip
+    return y, last
+
+
+def _marks(seq_idx: Tensor) -> Tensor:
+    """int8 (B, L): PADDING, FRESH where a document begins inside the call, else 0; kept for the next layer's call."""
+    global _last_marks
+    known, version, marks = _last_marks
+    if known() is seq_idx and version == seq_idx._version:
+        return marks
+    kernels = _kernels()
+    padding = seq_idx < 0
+    highest = F.pad(seq_idx.cummax(1).values[:, :-1], (1, 0), value=-1)
+    fresh = (highest >= 0) & (seq_idx > highest)
+    marks = torch.where(padding, kernels.PADDING, torch.where(fresh, kernels.FRESH, 0)).to(torch.int8).contiguous()
+    _last_marks = weakref.ref(seq_idx), seq_idx._version, marks
+    return marks
+
+
+_last_marks: tuple[Callable[[], Tensor | None], int, Any] = (lambda: None, 0, None)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """float32 with adjacent channels; batch and time may have any stride."""
+    if x is None:
+        return None
+    x = x.to(torch.float32)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _solid(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _at(x: Tensor | None, axes: int = 2) -> tuple[int, ...]:
+    """Address and the byte strides of batch and, with two axes, time."""
+    return (0,) * (1 + axes) if x is None else (x.data_ptr(), *(4 * stride for stride in x.stride()[:axes]))
+
+
+def _tiles(channels: int) -> int:
+    return -(-channels // _kernels().W)
+
+
+def _run(name: str, items: int, work: int, *slots: int) -> None:
+    """Calls a kernel with its slots in as many threads as torch uses."""
+    kernel = _entry(name)
+    array = (ctypes.c_int64 * (2 + len(slots)))(0, items, *slots)
+    address = ctypes.addressof(array)
+    threads = 1 if work < _SMALL or _forked else min(torch.get_num_threads(), items)
+    if threads <= 1:
+        kernel(address)
+    elif team := _team():
+        team(kernel, address, threads, 0)
+    else:
+        others = [_pool(threads - 1).submit(kernel, address) for _ in range(threads - 1)]
+        kernel(address)
+        for other in others:
+            other.result()
+
+
+@cache
+def _entry(name: str) -> Any:
+    compiled = getattr(_kernels(), name)()
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+
+
+@cache
+def _team() -> Any:
+    """`GOMP_parallel(function, data, threads, flags)` of the OpenMP library that torch itself uses, or None."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="moai-scan")
+
+
+def _alone() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_alone)
+
+
+@cache
+def _numba_problem() -> str | None:
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        return f"numba can't be imported ({error})"
+    return None
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Imports `cpu_kernels` with numba's cache where one may write: $NUMBA_CACHE_DIR if set, else moai's own cache."""
+    from numba import config
+
+    if not config.CACHE_DIR:
+        folder = cache_dir() / "kernels"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
+        except OSError:
+            config.CACHE_DIR = ""  # compiled anew in each process
+    from moai_core.scan import cpu_kernels
+
+    return cpu_kernels

@@ -1,0 +1,639 @@
+"""Machine code for the CPU scan, written as numba functions: the selective scan, the causal convolution and their
+gradients.
+
+Why numba: it needs no compiler on the user's machine, and its LLVM turns the loops over channels below into
+full-width vector instructions. Each kernel is compiled once and cached on disk. Leaves out torch altogether: `cpu`
+owns tensors, autograd and threads.
+
+How a kernel is called: with the address of an array of 64-bit integers (addresses, byte strides, sizes), in any
+number of threads at once. Slot 0 counts the work items taken, slot 1 says how many there are; each thread takes the
+next item until none is left. An item is one batch row times one tile of W channels, and what it computes doesn't
+depend on the thread, so results are the same bits for any number of threads. Sums over tiles and rows are left to the
+caller, in a fixed order.
+
+How the scan is laid out: channels lie in vector lanes, the states of a tile stay in the first-level cache, time runs
+sequentially. Softplus, gate and skip happen once a token at the edge of a chunk of T tokens, outside the loop over
+states. The forward pass keeps the state at the start of each chunk; the backward pass recomputes the chunk from it.
+Each exponential is a polynomial of degree 5 with an error of 1e-7 relative; near a decay of 1 it is as exact as
+float32 is, so slow states keep their memory. Only floating-point contraction and, in sums, reassociation are allowed
+to the compiler: NaN and infinity pass through.
+
+Letters: B batch, L tokens, I channels, N states, K convolution width, W channels of a tile, T tokens of a chunk. In
+the kernels x_b and x_t are the byte strides of x over batch and time; channels are always adjacent. Source: arXiv
+2312.00752, algorithm 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, config, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+W = 128
+T = 16
+FRESH, PADDING = 1, 2  # marks of a token, see `cpu._marks`
+
+f32 = np.float32
+ZERO, ONE, TWO = f32(0), f32(1), f32(2)
+LOG2E, LN2 = f32(1 / math.log(2)), f32(math.log(2))
+LN2_HIGH, LN2_LOW = f32(0.693359375), f32(math.log(2) - 0.693359375)
+ROUND = f32(1.5 * 2**23)  # adding it leaves the nearest integer in a float's lowest bits
+SMALLEST = f32(-126)  # 2^-126 is the smallest normal number
+# 2^x = 1 + x (P1 + P2 x + ...) on [-0.5, 0.5], minimax in relative error (9.1e-8)
+P1, P2, P3 = f32(0.6931470036506653), f32(0.24022242426872253), f32(0.05550733581185341)
+P4, P5 = f32(0.009671512991189957), f32(0.001326472731307149)
+# log(1 + e) = 2 artanh(s) with s = e / (2 + e), the series up to the 13th power
+S3, S5, S7, S9, S11, S13 = (f32(1 / n) for n in (3, 5, 7, 9, 11, 13))
+
+tiny = njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
+plain = njit(fastmath={"contract"}, error_model="numpy")
+summing = njit(fastmath={"contract", "reassoc"}, error_model="numpy")
+
+
+def kernel(function: Any) -> Any:
+    """A function that returns the C function `void f(int64_t *slots)`: compiled, or read from disk, at first use."""
+
+    @functools.cache
+    def compiled() -> Any:
+        return cfunc(types.void(types.CPointer(types.int64)), nopython=True, cache=bool(config.CACHE_DIR))(function)
+
+    return compiled
+
+
+@intrinsic
+def bits_of(typing: Any, x: Any) -> Any:
+    return types.int32(types.float32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def float_of(typing: Any, x: Any) -> Any:
+    return types.float32(types.int32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def floats_at(typing: Any, address: Any) -> Any:
+    pointer = types.CPointer(types.float32)
+    return pointer(types.int64), lambda ctx, builder, sig, args: builder.inttoptr(args[0], ctx.get_value_type(pointer))
+
+
+@intrinsic
+def bytes_at(typing: Any, address: Any) -> Any:
+    pointer = types.CPointer(types.int8)
+    return pointer(types.int64), lambda ctx, builder, sig, args: builder.inttoptr(args[0], ctx.get_value_type(pointer))
+
+
+@intrinsic
+def take(typing: Any, slots: Any) -> Any:
+    """The next work item: slots[0]++, atomically."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), codegen
+
+
+@intrinsic
+def denormals(typing: Any, control: Any) -> Any:
+    """Sets x86's floating-point control word and returns the old one; 0 as argument means: treat denormals as zeros.
+
+    A state that fades over masked tokens would otherwise sink into numbers below 1e-38, where each operation costs a
+    hundred times more. Other processors pay no such price, so nothing happens there.
+    """
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        if not builder.module.triple.startswith(("x86_64", "i386", "i686")):
+            return ir.Constant(word, 0)
+        slot = cgutils.alloca_once(builder, word)
+        pointer = builder.bitcast(slot, ir.IntType(8).as_pointer())
+        access = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
+        store = builder.module.declare_intrinsic("llvm.x86.sse.stmxcsr", (), access)
+        load = builder.module.declare_intrinsic("llvm.x86.sse.ldmxcsr", (), access)
+        builder.call(store, [pointer])
+        old = builder.load(slot)
+        fast = builder.or_(old, ir.Constant(word, 0x8040))  # flush to zero, denormals are zeros
+        builder.store(builder.select(builder.icmp_unsigned("==", args[0], ir.Constant(word, 0)), fast, args[0]), slot)
+        builder.call(load, [pointer])
+        return old
+
+    return types.uint32(types.uint32), codegen
+
+
+@tiny
+def exp2(x):
+    """2^x for x <= 0; below -126 it stays at 2^-126. The comparison is written so that NaN stays NaN."""
+    x = SMALLEST if x < SMALLEST else x
+    shifted = x + ROUND
+    f = x - (shifted - ROUND)
+    p = ((((P5 * f + P4) * f + P3) * f + P2) * f + P1) * f + ONE
+    return float_of(bits_of(p) + (bits_of(shifted) << np.int32(23)))
+
+
+@tiny
+def exp(x):
+    """e^x for x <= 0, the argument reduced in two parts so that the error stays relative for large |x| too."""
+    x = f32(-87.0) if x < f32(-87.0) else x
+    shifted = x * LOG2E + ROUND
+    k = shifted - ROUND
+    f = ((x - k * LN2_HIGH) - k * LN2_LOW) * LOG2E
+    p = ((((P5 * f + P4) * f + P3) * f + P2) * f + P1) * f + ONE
+    return float_of(bits_of(p) + (bits_of(shifted) << np.int32(23)))
+
+
+@tiny
+def sigmoid(x):
+    e = exp(-x if x > ZERO else x)
+    return (ONE if x > ZERO else e) / (ONE + e)
+
+
+@tiny
+def softplus(x):
+    e = exp(-x if x > ZERO else x)
+    s = e / (TWO + e)
+    q = s * s
+    log = ((((((S13 * q + S11) * q + S9) * q + S7) * q + S5) * q + S3) * q + ONE) * (s + s)
+    return (x if x > ZERO else ZERO) + log
+
+
+@tiny
+def tile(rows):
+    return np.empty((rows, W), f32)
+
+
+@plain
+def load(into, address, stride, tokens, width, marks):
+    """into[t, c] = the floats at address + t * stride; channels beyond the width and padding become 0."""
+    for t in range(tokens):
+        if marks and carray(bytes_at(marks + t), (1,))[0] == PADDING:
+            into[t, :] = ZERO
+            continue
+        row = carray(floats_at(address + t * stride), (width,))
+        for c in range(width):
+            into[t, c] = row[c]
+        for c in range(width, W):
+            into[t, c] = ZERO
+
+
+@plain
+def store(values, address, stride, tokens, width):
+    for t in range(tokens):
+        row = carray(floats_at(address + t * stride), (width,))
+        for c in range(width):
+            row[c] = values[t, c]
+
+
+@plain
+def load_turned(into, address, rows, width):
+    """into[n, c] = the floats of a contiguous (width, rows) array; channels beyond the width become 0."""
+    block = carray(floats_at(address), (width, rows))
+    for n in range(rows):
+        for c in range(width):
+            into[n, c] = block[c, n]
+        for c in range(width, W):
+            into[n, c] = ZERO
+
+
+@plain
+def store_turned(values, address, rows, width):
+    block = carray(floats_at(address), (width, rows))
+    for c in range(width):
+        for n in range(rows):
+            block[c, n] = values[n, c]
+
+
+@plain
+def vector(into, address, width, default):
+    """into[c] = the floats at the address, or the default where there are none (address 0)."""
+    into[:] = default
+    if address != 0:
+        row = carray(floats_at(address), (width,))
+        for c in range(width):
+            into[c] = row[c]
+
+
+@plain
+def states_forward(t, N, a, d, du, B, C, h, y):
+    """One token: h[n] = 2^(d a[n]) h[n] + B[n] du, y += C[n] h[n], for all channels of the tile."""
+    for n in range(N):
+        b, k = B[n], C[n]
+        for c in range(W):
+            v = exp2(d[t, c] * a[n, c]) * h[n, c] + du[t, c] * b
+            h[n, c] = v
+            y[t, c] += v * k
+
+
+@kernel
+def scan_forward(slots):
+    s = carray(slots, (40,))
+    L, I, N, marks = s[2], s[3], s[4], s[5]
+    u, u_b, u_t, dt, dt_b, dt_t, z, z_b, z_t = s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14]
+    B, B_b, B_t, C, C_b, C_t = s[15], s[16], s[17], s[18], s[19], s[20]
+    A, D, bias, first, last, y, kept = s[21], s[22], s[23], s[24], s[25], s[26], s[27]
+    tiles, chunks = (I + W - 1) // W, (L + T - 1) // T
+    a, h, skip, shift = tile(N), tile(N), tile(1), tile(1)
+    uu, d, du, yy, zz = tile(T), tile(T), tile(T), tile(T), tile(T)
+    control = denormals(np.uint32(0))
+    while True:
+        item = take(slots)
+        if item >= s[1]:
+            break
+        b, c0 = item // tiles, item % tiles * W
+        width = min(W, I - c0)
+        load_turned(a, A + 4 * c0 * N, N, width)
+        for n in range(N):
+            for c in range(W):
+                a[n, c] *= LOG2E
+        vector(skip[0], D + 4 * c0 if D else 0, width, ZERO)
+        vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
+        if first:
+            load_turned(h, first + 4 * (b * I + c0) * N, N, width)
+        else:
+            h[:, :] = ZERO
+        for chunk in range(chunks):
+            t0 = chunk * T
+            tokens = min(T, L - t0)
+            here = marks + b * L + t0 if marks else 0
+            if kept:
+                block = carray(floats_at(kept + 4 * (item * chunks + chunk) * N * W), (N, W))
+                block[:, :] = h
+            load(uu, u + b * u_b + t0 * u_t + 4 * c0, u_t, tokens, width, here)
+            load(d, dt + b * dt_b + t0 * dt_t + 4 * c0, dt_t, tokens, width, here)
+            for t in range(tokens):
+                for c in range(W):
+                    d[t, c] = softplus(d[t, c] + shift[0, c])
+                    du[t, c] = d[t, c] * uu[t, c]
+                    yy[t, c] = skip[0, c] * uu[t, c]
+            for t in range(tokens):
+                if here:
+                    mark = carray(bytes_at(here + t), (1,))[0]
+                    if mark == PADDING:
+                        continue
+                    if mark == FRESH:
+                        h[:, :] = ZERO
+                Bt = carray(floats_at(B + b * B_b + (t0 + t) * B_t), (N,))
+                Ct = carray(floats_at(C + b * C_b + (t0 + t) * C_t), (N,))
+                states_forward(t, N, a, d, du, Bt, Ct, h, yy)
+            if z:
+                load(zz, z + b * z_b + t0 * z_t + 4 * c0, z_t, tokens, width, here)
+                for t in range(tokens):
+                    for c in range(W):
+                        yy[t, c] *= zz[t, c] * sigmoid(zz[t, c])
+            store(yy, y + 4 * ((b * L + t0) * I + c0), 4 * I, tokens, width)
+        store_turned(h, last + 4 * (b * I + c0) * N, N, width)
+    denormals(control)
+
+
+@plain
+def states_again(t, N, a, d, du, B, C, h, y, decays, before):
+    """`states_forward`, keeping each decay and each state before the decay was applied."""
+    for n in range(N):
+        b, k = B[n], C[n]
+        for c in range(W):
+            p = h[n, c]
+            e = exp2(d[t, c] * a[n, c])
+            v = e * p + du[t, c] * b
+            decays[t, n, c] = e
+            before[t, n, c] = p
+            h[n, c] = v
+            y[t, c] += v * k
+
+
+@summing
+def inner(x, y):
+    total = ZERO
+    for c in range(W):
+        total += x[c] * y[c]
+    return total
+
+
+@summing
+def states_backward(t, N, a, d, du, B, C, gy, decays, before, carry, g_du, g_d, g_A, g_B):
+    """One token, backward. carry holds dLoss/dh from the token after it and receives what goes to the token before."""
+    for n in range(N):
+        b, k = B[n], C[n]
+        total = ZERO
+        for c in range(W):
+            g = carry[n, c] + k * gy[t, c]
+            total += g * du[t, c]
+            g_du[t, c] += g * b
+            p = g * decays[t, n, c]
+            carry[n, c] = p
+            q = p * before[t, n, c]
+            g_d[t, c] += q * a[n, c]
+            g_A[n, c] += q * d[t, c]
+        g_B[n] = total
+
+
+@kernel
+def scan_backward(slots):
+    s = carray(slots, (56,))
+    L, I, N, marks = s[2], s[3], s[4], s[5]
+    u, u_b, u_t, dt, dt_b, dt_t, z, z_b, z_t = s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14]
+    B, B_b, B_t, C, C_b, C_t = s[15], s[16], s[17], s[18], s[19], s[20]
+    A, D, bias, kept = s[21], s[22], s[23], s[24]
+    # gradients: of y, of the last state; then to u, dt, z, A, B, C, D, dt_bias, the first state
+    gy, gy_b, gy_t, g_last = s[25], s[26], s[27], s[28]
+    to_u, to_dt, to_z, to_A, to_B, to_C, to_D, to_bias, to_first = (
+        s[29],
+        s[30],
+        s[31],
+        s[32],
+        s[33],
+        s[34],
+        s[35],
+        s[36],
+        s[37],
+    )
+    tiles, chunks = (I + W - 1) // W, (L + T - 1) // T
+    a, h, carry, g_A = tile(N), tile(N), tile(N), tile(N)
+    decays, before = np.empty((T, N, W), f32), np.empty((T, N, W), f32)
+    uu, d, du, slope, gg, zz, yy = tile(T), tile(T), tile(T), tile(T), tile(T), tile(T), tile(T)
+    g_du, g_d, skip, shift, g_D, g_bias = tile(T), tile(T), tile(1), tile(1), tile(1), tile(1)
+    control = denormals(np.uint32(0))
+    while True:
+        item = take(slots)
+        if item >= s[1]:
+            break
+        b, c0 = item // tiles, item % tiles * W
+        width = min(W, I - c0)
+        load_turned(a, A + 4 * c0 * N, N, width)
+        for n in range(N):
+            for c in range(W):
+                a[n, c] *= LOG2E
+        vector(skip[0], D + 4 * c0 if D else 0, width, ZERO)
+        vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
+        if g_last:
+            load_turned(carry, g_last + 4 * (b * I + c0) * N, N, width)
+        else:
+            carry[:, :] = ZERO
+        g_A[:, :] = ZERO
+        g_D[:, :] = ZERO
+        g_bias[:, :] = ZERO
+        for back in range(chunks):
+            chunk = chunks - 1 - back
+            t0 = chunk * T
+            tokens = min(T, L - t0)
+            here = marks + b * L + t0 if marks else 0
+            h[:, :] = carray(floats_at(kept + 4 * (item * chunks + chunk) * N * W), (N, W))
+            load(uu, u + b * u_b + t0 * u_t + 4 * c0, u_t, tokens, width, here)
+            load(d, dt + b * dt_b + t0 * dt_t + 4 * c0, dt_t, tokens, width, here)
+            load(gg, gy + b * gy_b + t0 * gy_t + 4 * c0, gy_t, tokens, width, here)
+            if z:
+                load(zz, z + b * z_b + t0 * z_t + 4 * c0, z_t, tokens, width, here)
+            for t in range(tokens):
+                for c in range(W):
+                    x = d[t, c] + shift[0, c]
+                    slope[t, c] = sigmoid(x)
+                    d[t, c] = softplus(x)
+                    du[t, c] = d[t, c] * uu[t, c]
+                    yy[t, c] = skip[0, c] * uu[t, c]
+                    g_du[t, c] = ZERO
+                    g_d[t, c] = ZERO
+            if z:  # zz becomes z's gradient but for y before the gate, gg y's before the gate
+                for t in range(tokens):
+                    for c in range(W):
+                        g, v = gg[t, c], zz[t, c]
+                        r = sigmoid(v)
+                        zz[t, c] = g * (r * (ONE + v * (ONE - r)))
+                        gg[t, c] = g * (v * r)
+            for t in range(tokens):
+                if here:
+                    mark = carray(bytes_at(here + t), (1,))[0]
+                    if mark == PADDING:
+                        continue
+                    if mark == FRESH:
+                        h[:, :] = ZERO
+                Bt = carray(floats_at(B + b * B_b + (t0 + t) * B_t), (N,))
+                Ct = carray(floats_at(C + b * C_b + (t0 + t) * C_t), (N,))
+                states_again(t, N, a, d, du, Bt, Ct, h, yy, decays, before)
+                g_Ct = carray(floats_at(to_C + 4 * (item * L + t0 + t) * N), (N,))
+                for n in range(N):
+                    g_Ct[n] = inner(h[n], gg[t])
+            for i in range(tokens):
+                t = tokens - 1 - i
+                g_Bt = carray(floats_at(to_B + 4 * (item * L + t0 + t) * N), (N,))
+                mark = carray(bytes_at(here + t), (1,))[0] if here else 0
+                if mark == PADDING:
+                    g_Bt[:] = ZERO
+                    carray(floats_at(to_C + 4 * (item * L + t0 + t) * N), (N,))[:] = ZERO
+                    continue
+                Bt = carray(floats_at(B + b * B_b + (t0 + t) * B_t), (N,))
+                Ct = carray(floats_at(C + b * C_b + (t0 + t) * C_t), (N,))
+                states_backward(t, N, a, d, du, Bt, Ct, gg, decays, before, carry, g_du, g_d, g_A, g_Bt)
+                if mark == FRESH:
+                    carry[:, :] = ZERO
+            for t in range(tokens):
+                for c in range(W):
+                    zz[t, c] = zz[t, c] * yy[t, c]
+                    g_d[t, c] = (g_d[t, c] * LN2 + g_du[t, c] * uu[t, c]) * slope[t, c]
+                    g_du[t, c] = g_du[t, c] * d[t, c] + skip[0, c] * gg[t, c]
+                    g_D[0, c] += gg[t, c] * uu[t, c]
+                    g_bias[0, c] += g_d[t, c]
+            at = 4 * ((b * L + t0) * I + c0)
+            store(g_du, to_u + at, 4 * I, tokens, width)
+            store(g_d, to_dt + at, 4 * I, tokens, width)
+            if z:
+                store(zz, to_z + at, 4 * I, tokens, width)
+        store_turned(g_A, to_A + 4 * (b * I + c0) * N, N, width)
+        store(g_D, to_D + 4 * (b * I + c0), 0, 1, width)
+        store(g_bias, to_bias + 4 * (b * I + c0), 0, 1, width)
+        store_turned(carry, to_first + 4 * (b * I + c0) * N, N, width)
+    denormals(control)
+
+
+@summing
+def step_row(a, d, du, B, C, before, after, N):
+    """One token, one channel, lanes over the states: returns C . h."""
+    total = ZERO
+    for n in range(N):
+        v = exp2(d * a[n] * LOG2E) * before[n] + du * B[n]
+        after[n] = v
+        total += v * C[n]
+    return total
+
+
+@kernel
+def scan_step(slots):
+    s = carray(slots, (32,))
+    I, N = s[2], s[3]
+    u, u_b, dt, dt_b, z, z_b, B, B_b, C, C_b = s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13]
+    A, D, bias, first, last, y = s[14], s[15], s[16], s[17], s[18], s[19]
+    tiles = (I + W - 1) // W
+    uu, d, zz, yy, skip, shift = tile(1), tile(1), tile(1), tile(1), tile(1), tile(1)
+    control = denormals(np.uint32(0))
+    while True:
+        item = take(slots)
+        if item >= s[1]:
+            break
+        b, c0 = item // tiles, item % tiles * W
+        width = min(W, I - c0)
+        vector(skip[0], D + 4 * c0 if D else 0, width, ZERO)
+        vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
+        load(uu, u + b * u_b + 4 * c0, 0, 1, width, 0)
+        load(d, dt + b * dt_b + 4 * c0, 0, 1, width, 0)
+        Bt, Ct = carray(floats_at(B + b * B_b), (N,)), carray(floats_at(C + b * C_b), (N,))
+        for c in range(W):
+            d[0, c] = softplus(d[0, c] + shift[0, c])
+            yy[0, c] = skip[0, c] * uu[0, c]
+        for c in range(width):
+            a = carray(floats_at(A + 4 * (c0 + c) * N), (N,))
+            before = carray(floats_at(first + 4 * (b * I + c0 + c) * N), (N,))
+            after = carray(floats_at(last + 4 * (b * I + c0 + c) * N), (N,))
+            yy[0, c] += step_row(a, d[0, c], d[0, c] * uu[0, c], Bt, Ct, before, after, N)
+        if z:
+            load(zz, z + b * z_b + 4 * c0, 0, 1, width, 0)
+            for c in range(W):
+                yy[0, c] *= zz[0, c] * sigmoid(zz[0, c])
+        store(yy, y + 4 * (b * I + c0), 0, 1, width)
+    denormals(control)
+
+
+@tiny
+def real_tokens(marks, L):
+    """How many tokens stand before the padding at the end of a row."""
+    if marks == 0:
+        return L
+    row = carray(bytes_at(marks), (L,))
+    n = 0
+    while n < L and row[n] != PADDING:
+        n += 1
+    return n
+
+
+@plain
+def conv_token(t, K, age, w, shift, x, pre):
+    """pre = bias + sum over the taps that reach no further back than `age` tokens; x[t + K - 1] is the token itself."""
+    for c in range(W):
+        pre[c] = shift[c]
+    for k in range(K - 1 - age, K):
+        for c in range(W):
+            pre[c] += w[k, c] * x[t + k, c]
+
+
+@kernel
+def conv_forward(slots):
+    s = carray(slots, (20,))
+    L, I, K, marks, u, u_b, u_t = s[2], s[3], s[4], s[5], s[6], s[7], s[8]
+    weight, bias, first, last, y = s[9], s[10], s[11], s[12], s[13]
+    tiles = (I + W - 1) // W
+    w, x, yy, pre, shift = tile(K), tile(K - 1 + T), tile(T), tile(1), tile(1)
+    control = denormals(np.uint32(0))
+    while True:
+        item = take(slots)
+        if item >= s[1]:
+            break
+        b, c0 = item // tiles, item % tiles * W
+        width = min(W, I - c0)
+        load_turned(w, weight + 4 * c0 * K, K, width)
+        vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
+        if first:
+            load_turned(x, first + 4 * (b * I + c0) * (K - 1), K - 1, width)
+        else:
+            x[: K - 1, :] = ZERO
+        real = real_tokens(marks + b * L if marks else 0, L)
+        age = K - 1  # how many tokens back belong to this document
+        for t0 in range(0, L, T):
+            tokens, alive = min(T, L - t0), max(0, min(T, real - t0))
+            load(x[K - 1 :], u + b * u_b + t0 * u_t + 4 * c0, u_t, alive, width, 0)
+            for t in range(alive):
+                if marks and carray(bytes_at(marks + b * L + t0 + t), (1,))[0] == FRESH:
+                    age = 0
+                conv_token(t, K, age, w, shift[0], x, pre[0])
+                for c in range(W):
+                    yy[t, c] = pre[0, c] * sigmoid(pre[0, c])
+                age = min(age + 1, K - 1)
+            yy[alive:, :] = ZERO
+            store(yy, y + 4 * ((b * L + t0) * I + c0), 4 * I, tokens, width)
+            for k in range(K - 1):  # the window slides: upwards, so that no row is overwritten before it moved
+                for c in range(W):
+                    x[k, c] = x[alive + k, c]
+        x[: K - 1 - age, :] = ZERO
+        store_turned(x, last + 4 * (b * I + c0) * (K - 1), K - 1, width)
+    denormals(control)
+
+
+@plain
+def put(g_x, rows, t0, K, to_first, to_u, stride, width):
+    """Writes the first rows of g_x, row 0 being token t0 - (K - 1): before token 0 to the state's, else to u's."""
+    for r in range(rows):
+        t = t0 + r - (K - 1)
+        if t < 0:
+            block = carray(floats_at(to_first), (width, K - 1))
+            for c in range(width):
+                block[c, t0 + r] = g_x[r, c]
+        else:
+            row = carray(floats_at(to_u + t * stride), (width,))
+            for c in range(width):
+                row[c] = g_x[r, c]
+
+
+@kernel
+def conv_backward(slots):
+    s = carray(slots, (28,))
+    L, I, K, marks, u, u_b, u_t = s[2], s[3], s[4], s[5], s[6], s[7], s[8]
+    weight, bias, first, gy, gy_b, gy_t, g_last = s[9], s[10], s[11], s[12], s[13], s[14], s[15]
+    to_u, to_weight, to_bias, to_first = s[16], s[17], s[18], s[19]
+    tiles = (I + W - 1) // W
+    w, x, gg, pre, shift = tile(K), tile(K - 1 + T), tile(T), tile(1), tile(1)
+    g_x, g_w, g_bias = tile(K - 1 + T), tile(K), tile(1)
+    control = denormals(np.uint32(0))
+    while True:
+        item = take(slots)
+        if item >= s[1]:
+            break
+        b, c0 = item // tiles, item % tiles * W
+        width = min(W, I - c0)
+        load_turned(w, weight + 4 * c0 * K, K, width)
+        vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
+        if first:
+            load_turned(x, first + 4 * (b * I + c0) * (K - 1), K - 1, width)
+        else:
+            x[: K - 1, :] = ZERO
+        g_x[: K - 1, :] = ZERO
+        g_w[:, :] = ZERO
+        g_bias[:, :] = ZERO
+        out = to_u + 4 * (b * L * I + c0)
+        real = real_tokens(marks + b * L if marks else 0, L)
+        age = K - 1
+        for t0 in range(0, real, T):
+            alive = min(T, real - t0)
+            load(x[K - 1 :], u + b * u_b + t0 * u_t + 4 * c0, u_t, alive, width, 0)
+            load(gg, gy + b * gy_b + t0 * gy_t + 4 * c0, gy_t, alive, width, 0)
+            g_x[K - 1 :, :] = ZERO
+            for t in range(alive):
+                if marks and carray(bytes_at(marks + b * L + t0 + t), (1,))[0] == FRESH:
+                    age = 0
+                conv_token(t, K, age, w, shift[0], x, pre[0])
+                for c in range(W):
+                    r = sigmoid(pre[0, c])
+                    g = gg[t, c] * (r * (ONE + pre[0, c] * (ONE - r)))
+                    gg[t, c] = g
+                    g_bias[0, c] += g
+                for k in range(K - 1 - age, K):
+                    for c in range(W):
+                        g_x[t + k, c] += w[k, c] * gg[t, c]
+                        g_w[k, c] += x[t + k, c] * gg[t, c]
+                age = min(age + 1, K - 1)
+            put(g_x, alive, t0, K, to_first + 4 * (b * I + c0) * (K - 1), out, 4 * I, width)
+            for k in range(K - 1):
+                for c in range(W):
+                    x[k, c] = x[alive + k, c]
+                    g_x[k, c] = g_x[alive + k, c]
+        if g_last:  # the window that the call left behind: it saw only tokens of the last document
+            load_turned(x, g_last + 4 * (b * I + c0) * (K - 1), K - 1, width)
+            for k in range(K - 1 - age, K - 1):
+                for c in range(W):
+                    g_x[k, c] += x[k, c]
+        put(g_x, K - 1, real, K, to_first + 4 * (b * I + c0) * (K - 1), out, 4 * I, width)
+        gg[0, :] = ZERO
+        for t in range(real, L):
+            store(gg, out + 4 * t * I, 0, 1, width)
+        store_turned(g_w, to_weight + 4 * (b * I + c0) * K, K, width)
+        store(g_bias, to_bias + 4 * (b * I + c0), 0, 1, width)
+    denormals(control)
