@@ -2,8 +2,9 @@
 
 Why not `tokenizer.decode` on every token: it costs time that grows with the answer, and a character of Korean, Japanese, Chinese or an emoji
 often spans two to four tokens of a byte-level vocabulary, so that naive streaming shows U+FFFD in its place. Here bytes are kept back until
-they form characters. Chat messages are data: the text `<|im_end|>` inside a message is tokenized as text, never as the special token.
-Left out: tool calls, images, templates that change earlier turns (such a conversation is read anew, see session.py).
+they form characters. A chat is tokenized as in training (data/tokenize.py): `<|im_end|>` inside a message is text, never the special token. A raw
+prompt may spell special tokens, so that any template can be written by hand.
+Left out: tool calls, images.
 
 Source of the byte alphabet: GPT-2's byte-level BPE (Radford et al. 2019), as in the `tokenizers` library's ByteLevel decoder.
 """
@@ -11,17 +12,14 @@ Source of the byte alphabet: GPT-2's byte-level BPE (Radford et al. 2019), as in
 from __future__ import annotations
 
 import codecs
-import hashlib
-import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+from moai_core.data.tokenize import Encoder, check_tokenizer
 from moai_core.errors import UsageError
 
 ROLES = ("system", "user", "assistant")
-# A message that spells out a special token travels through the template as this noncharacter and an index (Unicode 16, section 23.7).
-_MARK = "\ufdd0"
-_INDEX = 0xE000
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -42,12 +40,9 @@ class Vocabulary:
         from tokenizers import decoders
 
         self.tokenizer = tokenizer
-        self.size = len(tokenizer)
-        if vocab_size is not None and self.size > vocab_size:
-            raise UsageError(
-                f"the tokenizer has {self.size} tokens, the model's vocabulary only {vocab_size}",
-                hint="use the tokenizer that the model was trained with",
-            )
+        self.size = max(tokenizer.get_vocab().values()) + 1
+        if vocab_size is not None:
+            check_tokenizer(tokenizer, vocab_size)
         self.special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.skipped = frozenset(self.special.values())
         named = (self.special.get(name) for name in ("<|im_end|>", "<|endoftext|>"))
@@ -65,28 +60,30 @@ class Vocabulary:
             self._bytes[token] = known
         return known
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a prompt as the tokenizer defines them, with what it adds in front; special=False: of a part, every character as text.
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Chats to tokens, as training does it."""
+        return Encoder(self.tokenizer)
 
-        Raises UsageError for text that is not valid Unicode.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as exc:
-            raise UsageError(f"the prompt is not valid UTF-8 (character {exc.start + 1})") from exc
-        return self.tokenizer(text, add_special_tokens=special, split_special_tokens=not special, verbose=False)["input_ids"]
+    def chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool) -> list[int]:
+        """Token ids of a conversation; answer: followed by the head of the assistant's turn. Raises UsageError for messages that
+        `check_messages` or the template refuses, and for a tokenizer without a template."""
+        check_messages(messages)
+        if not self.tokenizer.chat_template:
+            raise UsageError("the model's tokenizer has no chat template", hint="use `moai generate` with plain prompts, or a model trained on chats")
+        return self.encoder.encode_chat([dict(message) for message in messages], add_generation_prompt=answer)
 
     def prompt(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a prompt: text, ids, or chat messages (the template then asks for the assistant's answer). Never empty: an empty
         text begins where a document begins, with `<s>` (or the end-of-document token of a vocabulary without `<s>`).
 
-        Raises UsageError for ids outside the vocabulary and for messages that `Chat` refuses.
+        Raises UsageError for text that is not valid Unicode, ids outside the vocabulary and messages that `chat` refuses.
         """
         if isinstance(prompt, str):
-            ids = self.encode(prompt)
+            check_text(prompt, "the prompt")
+            ids = self.tokenizer(prompt, verbose=False)["input_ids"]
         elif prompt and isinstance(prompt[0], Mapping):
-            chat = Chat(self)
-            ids = chat.encode(chat.render(prompt, answer=True))  # type: ignore[arg-type]
+            ids = self.chat(prompt, answer=True)  # type: ignore[arg-type]
         else:
             ids = list(prompt)  # type: ignore[arg-type]
             wrong = [id for id in ids if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < self.size]
@@ -99,57 +96,31 @@ class Vocabulary:
             raise UsageError("the prompt is empty, and the tokenizer has no <s> to start from", hint="give at least one character")
         return [start]
 
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that decides how text becomes tokens: the tokenizer's own definition and the chat template."""
-        parts = (self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.chat_template or ""))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    def spelling(self, tokens: Sequence[int], text: str) -> list[int] | None:
+        """The first of `tokens` that spell exactly `text`; None where no number of them does (broken characters, special
+        tokens between, a token that goes on)."""
+        if not self.byte_level:
+            return next((list(t) for t in (tokens, tokens[:-1]) if not self.skipped & set(t) and self.text(t) == text), None)
+        wanted, spelled = text.encode(), bytearray()
+        for count in range(len(tokens) + 1):
+            if len(spelled) == len(wanted):
+                return list(tokens[:count]) if spelled == wanted else None
+            if len(spelled) > len(wanted) or count == len(tokens) or tokens[count] in self.skipped:
+                return None
+            spelled += self.bytes(tokens[count])
+        return None
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens spell, special ones included, broken characters as U+FFFD."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-class Chat:
-    """The tokenizer's chat template, with messages kept apart from its special tokens."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        """Raises UsageError for a tokenizer without a template."""
-        if not vocabulary.tokenizer.chat_template:
-            raise UsageError("the model's tokenizer has no chat template", hint="use `moai generate` without --chat, or a model trained on chats")
-        self.vocabulary = vocabulary
-        self.names = sorted(vocabulary.special, key=lambda name: (-len(name), name))
-        self._special = re.compile("(" + "|".join(map(re.escape, self.names)) + ")") if self.names else None
-
-    def render(self, messages: Sequence[Mapping[str, str]], *, answer: bool) -> str:
-        """The conversation as the template writes it; answer: followed by the head of the assistant's turn. For `encode` only.
-
-        Raises UsageError for messages without role or content, for an unknown role, and for an order that the template refuses.
-        """
-        from jinja2 import TemplateError
-
-        check_messages(messages)
-        safe = [{"role": m["role"], "content": self.escape(m["content"])} for m in messages]
-        try:
-            return self.vocabulary.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=answer)
-        except TemplateError as exc:
-            raise UsageError(f"the chat template refuses the messages: {exc}") from exc
-
-    def escape(self, content: str) -> str:
-        """`content` as it stands in a rendered conversation."""
-        content = content.replace(_MARK, "\ufffd")
-        if self._special is None:
-            return content
-        return self._special.sub(lambda match: _MARK + chr(_INDEX + self.names.index(match[0])), content)
-
-    def unescape(self, text: str) -> str:
-        """The inverse of `escape`."""
-        return re.sub(_MARK + "(.)", lambda match: self.names[ord(match[1]) - _INDEX], text, flags=re.S)
-
-    def encode(self, rendered: str) -> list[int]:
-        """Token ids of (a part of) a rendered conversation."""
-        ids: list[int] = []
-        for part in self._special.split(rendered) if self._special else [rendered]:
-            if part in self.vocabulary.special:
-                ids.append(self.vocabulary.special[part])
-            elif part:
-                ids += self.vocabulary.encode(self.unescape(part), special=False)
-        return ids
+def check_text(text: str, where: str) -> None:
+    """Raise UsageError for a lone surrogate: what Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise UsageError(f"{where} is not valid UTF-8 (character {exc.start + 1})") from exc
 
 
 def check_messages(messages: Any, where: str = "messages") -> None:
@@ -163,6 +134,7 @@ def check_messages(messages: Any, where: str = "messages") -> None:
             raise UsageError(f"{where}, message {number}: role must be one of {', '.join(ROLES)} (got {str(message['role'])[:40]!r})")
         if not isinstance(message["content"], str):
             raise UsageError(f"{where}, message {number}: content must be a text")
+        check_text(message["content"], f"{where}, message {number}")
 
 
 class Detokenizer:
