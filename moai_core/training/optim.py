@@ -1,0 +1,151 @@
+"""Optimizers and learning-rate schedules.
+
+Three AdamW (arXiv 1711.05101). `adamw` computes and stores in fp32: torch's own, fused, where the weights are fp32; for bf16 weights with fp32
+masters beside them (arXiv 1710.03740). `adamw_bf16` stores bf16 weights and moments alone and rounds them stochastically, so that updates smaller
+than half a bf16 step survive on average (arXiv 2010.06192). `adamw_8bit` is bitsandbytes' with block-wise quantized moments (arXiv 2110.02861). A_log, D, dt_bias, norms and biases take no weight decay. Schedules are functions of the step alone and the noise
+is a function of (seed, update, parameter), so that nothing about them needs to be saved. Left out: Muon, parameter offload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moai_core.errors import UsageError
+
+NO_DECAY = ("A_log", "D", "dt_bias")
+
+# Elements updated at once by AdamWBF16: bounds its fp32 temporaries (five of them) to a few hundred MB whatever the size of a parameter.
+_CHUNK = 1 << 24
+
+
+def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup: int, min_ratio: float, decay_fraction: float) -> float:
+    """Learning rate of optimizer step `step` (the first is 1, the last is `total`).
+
+    Linear warm-up reaches `peak` at step `warmup`; then `cosine` falls to min_ratio * peak at step `total` (arXiv 1608.03983), `constant` stays,
+    and `wsd` stays until the last decay_fraction of the steps and falls there as 1 - sqrt (arXiv 2405.18392, section 3).
+    """
+    if step <= warmup:
+        return peak * step / warmup
+    if schedule == "constant":
+        return peak
+    if schedule == "wsd":
+        start = max(warmup, total - round(decay_fraction * total))
+        shape = 1.0 if step <= start else 1.0 - math.sqrt((step - start) / (total - start))
+    elif schedule == "cosine":
+        shape = 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+    else:
+        raise UsageError(f"unknown schedule {schedule!r}", hint="schedules: cosine, wsd, constant")
+    return peak * (min_ratio + (1.0 - min_ratio) * max(0.0, shape))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of (name, parameter), with and without weight decay; matrices, convolutions and embeddings decay."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
+            (plain if spared else decayed).append((name, parameter))
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def make_optimizer(model: nn.Module, optim: Any, *, lr: float, seed: int) -> torch.optim.Optimizer:
+    """The optimizer that a recipe's `optim` section names. UsageError when its package is missing."""
+    groups = parameter_groups(model, optim.weight_decay)
+    common = {"lr": lr, "betas": tuple(optim.betas), "eps": optim.eps}
+    bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    if optim.name == "adamw" and not bf16:
+        return torch.optim.AdamW(groups, fused=True, **common)
+    if optim.name in ("adamw", "adamw_bf16"):
+        return AdamWBF16(groups, seed=seed, masters=optim.name == "adamw", **common)
+    if optim.name == "adamw_8bit":
+        require_8bit()
+        if bf16:
+            why = "rounds bf16 weights to the nearest, which loses small updates"
+            raise UsageError(f"optim.name=adamw_8bit {why}", hint="use train.precision=bf16-mixed, or optim.name=adamw_bf16")
+        from bitsandbytes.optim import AdamW8bit
+
+        for group in groups:
+            group["params"] = [parameter for _, parameter in group["params"]]
+        return AdamW8bit(groups, **common)
+    raise UsageError(f"unknown optimizer {optim.name!r}", hint="optimizers: adamw, adamw_bf16, adamw_8bit")
+
+
+def require_8bit() -> None:
+    """UsageError when bitsandbytes is missing."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("optim.name=adamw_8bit needs bitsandbytes", hint="pip install 'moai[quant]'")
+
+
+class AdamWBF16(torch.optim.Optimizer):
+    """AdamW for bf16 weights, computed in fp32.
+
+    With `masters`: fp32 weights and moments in the state, of which the model's weights are the rounded copy; 12 bytes a parameter beside the
+    weight. Without: moments in bf16 (4 bytes), weights and moments rounded stochastically. fp32 parameters (A_log, D, dt_bias) get plain AdamW.
+    Takes groups of (name, parameter): names seed the noise, so that it depends on nothing but seed, count of updates and name.
+    """
+
+    def __init__(
+        self, groups: Any, *, lr: float, betas: tuple[float, float], eps: float, seed: int, masters: bool = False, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.seed, self.masters = seed, masters
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if parameter.grad is not None:
+                    self._update(name, parameter, group)
+
+    def _start(self, parameter: Tensor) -> dict[str, Any]:
+        dtype = torch.float32 if self.masters else parameter.dtype
+        state: dict[str, Any] = {"step": 0, "exp_avg": torch.zeros_like(parameter, dtype=dtype)}
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+        if self.masters and parameter.dtype != torch.float32:
+            state["master"] = parameter.float()
+        return state
+
+    def _update(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.is_contiguous(), name
+        state = self.state[parameter]
+        if not state:
+            state.update(self._start(parameter))
+        state["step"] = count = int(state["step"]) + 1
+        noise = torch.Generator(parameter.device)
+        noise.manual_seed(_mix(self.seed, count, name))
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        scale, root = lr / (1 - beta1**count), math.sqrt(1 - beta2**count)
+        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", parameter))
+        for p, g, m, v, w in zip(*(t.reshape(-1).split(_CHUNK) for t in tensors), strict=True):
+            g = g.float()
+            m32 = m.float().lerp_(g, 1 - beta1)
+            v32 = v.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            w32 = w.float().mul_(1 - lr * group["weight_decay"])
+            w32.addcdiv_(m32, v32.sqrt().div_(root).add_(group["eps"]), value=-scale)
+            for target, value in ((w, w32), (m, m32), (v, v32)):
+                target.copy_(round_stochastic(value, noise) if target.dtype == torch.bfloat16 else value)
+            if w is not p:
+                p.copy_(w32)
+
+
+def round_stochastic(value: Tensor, noise: torch.Generator) -> Tensor:
+    """fp32 -> bf16, to one of the two neighbours with the probability that makes the expectation exact; bf16 values stay as they are."""
+    bits = value.view(torch.int32)
+    low = torch.randint(0, 1 << 16, value.shape, generator=noise, device=value.device, dtype=torch.int32)
+    # Sign and magnitude: a carry out of the lower half goes to the neighbour further from zero, for either sign.
+    return ((bits + low) & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def _mix(seed: int, count: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{count}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+

@@ -1,0 +1,125 @@
+"""What a run is made of: device, precision, model, tokenizer, number of steps; everything that can be wrong before the first step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moai_core import checkpoint
+from moai_core.data import tokenize
+from moai_core.errors import UsageError
+from moai_core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from moai_core.model import MoaiMambaForCausalLM
+
+
+def on_cpu(recipe: Recipe) -> bool:
+    """Whether the run computes on the CPU: by the recipe's word, or for want of CUDA."""
+    return recipe.hardware.gpu == "cpu" or not torch.cuda.is_available()
+
+
+def precision(recipe: Recipe) -> tuple[torch.dtype, bool]:
+    """(type of the weights, whether products run under bf16 autocast). RecipeError where the device can't do what the recipe asks."""
+    asked = recipe.train.precision
+    bf16 = not on_cpu(recipe) and torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "auto":
+        asked = "bf16-mixed" if bf16 else "fp32"
+    if asked != "fp32" and not on_cpu(recipe) and not bf16:
+        raise recipe.error("train.precision", f"{asked} needs a GPU of compute capability 8.0 or newer", hint="use train.precision=fp32")
+    if asked == "bf16" and recipe.optim.name == "adamw_8bit":
+        why = "bf16 doesn't go with optim.name=adamw_8bit, which rounds bf16 weights to the nearest and loses small updates"
+        raise recipe.error("train.precision", why, hint="use train.precision=bf16-mixed, or optim.name=adamw_bf16")
+    return (torch.bfloat16 if asked == "bf16" else torch.float32), asked == "bf16-mixed"
+
+
+def precision_name(recipe: Recipe) -> str:
+    """fp32, bf16 or bf16-mixed: what `auto` came to."""
+    dtype, mixed = precision(recipe)
+    return "bf16-mixed" if mixed else "fp32" if dtype == torch.float32 else "bf16"
+
+
+def device_name(device: torch.device) -> str:
+    """The product name of a GPU, else the device's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+# Dense bf16 FLOPs a second with fp32 accumulation, from the data sheets; the first name found in the device's name counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "A40": 149.7e12, "RTX 4090": 165.2e12,
+}  # fmt: skip
+
+
+def peak_flops(recipe: Recipe) -> float | None:
+    """What one device could do in bf16; None where it isn't known, or where the run doesn't compute in bf16."""
+    if on_cpu(recipe) or precision_name(recipe) == "fp32":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def load_tokenizer(recipe: Recipe, folder: Path | None) -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer. RecipeError when the weights in `folder` bring another one, which their embeddings were trained with."""
+    recipe.require("tokenizer")
+    tokenizer = tokenize.load_tokenizer(str(recipe.tokenizer))
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        trained_with = tokenize.load_tokenizer(folder)
+        if tokenize.fingerprint(trained_with) != tokenize.fingerprint(tokenizer):
+            why = f"{recipe.tokenizer} is not the tokenizer that {folder} was trained with"
+            raise recipe.error("tokenizer", why, hint=f"tokenizer={folder}")
+    return tokenizer
+
+
+def model_folder(path: Path) -> Path:
+    """The folder with the model's files: `path` itself, or the newest good step of a run."""
+    if not path.is_dir() or (path / "config.json").is_file():
+        return path
+    return checkpoint.latest(path) or path
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MoaiMambaForCausalLM:
+    """The recipe's model with initial weights from train.seed, fp32 on the CPU, whatever the device and its random numbers."""
+    from accelerate.utils import set_seed
+
+    from moai_core.model import MoaiMambaConfig, MoaiMambaForCausalLM
+
+    values = recipe.model.numbers()
+    if recipe.model.vocab_size is None:
+        values["vocab_size"] = max(tokenizer.get_vocab().values()) + 1
+    for key, value in (("pad", tokenizer.pad_token_id), ("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
+        if getattr(recipe.model, f"{key}_token_id") is None and value is not None:
+            values[f"{key}_token_id"] = value
+    tokenize.check_tokenizer(tokenizer, values["vocab_size"])
+    set_seed(recipe.train.seed % 2**32)
+    return MoaiMambaForCausalLM(MoaiMambaConfig(**values))
+
+
+def load_model(path: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, on_event: Any) -> MoaiMambaForCausalLM:
+    """Weights of a checkpoint or any folder of a moai model, checked against the tokenizer. CheckpointError, UsageError."""
+    model = checkpoint.load_model(path, dtype=dtype, on_event=on_event)
+    tokenize.check_tokenizer(tokenizer, model.config.vocab_size)
+    return model
+
+
+def make_ready(model: MoaiMambaForCausalLM, recipe: Recipe, dtype: torch.dtype) -> None:
+    """Type, scan backend and checkpointing of the recipe; training mode."""
+    model.to(dtype)
+    model.set_scan_backend(recipe.model.scan if recipe.model.use_fast_scan is not False else "reference")
+    model.model.gradient_checkpointing = recipe.train.checkpointing == "full"
+    model.train()
+
+
+def total_steps(recipe: Recipe, rows_in_epoch: int | None, rows_in_step: int) -> int:
+    """Optimizer steps of the run: train.steps, or what train.epochs makes of the data. RecipeError for epochs of a stream."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    if recipe.train.epochs is None:
+        raise UsageError("the recipe sets neither train.steps nor train.epochs", hint="add train.steps=N")
+    if rows_in_epoch is None:
+        raise recipe.error("train.epochs", "needs data of known length, and a stream has none", hint="set train.steps=N instead")
+    return max(1, math.ceil(recipe.train.epochs * rows_in_epoch / rows_in_step))
