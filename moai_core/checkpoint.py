@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from moai_core import storage, tensors, weights
-from moai_core.errors import CheckpointError, StorageError
+from moai_core.errors import CheckpointError, StorageError, storage_error
 from moai_core.storage import lock, verify
 
 if TYPE_CHECKING:
@@ -209,10 +209,10 @@ def load_model(
                 verify(folder, only=lambda name: not name.startswith("optimizer"))
             model = weights.read(folder, dtype=dtype, device=device)
             break
-        except (CheckpointError, FileNotFoundError) as exc:
+        except (CheckpointError, OSError) as exc:
             # A run that is being trained may have purged the step between finding and reading it.
             if last_try or folder.exists():
-                raise exc if isinstance(exc, CheckpointError) else CheckpointError(f"{folder}: {exc.strerror}") from exc
+                raise storage_error(exc, folder) if isinstance(exc, OSError) else exc from exc
     model.set_scan_backend(scan)
     return model
 
@@ -221,7 +221,7 @@ def load_model(
 
 
 def load_training(step_dir: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """`(optimizer state, trainer dict)` of a checkpoint, verified first. The ranks' states are merged; None without one.
+    """`(optimizer state, trainer dict)` of a step, verified first. The ranks' states are merged; None if there is none.
 
     The trainer dict has `step`, `recipe` and what `save` was given. Raises CheckpointError.
     """

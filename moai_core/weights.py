@@ -147,6 +147,8 @@ def _refuse_foreign(folder: Path) -> None:
             f"{file}: auto_map asks to run code from the folder, which is never done",
             hint="remove auto_map if this is a plain mamba_moai model",
         )
+    if large := [name for name, value in values.items() if isinstance(value, int) and value >= 1 << 31]:
+        raise CheckpointError(f"{file}: {large[0][:80]} is {str(values[large[0]])[:40]}, no model is that large")
     kind = values.get("model_type")
     if kind != "mamba_moai":
         raise CheckpointError(f"{file}: model_type is {str(kind)[:60]!r}, only 'mamba_moai' can be loaded")
@@ -202,4 +204,5 @@ def _generation(file: Path) -> Any:
 
 
 def _line(exc: Exception) -> str:
-    return " ".join(str(exc).split())[:160]
+    """The first line of a library's message, which may go on for many."""
+    return (str(exc).splitlines() or [type(exc).__name__])[0][:160]
