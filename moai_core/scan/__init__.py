@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from moai_core.errors import UsageError
-from moai_core.scan import cpu, reference
+from moai_core.scan import cpu, mamba_ssm, reference
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "mamba_ssm": mamba_ssm, "reference": reference}
 
 __all__ = ["BACKENDS", "conv", "conv_step", "explain", "pick", "scan", "step"]
 
@@ -39,7 +39,7 @@ def explain(
 ) -> list[tuple[str, str | None]]:
     """Every backend in the order of preference with the reason why it can't do this call, or None if it can.
 
-    op: "scan" or "conv" (a step counts as its operation with a state); state: the call continues a given state;
+    op: "scan", "conv", "step" or "conv_step"; state: the call continues a given state;
     seq_idx: it has packed documents or padding.
     """
     device = torch.device(device)
@@ -163,7 +163,7 @@ def step(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`scan` for one token a row: u, dt, z (B, I); B, C (B, N); state (B, I, N). Returns (y (B, I), the new state)."""
-    chosen = pick(u.device, u.dtype, backend=backend, op="scan", N=A.shape[1], state=True)
+    chosen = pick(u.device, u.dtype, backend=backend, op="step", N=A.shape[1], state=True)
     return chosen.step(u, dt, A, B, C, D, z, dt_bias, state)
 
 
@@ -171,5 +171,5 @@ def conv_step(
     u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """`conv` for one token a row: u (B, I); state (B, I, K-1). Returns (y (B, I), the new state)."""
-    chosen = pick(u.device, u.dtype, backend=backend, op="conv", K=weight.shape[-1], state=True)
+    chosen = pick(u.device, u.dtype, backend=backend, op="conv_step", K=weight.shape[-1], state=True)
     return chosen.conv_step(u, weight, bias, state)
