@@ -1,0 +1,209 @@
+"""What generation reads and writes besides text: model folders, files of prompts, files of completions.
+
+Prompt files: `.jsonl`/`.json` has an object a line, {"prompt": text} or {"messages": [{"role", "content"}]}, with an optional "id" and any of
+the settings of sampling.Settings for that row; any other file is plain text with a prompt a line. Everything is checked before a model is
+loaded: a bad line is a DataError `file:line: why`. Completions are written in the order of the prompts, all at once, atomically.
+Left out: compressed files, chat formats other than messages (data/read.py reads those for training).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moai_core import storage
+from moai_core.errors import CheckpointError, DataError, UsageError, storage_error
+from moai_core.generation.sampling import SETTINGS, Settings, check_settings
+from moai_core.generation.text import check_messages, check_text
+
+if TYPE_CHECKING:
+    from moai_core.generation.engine import Completion
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_KEYS = ("prompt", "messages", "id", *SETTINGS)
+# Controls (but newline, tab), and what reorders a line; they stay legible in JSON and can't steer a terminal that shows the file.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+# ---- models -----------------------------------------------------------------------------------------------------------
+
+
+def open_model(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    scan: str = "auto",
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[Any, Any, Path]:
+    """Model, tokenizer and the folder they came from: `path` itself or the latest checkpoint of the run folder `path`.
+
+    tokenizer: a folder or name, if not the model's own. device: auto (CUDA if there is one), cpu, cuda, cuda:N. dtype: one of
+    DTYPES; auto keeps what is stored. Raises UsageError for a device or dtype that can't be, CheckpointError for the rest.
+    """
+    import torch
+
+    from moai_core import checkpoint
+    from moai_core.data.tokenize import check_tokenizer, load_tokenizer
+
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)} (got {dtype!r})")
+    where = pick_device(device)
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        folder = checkpoint.latest(folder, on_event=on_event or (lambda event: None)) or folder
+    model = checkpoint.load_model(
+        folder, dtype=None if dtype == "auto" else getattr(torch, dtype), device=where, scan=scan
+    )
+    if tokenizer is None and not (folder / "tokenizer.json").exists():
+        raise CheckpointError(f"{folder}: has no tokenizer.json", hint="name its tokenizer with --tokenizer")
+    made = load_tokenizer(folder if tokenizer is None else tokenizer)
+    check_tokenizer(made, model.config.vocab_size)
+    return model, made, folder
+
+
+def pick_device(name: str) -> str:
+    """`name` as torch knows it. Raises UsageError for a device that is unknown or not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N (got {name!r})")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(name.partition(":")[2] or 0) >= count:
+            raise UsageError(f"--device {name}: this machine has {count or 'no'} CUDA GPU{'' if count == 1 else 's'}")
+    return name
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row of a prompt file: text or messages, its settings, and its "id" (None if it has none)."""
+
+    prompt: str | list[dict[str, str]]
+    settings: Settings
+    id: Any = None
+
+
+def read_prompts(path: str | Path, settings: Settings, *, raw: bytes | None = None) -> list[Request]:
+    """The rows of a prompt file in order; `settings` holds where a row says nothing.
+
+    raw: the content, if it comes from a pipe (path then only names it in messages, and an opening brace means jsonl).
+    Raises DataError naming `file:line` for the first bad row, StorageError for a file that can't be read.
+    """
+    if raw is None:
+        try:
+            raw = Path(path).read_bytes()
+        except OSError as exc:
+            raise storage_error(exc, path) from exc
+        as_json = Path(path).suffix in (".jsonl", ".json")
+    else:
+        as_json = raw.lstrip().startswith(b"{")
+    # A newline at the end ends the last line and begins no other.
+    lines = raw.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n") if raw.strip() else []
+    if not lines:
+        raise DataError(f"{path}: no prompts in it", hint="a prompt a line, or .jsonl with an object a line")
+    return [_row(f"{path}:{number}", line, settings, as_json) for number, line in enumerate(lines, 1)]
+
+
+def _row(where: str, line: bytes, settings: Settings, as_json: bool) -> Request:
+    try:
+        text = line.decode("utf-8").removesuffix("\r")
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{where}: not valid UTF-8 (byte {exc.start + 1} of the line)") from exc
+    if not text.strip():
+        raise DataError(f"{where}: empty line", hint='a prompt a line; .jsonl can hold an empty one, {"prompt": ""}')
+    if not as_json:
+        return Request(text, settings)
+    try:
+        row = storage.parse_json(text.encode(), where)
+    except CheckpointError as exc:
+        raise DataError(exc.message, hint='an object a line, such as {"prompt": "Once upon a time"}') from exc
+    if not isinstance(row, dict):
+        raise DataError(f'{where}: must be an object such as {{"prompt": "..."}} (got {type(row).__name__})')
+    for key in row:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"a row may have: {', '.join(_KEYS)}"
+            raise DataError(f"{where}: unknown key {key[:60]!r}", hint=hint)
+    if ("prompt" in row) == ("messages" in row):
+        raise DataError(f'{where}: must have either "prompt" or "messages"')
+    if not isinstance(row.get("id", ""), (str, int)):
+        raise DataError(f"{where}: id must be a text or a whole number")
+    try:
+        own = {key: value for key, value in row.items() if key in SETTINGS}
+        check_settings(own, lambda key: f"{where}: {key}")
+        if "messages" in row:
+            check_messages(row["messages"], f"{where}: messages")
+        elif not isinstance(row["prompt"], str):
+            raise DataError(f"{where}: prompt must be a text (got {type(row['prompt']).__name__})")
+        else:
+            check_text(row["prompt"], f"{where}: prompt")
+    except DataError:
+        raise
+    except UsageError as exc:
+        raise DataError(exc.message, hint=exc.hint) from exc
+    return Request(row.get("prompt", row.get("messages")), replace(settings, **own), row.get("id"))
+
+
+# ---- completions --------------------------------------------------------------------------------------------------------
+
+
+def record(request: Request, answer: Completion) -> dict[str, Any]:
+    """A completion as JSON: id (if given), prompt or messages, text, finish_reason, counts, seed, seconds, logprobs (if asked for)."""
+    about: dict[str, Any] = {} if request.id is None else {"id": request.id}
+    about["prompt" if isinstance(request.prompt, str) else "messages"] = request.prompt
+    about |= {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": len(answer.tokens),
+        "seed": answer.seed,
+        "prefill_seconds": round(answer.prefill_seconds, 4),
+        "decode_seconds": round(answer.decode_seconds, 4),
+    }
+    return about if answer.logprobs is None else {**about, "logprobs": answer.logprobs}
+
+
+def dumps(value: Any, *, indent: int | None = None) -> str:
+    """JSON with readable Korean, Japanese and Chinese, and control characters escaped, so that a terminal may show it."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def one_line(text: str) -> str:
+    r"""A completion as a line of a text file: line breaks as `\n`, other control characters left out."""
+    return _UNSAFE.sub("", text.replace("\r\n", "\n").replace("\n", "\\n"))
+
+
+def write_completions(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write records atomically: `.jsonl` an object a line, `.json` one array, any other suffix the texts alone, one a line.
+
+    Raises StorageError."""
+    if path.suffix == ".json":
+        text = dumps(list(records), indent=2) + "\n"
+    elif path.suffix == ".jsonl":
+        text = "".join(dumps(one) + "\n" for one in records)
+    else:
+        text = "".join(one_line(one["text"]) + "\n" for one in records)
+    storage.write_file(path, text.encode())
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Raise UsageError if a result can't be written to `path` or would replace something (unless force), before any work is done."""
+    if path.is_dir():
+        raise UsageError(f"--output-file {path}: is a folder")
+    if not path.parent.is_dir():
+        raise UsageError(f"--output-file {path}: the folder {path.parent} doesn't exist")
+    if path.exists() and not force:
+        raise UsageError(f"--output-file {path}: exists already", hint="choose another name, or --force to replace it")
