@@ -1,0 +1,96 @@
+"""`moai eval`: how well a model predicts a file: loss, perplexity, bits per byte."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Optional
+
+import typer
+
+from moai_cli.console import clean, note, print_json, progress, table, warn
+from moai_cli.options import Device, Json, Model, Scan
+
+
+def evaluate(
+    model: Model = None,
+    data: Annotated[str, typer.Option("--data", "-d", help="File, folder or glob: txt, md, jsonl, json, parquet (also .gz, .zst).", show_default=False)] = "",
+    max_length: Annotated[int, typer.Option("--max-length", help="Tokens read at once; the state carries the rest, so the result doesn't change.")] = 2048,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Documents read side by side.")] = 8,
+    limit: Annotated[Optional[int], typer.Option("--limit", help="At most so many documents.", show_default=False)] = None,
+    format: Annotated[str, typer.Option("--format", help="Kind of records: auto, text, messages, conversations, instruction, prompt.")] = "auto",
+    train_on: Annotated[str, typer.Option("--train-on", help="Of chats, score the turns of: assistant, all.")] = "assistant",
+    on_error: Annotated[str, typer.Option("--on-error", help="A bad line: stop, or skip and count it.")] = "stop",
+    tokenizer: Annotated[Optional[str], typer.Option("--tokenizer", help="Folder or name; default: the model's own.", show_default=False)] = None,
+    device: Device = "auto",
+    scan: Scan = "auto",
+    json: Json = False,
+) -> None:
+    """Measure loss, perplexity and bits per byte on a file.
+
+    Every document is scored with its whole context: the state is carried over chunks, so documents may be longer than memory would
+    allow a transformer.
+
+    Examples:
+
+        moai eval --model runs/cpu-tiny --data book.txt
+
+        moai eval -m runs/cpu-tiny/step-300 -d 'chats/**/*.jsonl' --limit 500 --json
+    """
+    from moai_core.errors import UsageError
+
+    if model is None:
+        raise UsageError("--model is missing", hint="a run folder, a step-N checkpoint or a Hugging Face folder: --model runs/cpu-tiny")
+    if not data:
+        raise UsageError("--data is missing", hint="a file, a folder or a glob: --data book.txt")
+    for name, value, allowed in (("--train-on", train_on, ("assistant", "all")), ("--on-error", on_error, ("stop", "skip"))):
+        if value not in allowed:
+            raise UsageError(f"{name} must be {' or '.join(allowed)} (got {value!r})")
+    result = _run(model, data, tokenizer, device, scan, max_length=max_length, batch_size=batch_size, limit=limit, format=format, train_on=train_on, on_error=on_error)
+    if json:
+        print_json(result)
+        return
+    if result["skipped"]:
+        warn(f"{result['skipped']} bad lines left out")
+    rows = [["loss", f"{result['loss']:.4f}"], ["perplexity", f"{result['perplexity']:.3f}"], ["bits per byte", f"{result['bits_per_byte']:.4f}"]]
+    rows += [[name, f"{result[name]:,}"] for name in ("tokens", "bytes", "documents")]
+    rows += [["seconds", f"{result['seconds']:.1f}"], ["tokens/s", f"{result['tokens_per_second']:,.0f}"]]
+    table(["measure", "value"], rows, title=clean(f"{result['model']} on {data}"), right=[1])
+
+
+def _run(model: Any, data: str, tokenizer: str | None, device: str, scan: str, **options: Any) -> dict[str, Any]:
+    import torch
+
+    from moai_core.checkpoint import latest, load_model
+    from moai_core.data.read import find_files
+    from moai_core.data.tokenize import load_tokenizer
+    from moai_core.errors import UsageError
+    from moai_core.evaluate import evaluate_file
+
+    bar = progress("tokens")
+    task = bar.add_task("evaluating", total=None, tokens="")
+
+    def show(event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            bar.update(task, completed=event["done"], tokens=event["unit"])
+        elif event["event"] == "warning":
+            warn(event["message"])
+        elif event["event"] == "note":
+            note(event["message"])
+
+    find_files(data)  # a wrong path is told before the model loads
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        place = torch.device(where)
+    except RuntimeError as exc:
+        raise UsageError(f"--device: unknown device {device!r}", hint="cpu, cuda, cuda:N or auto") from exc
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: this machine has no CUDA GPU", hint="use --device cpu")
+    step = latest(model, on_event=show) if model.is_dir() and not (model / "config.json").exists() else None
+    folder = step or model
+    loaded = load_model(folder, device=place, scan=scan, on_event=show)
+    words = load_tokenizer(tokenizer or folder)
+    begin = time.perf_counter()
+    with bar:
+        result = evaluate_file(loaded, words, data, on_event=show, **options)
+    seconds = time.perf_counter() - begin
+    return {"model": str(model), "data": data, **result, "seconds": seconds, "tokens_per_second": result["tokens"] / max(seconds, 1e-9)}
