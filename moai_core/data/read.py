@@ -39,7 +39,7 @@ class Problems:
     """What `on_error` decides, the exact count of what was left out, and how far the reader is.
 
     skipped: bad records; empty: valid records without text; examples: the first messages; consumed: bytes read from the disk;
-    kind: what the last file's records are.
+    kind: what the last file's records are; origin: bytes of its byte order mark.
     """
 
     on_error: str = "stop"
@@ -48,6 +48,7 @@ class Problems:
     examples: list[str] = field(default_factory=list)
     consumed: int = 0
     kind: str = "auto"
+    origin: int = 0
 
     def bad(self, file: str, line: int, why: str) -> None:
         message = f"{file}:{line}: {why}"
@@ -240,7 +241,8 @@ def _blocks(path: Path, problems: Problems) -> Iterator[bytes]:
                         f"{path}:1: starts with a UTF-16 byte order mark; moai reads UTF-8",
                         hint=f"iconv -f UTF-16 -t UTF-8 {path.name}",
                     )
-                block, start = block.removeprefix(b"\xef\xbb\xbf"), False
+                problems.origin = 3 if block.startswith(b"\xef\xbb\xbf") else 0
+                block, start = block[problems.origin :], False
             yield block
 
 
@@ -312,7 +314,7 @@ def _lines_json(path: Path, blocks: Iterable[bytes], problems: Problems) -> Iter
         if not raw.strip():
             continue
         try:
-            record = _parse(_decode(raw, offset))
+            record = _parse(_decode(raw, offset + problems.origin))
         except BadRecord as exc:
             problems.bad(name, number, str(exc))
             continue
@@ -378,13 +380,14 @@ def _array(path: Path, blocks: Iterator[bytes]) -> Iterator[tuple[str, int, Any]
         return
     while True:
         try:
+            begin = at
             record, end = decoder.raw_decode(text, at)
             if end == len(text) and more():
                 continue
         except (ValueError, RecursionError) as exc:
             if isinstance(exc, ValueError) and len(text) - at <= MAX_RECORD and more():
                 continue
-            row = line + (exc.doc.count("\n", at, exc.pos) if isinstance(exc, json.JSONDecodeError) else 0)
+            row = line + (exc.doc.count("\n", begin, exc.pos) if isinstance(exc, json.JSONDecodeError) else 0)
             why = (
                 exc.msg
                 if isinstance(exc, json.JSONDecodeError)
@@ -454,7 +457,7 @@ def _texts(path: Path, problems: Problems) -> Iterator[Document]:
     for raw in _text_lines(_blocks(path, problems)):
         line = ""
         try:
-            line = _decode(raw[:-2] + b"\n" if raw.endswith(b"\r\n") else raw, offset)
+            line = _decode(raw[:-2] + b"\n" if raw.endswith(b"\r\n") else raw, offset + problems.origin)
         except BadRecord as exc:
             problems.bad(name, number, str(exc))
         here, number, offset = number, number + raw.endswith(b"\n"), offset + len(raw)

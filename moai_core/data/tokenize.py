@@ -207,7 +207,7 @@ class Encoder:
         if segments and segments[0].role is not None:
             return self._chat(segments, contents)
         ids = list(self.prefix) if document.first else []
-        runs = [(len(ids), True)]
+        runs = [(len(ids), not segments or segments[0].trainable)]
         for segment, content in zip(segments, contents, strict=True):
             ids += content
             runs.append((len(content), segment.trainable))
