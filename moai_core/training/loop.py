@@ -6,21 +6,20 @@
     loss.png         the curves, drawn when the run ends or is interrupted
     step-N/          checkpoints (moai_core/checkpoint.py)
 
-One step: fetch all micro-batches, count their label tokens over all ranks, divide each micro-batch's summed loss by that count (so that accumulation and
-ranks change nothing but the order of a sum), clip, update. A step whose loss or gradient is not finite is skipped on every rank. All state is in
-the checkpoint: a run resumed on a CPU takes the same steps, bit for bit, as one that never stopped. Signals, resuming, collectives and trackers live in
-stop.py, resume.py, parallel.py and track.py. Left out: sharded models, multimodal data, early stopping.
+One step: fetch all micro-batches, count their label tokens over all ranks, divide each micro-batch's summed loss by
+that count (so that accumulation and ranks change nothing but the order of a sum), clip, update. A step whose loss or
+gradient is not finite is skipped on every rank. All state is in the checkpoint: a run resumed on a CPU takes the same
+steps, bit for bit, as one that never stopped. Signals, resuming, collectives and trackers live in stop.py, resume.py,
+parallel.py and track.py. Left out: sharded models, multimodal data, early stopping.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 from typing import Any
@@ -28,18 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moai_core import checkpoint, plan, storage
-from moai_core.data.loader import Loader, make_loader
+from moai_core import checkpoint, evaluate, plan
+from moai_core.data.loader import Loader
 from moai_core.errors import Interrupted, NonFiniteError, StorageError, UsageError
 from moai_core.model.loss import IGNORED, shift_labels
 from moai_core.recipe import Recipe
 from moai_core.training import metrics, optim, setup, track
-from moai_core.training import resume as resuming
 from moai_core.training.parallel import Ranks
+from moai_core.training.run import Fetched, OnEvent, Run
 from moai_core.training.sample import sample
 from moai_core.training.stop import StopFlag
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 # Train losses that the mean in `Result.loss` is taken over.
 RECENT = 10
@@ -47,7 +44,9 @@ RECENT = 10
 
 @dataclass
 class Result:
-    """What a finished run reports. loss: mean of the last ten steps; valid, best and sample are None where the recipe asks for none."""
+    """What a finished run reports. loss: mean of the last ten steps; valid, best and sample are None where the recipe
+    asks for none.
+    """
 
     run_dir: Path
     checkpoint: Path | None
@@ -68,23 +67,6 @@ class Result:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
-@dataclass
-class Progress:
-    """The part of a run's state that is neither tensors nor the loader's; all of it goes into trainer.json."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    evaluated: int = 0
-    sampled: int = 0
-    skipped: int = 0
-    nonfinite: int = 0
-    recent: list[float] = field(default_factory=list)
-    valid: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
-    sample: dict[str, Any] | None = None
-
-
 def train(
     recipe: Recipe,
     *,
@@ -96,14 +78,16 @@ def train(
 ) -> Result:
     """Trains until the recipe's steps are done.
 
-    model_path: weights to start from (run, step or Hugging Face folder), with a fresh optimizer and optim.finetune_lr. resume: auto, never or a
-    checkpoint's path (resume.py). output: the run folder (default: the recipe's). Under torchrun every process calls this; rank 0 writes.
+    model_path: weights to start from (run, step or Hugging Face folder), with a fresh optimizer and optim.finetune_lr.
+    resume: auto, never or a checkpoint's path (resume.py). output: the run folder (default: the recipe's). Under
+    torchrun every process calls this; rank 0 writes.
 
-    Events (`{"event": ...}`): start, step, valid, sample, checkpoint, warning, note, and those of the data pipeline; on rank 0 only.
-    Raises UsageError, RecipeError, DataError (2), CheckpointError (3), StorageError (4), NonFiniteError (5), LockedError (6), RankError (7) and
-    Interrupted once `stop` was asked for and the state is saved. On ranks other than 0, SystemExit for an error that rank 0 reports.
+    Events (`{"event": ...}`): start, step, valid, sample, checkpoint, warning, note, and those of the data pipeline; on
+    rank 0 only. Raises UsageError, RecipeError, DataError (2), CheckpointError (3), StorageError (4), NonFiniteError
+    (5), LockedError (6), RankError (7) and Interrupted once `stop` was asked for and the state is saved. On ranks other
+    than 0, SystemExit for an error that rank 0 reports.
     """
-    stop = stop or StopFlag()
+    stop = StopFlag() if stop is None else stop
     if model_path is not None and resume not in ("auto", "never"):
         raise UsageError("--model starts a new run, --resume PATH continues one: give one of them")
     track.require(recipe.track)
@@ -113,113 +97,16 @@ def train(
     with ExitStack() as stack:
         with stop.at_once():
             ranks = Ranks(cpu=setup.on_cpu(recipe), mixed=mixed)
-            run = Run(recipe, Path(output or recipe.output or f"runs/{recipe.name}"), ranks, stop, on_event, stack)
-            run.open(resume, None if model_path is None else Path(model_path), dtype)
+            loop = Loop(recipe, Path(output or recipe.output or f"runs/{recipe.name}"), ranks, stop, on_event, stack)
+            loop.open(resume, None if model_path is None else Path(model_path), dtype)
         with ranks.guard():
-            result = run.go()
+            result = loop.go()
         ranks.close()
     return result
 
 
-class Run:
-    """One training run on this process: what it holds, and the steps it takes."""
-
-    def __init__(self, recipe: Recipe, run_dir: Path, ranks: Ranks, stop: StopFlag, on_event: OnEvent, stack: ExitStack) -> None:
-        self.recipe, self.run_dir, self.ranks, self.stop, self.stack = recipe, run_dir, ranks, stop, stack
-        self.on_event: OnEvent = on_event if ranks.main else lambda event: None
-        self.accumulation = recipe.accumulation(ranks.world)
-        self.rows = recipe.train.batch_size * self.accumulation * ranks.world
-        self.progress = Progress()
-        self.saved: Path | None = None
-        self.resumed_from: int | None = None
-        self.trackers: list[track.Tracker] = []
-        self.timed = [0.0, 0.0]
-
-    # ---- before the first step
-
-    def open(self, resume: str, model_path: Path | None, dtype: torch.dtype) -> None:
-        """Takes the run folder, then builds or restores everything."""
-        ranks, recipe = self.ranks, self.recipe
-        ranks.on_main(lambda: self._take_folder(resume))
-        start = ranks.main_first(lambda: resuming.find_start(self.run_dir, resume, self.on_event))
-        saved = None if start.step_dir is None else checkpoint.load_training(start.step_dir)
-        self.model_path = None if model_path is None else str(model_path.resolve())
-        if saved is not None and start.step_dir is not None:
-            self._agree(saved[1], start.step_dir, explicit=resume not in ("auto", "never"))
-            self.model_path = saved[1].get("model_path")
-        source = start.step_dir or (None if model_path is None else setup.model_folder(model_path))
-        self.tokenizer = setup.load_tokenizer(recipe, source)
-        if source is None:
-            self.model = setup.new_model(recipe, self.tokenizer)
-        else:
-            self.model = setup.load_model(source, recipe, self.tokenizer, dtype, self.on_event)
-        setup.make_ready(self.model, recipe, dtype)
-        self.loader = ranks.main_first(lambda: self._loader("train"))
-        self.valid_loader = ranks.main_first(lambda: self._loader("valid")) if recipe.train.eval_every else None
-        self.steps = setup.total_steps(recipe, self.loader.len_rows, self.rows)
-        self.parallel = ranks.prepare(self.model)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        tuned = self.model_path is not None and recipe.optim.finetune_lr is not None
-        self.peak_lr = recipe.optim.finetune_lr if tuned and recipe.optim.finetune_lr else recipe.optim.lr
-        self.optimizer = optim.make_optimizer(self.model, recipe.optim, lr=self.peak_lr, seed=recipe.train.seed)
-        if saved is not None:
-            self._restore(*saved)
-        self.consumed = self.loader.state_dict()
-        self.batches = iter(self.loader)
-        self.ahead: Fetched | None = None
-        ranks.on_main(lambda: self._open_files(start.step_dir))
-
-    def _take_folder(self, resume: str) -> None:
-        resuming.check_output(self.run_dir, resume)
-        self.stack.enter_context(checkpoint.lock(self.run_dir))
-
-    def _agree(self, trainer: dict[str, Any], step_dir: Path, *, explicit: bool) -> None:
-        differ = resuming.check_agreement(
-            self.recipe, trainer, step_dir=step_dir, explicit=explicit, rows=self.rows, model_path=self.model_path
-        )
-        if differ:
-            self.on_event({"event": "note", "message": f"resuming with other values of {', '.join(differ)}"})
-
-    def _loader(self, split: str) -> Any:
-        train = self.recipe.train
-        return make_loader(
-            self.recipe.data,
-            self.tokenizer,
-            split=split,
-            batch_size=train.batch_size,
-            seed=train.seed,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world,
-            on_event=self.on_event,
-        )
-
-    def _restore(self, optimizer_state: dict[str, Any] | None, trainer: dict[str, Any]) -> None:
-        # The recipe's settings (weight decay, betas) hold, not the stored ones: where they may differ, the user said so.
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        if optimizer_state is not None:
-            checkpoint.load_optimizer_state(self.model, self.optimizer, optimizer_state)
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(values)
-        self.loader.load_state_dict(trainer["loader"])
-        self.progress = Progress(**{k: v for k, v in trainer["progress"].items() if k in Progress.__dataclass_fields__})
-        self.resumed_from = self.progress.step
-        checkpoint.set_rng_state(trainer["rng"])
-
-    def _open_files(self, step_dir: Path | None) -> None:
-        """recipe.yaml, and the records cut back to the step that the run goes on from."""
-        source = self.run_dir if step_dir is None else step_dir.parent
-        for name in (metrics.METRICS, metrics.SAMPLES):
-            metrics.truncate(self.run_dir / name, self.progress.step, source=source / name)
-        storage.write_file(self.run_dir / resuming.RECIPE, self.recipe.to_yaml().encode())
-        self.metrics = self.stack.enter_context(closing(metrics.Lines(self.run_dir / metrics.METRICS)))
-        self.samples = self.stack.enter_context(closing(metrics.Lines(self.run_dir / metrics.SAMPLES)))
-        for name in self.recipe.track:
-            self.trackers.append(track.Tracker(name, self.run_dir, self.recipe.to_dict(), self.on_event))
-            self.stack.callback(self.trackers[-1].close)
-        if step_dir is not None and source.resolve() == self.run_dir.resolve():
-            self.saved = step_dir
-
-    # ---- the steps
+class Loop(Run):
+    """The steps of a run and what happens around them."""
 
     def go(self) -> Result:
         """Steps until done. Whatever ends the run, what it recorded is drawn; a wish to stop is heard after saving."""
@@ -261,14 +148,18 @@ class Run:
         )
 
     def _fetch(self) -> Fetched:
-        """The micro-batches of one step, with counts of label tokens and of real tokens, and the loader's state behind them."""
+        """The micro-batches of one step, with counts of label tokens and of real tokens, and the loader's state behind
+        them.
+        """
         batches = [next(self.batches) for _ in range(self.accumulation)]
         labels = sum(int((shift_labels(b["labels"], b["seq_idx"]) != IGNORED).sum()) for b in batches)
         real = sum(int((b["seq_idx"] >= 0).sum()) for b in batches)
         return Fetched(batches, labels, real, self.loader.state_dict(), self.loader.epoch)
 
     def _step(self) -> None:
-        """One optimizer step. Raises Interrupted between micro-batches; what they left is thrown away and done again after resuming."""
+        """One optimizer step. Raises Interrupted between micro-batches; what they left is thrown away and done again
+        after resuming.
+        """
         began, ranks, progress = time.perf_counter(), self.ranks, self.progress
         now, self.ahead = self.ahead or self._fetch(), None
         labels, real = self._agree_to_go_on(now.labels, now.real)
@@ -284,7 +175,7 @@ class Run:
                 loss = self.parallel(**inputs, num_items=items).loss
                 loss.backward()
             total += loss.detach()
-        norm = grad_norm(self.parameters)
+        norm = optim.grad_norm(self.parameters)
         if progress.step + 1 < self.steps:
             # While a GPU still computes; on a CPU it makes no difference.
             self.ahead = self._fetch()
@@ -305,7 +196,9 @@ class Run:
     def _agree_to_go_on(self, labels: int, real: int) -> tuple[float, float]:
         """Label and real tokens summed over the ranks; Interrupted on all of them when one was asked to stop."""
         asked = self.stop.signum
-        labels_all, real_all, interrupts, terms = self.ranks.sum(labels, real, asked == SIGINT, asked not in (0, SIGINT))
+        labels_all, real_all, interrupts, terms = self.ranks.sum(
+            labels, real, asked == SIGINT, asked not in (0, SIGINT)
+        )
         if interrupts or terms:
             raise Interrupted(SIGTERM if terms else SIGINT)
         return labels_all, real_all
@@ -329,7 +222,9 @@ class Run:
             group["lr"] = lr
         self.optimizer.step()
 
-    def _record(self, loss: float, lr: float, norm: float, finite: bool, real: float, seconds: float, epoch: int) -> None:
+    def _record(
+        self, loss: float, lr: float, norm: float, finite: bool, real: float, seconds: float, epoch: int
+    ) -> None:
         progress = self.progress
         progress.recent = [*progress.recent[1 - RECENT :], loss] if finite else progress.recent
         self.timed = [self.timed[0] + real, self.timed[1] + seconds]
@@ -337,7 +232,7 @@ class Run:
             return
         row: dict[str, Any] = {"kind": "train", "step": progress.step, "loss": loss, "lr": lr, "grad_norm": norm}
         row |= {"tokens": progress.tokens, "epoch": epoch, "tokens_per_s": round(real / seconds, 1)}
-        row["memory_mb"] = round(memory_in_use(self.ranks.device) / 1e6, 1)
+        row["memory_mb"] = round(setup.memory_in_use(self.ranks.device) / 1e6, 1)
         if self.peak_flops:
             row["mfu"] = round(self.flops * real / seconds / (self.peak_flops * self.ranks.world), 4)
         if not finite:
@@ -345,7 +240,9 @@ class Run:
         self.metrics.write(row)
         self.on_event({"event": "step", "steps": self.steps, **row})
         if progress.step % self.recipe.train.log_every == 0:
-            self._track({k: row[k] for k in ("loss", "lr", "grad_norm", "tokens_per_s", "memory_mb", "mfu") if k in row})
+            self._track(
+                {k: row[k] for k in ("loss", "lr", "grad_norm", "tokens_per_s", "memory_mb", "mfu") if k in row}
+            )
 
     def _track(self, values: dict[str, float]) -> None:
         for tracker in self.trackers:
@@ -359,7 +256,8 @@ class Run:
         progress.nonfinite += 1
         progress.skipped += 1
         what = "the gradient" if math.isfinite(loss) else "the loss"
-        message = f"step {progress.step}: {what} is not finite; the step is skipped ({progress.nonfinite} in a row, {limit} stop the run)"
+        count = f"{progress.nonfinite} in a row, {limit} stop the run"
+        message = f"step {progress.step}: {what} is not finite; the step is skipped ({count})"
         self.on_event({"event": "warning", "message": message})
         if progress.nonfinite >= limit:
             raise NonFiniteError(
@@ -370,7 +268,9 @@ class Run:
     # ---- what happens every so often
 
     def _after_step(self) -> None:
-        """Validation, samples and checkpoints that are due and not done yet (a run stopped between them catches up when it resumes)."""
+        """Validation, samples and checkpoints that are due and not done yet (a run stopped between them catches up when
+        it resumes).
+        """
         progress, t = self.progress, self.recipe.train
         done = progress.step >= self.steps
 
@@ -395,23 +295,29 @@ class Run:
             yield batch
 
     def _evaluate(self) -> None:
-        from moai_core import evaluate
-
         progress, loader = self.progress, self.valid_loader
         if loader is None:
             return
         found = evaluate.evaluate(
-            self.model, self._valid_batches(loader), device=self.ranks.device, autocast=self.ranks.autocast, on_event=self.on_event
+            self.model,
+            self._valid_batches(loader),
+            device=self.ranks.device,
+            autocast=self.ranks.autocast,
+            on_event=self.on_event,
         )
-        self.model.train()
         self._agree_to_go_on(0, 0)
-        nats, tokens, size = self.ranks.sum(found["loss"] * found["tokens"], found["tokens"], found["bytes"])
-        valid = evaluate.summary(nats, tokens, size)
+        nats, tokens, size = self.ranks.sum(found["nats"], found["tokens"], found["bytes"])
+        valid = evaluate.summary(nats, int(tokens), int(size))
         progress.evaluated, progress.valid = progress.step, {"step": progress.step, **valid}
         if math.isfinite(valid["loss"]) and (progress.best is None or valid["loss"] < progress.best["loss"]):
             progress.best = progress.valid
         if self.ranks.main:
-            row = {"kind": "valid", "step": progress.step, "valid_loss": valid["loss"], **{k: v for k, v in valid.items() if k != "loss"}}
+            row = {
+                "kind": "valid",
+                "step": progress.step,
+                "valid_loss": valid["loss"],
+                **{k: v for k, v in valid.items() if k != "loss"},
+            }
             self.metrics.write(row)
             self.on_event({"event": "valid", **row})
             self._track({k: row[k] for k in ("valid_loss", "perplexity", "bits_per_byte")})
@@ -420,7 +326,13 @@ class Run:
         progress, t = self.progress, self.recipe.train
         seed = (t.seed * 1_000_003 + progress.step) % 2**63
         made = sample(
-            self.model, self.tokenizer, t.sample_prompts, tokens=t.sample_tokens, seed=seed, autocast=self.ranks.autocast(), stop=self.stop
+            self.model,
+            self.tokenizer,
+            t.sample_prompts,
+            tokens=t.sample_tokens,
+            seed=seed,
+            autocast=self.ranks.autocast(),
+            stop=self.stop,
         )
         if not made:
             return
@@ -468,7 +380,11 @@ class Run:
         name = Signals(signum).name
         if self.saved is None:
             return Interrupted(signum, f"stopped by {name} before the first step: nothing to save")
-        return Interrupted(signum, f"stopped by {name} after step {self.progress.step}, saved {self.saved}", hint="the same command resumes")
+        return Interrupted(
+            signum,
+            f"stopped by {name} after step {self.progress.step}, saved {self.saved}",
+            hint="the same command resumes",
+        )
 
     def _draw(self) -> Path | None:
         if not self.ranks.main:
@@ -496,32 +412,3 @@ class Run:
             resumed_from=self.resumed_from,
             plot=self._draw(),
         )
-
-
-@dataclass
-class Fetched:
-    """The micro-batches of one step and the loader's state once they are consumed."""
-
-    batches: list[dict[str, Any]]
-    labels: int
-    real: int
-    state: dict[str, Any]
-    epoch: int
-
-
-def grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Euclidean norm of all gradients together, in fp32 whatever their type; NaN or infinite when one of them is."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Bytes: the peak of what torch allocated on a GPU, the resident memory of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if os.uname().sysname == "Darwin" else peak * 1024

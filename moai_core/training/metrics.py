@@ -1,8 +1,9 @@
 """What a run writes down: `metrics.jsonl`, `samples.jsonl` and the picture of the losses, `loss.png`.
 
-metrics.jsonl has one line `{"kind": "train", "step": N, "loss": ..., ...}` for every optimizer step, exactly once whatever interruptions there were,
-and one line `{"kind": "valid", "step": N, "valid_loss": ...}` for every validation. Lines reach the system one by one; they are flushed to the disk before a
-checkpoint that counts on them. Left out: rotation; a line is about 200 bytes.
+metrics.jsonl has one line `{"kind": "train", "step": N, "loss": ..., ...}` for every optimizer step, exactly once
+whatever interruptions there were, and one line `{"kind": "valid", "step": N, "valid_loss": ...}` for every validation.
+Lines reach the system one by one; they are flushed to the disk before a checkpoint that counts on them. Left out:
+rotation; a line is about 200 bytes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Lines:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file; a line cut short by a crash, or without a step, is passed over. Nothing where there is no file."""
+    """The rows of a JSON-lines file; a line cut short by a crash, or without a step, is passed over. Nothing where
+    there is no file.
+    """
     if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -73,7 +76,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate(path: Path, step: int, *, source: Path | None = None) -> None:
-    """Keeps the rows up to `step` (of `source`, for a run that branches off another), each train step once. Raises StorageError."""
+    """Keeps the rows up to `step` (of `source`, for a run that branches off another), each train step once. Raises
+    StorageError.
+    """
     source = source or path
     if not source.is_file():
         return
@@ -99,7 +104,8 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def plot(run_dir: Path, *, title: str = "") -> Path | None:
-    """Draws train loss, its running mean, validation loss and learning rate over the steps into `loss.png`, atomically; its path.
+    """Draws train loss, its running mean, validation loss and learning rate over the steps into `loss.png`, atomically;
+    its path.
 
     None where no step is recorded yet. Raises StorageError.
     """
@@ -117,9 +123,18 @@ def plot(run_dir: Path, *, title: str = "") -> Path | None:
     steps = [r["step"] for r in train]
     losses = [math.nan if r.get("loss") is None else r["loss"] for r in train]
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
-    axes.plot(steps, smooth(losses, max(1, len(losses) // 50)), color="tab:blue", linewidth=1.6, label="train, running mean")
+    axes.plot(
+        steps, smooth(losses, max(1, len(losses) // 50)), color="tab:blue", linewidth=1.6, label="train, running mean"
+    )
     if valid:
-        axes.plot([r["step"] for r in valid], [r["valid_loss"] for r in valid], color="tab:orange", marker="o", markersize=3, label="validation")
+        axes.plot(
+            [r["step"] for r in valid],
+            [r["valid_loss"] for r in valid],
+            color="tab:orange",
+            marker="o",
+            markersize=3,
+            label="validation",
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     rate = axes.twinx()

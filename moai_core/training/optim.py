@@ -1,9 +1,11 @@
 """Optimizers and learning-rate schedules.
 
-Three AdamW (arXiv 1711.05101). `adamw` computes and stores in fp32: torch's own, fused, where the weights are fp32; for bf16 weights with fp32
-masters beside them (arXiv 1710.03740). `adamw_bf16` stores bf16 weights and moments alone and rounds them stochastically, so that updates smaller
-than half a bf16 step survive on average (arXiv 2010.06192). `adamw_8bit` is bitsandbytes' with block-wise quantized moments (arXiv 2110.02861). A_log, D, dt_bias, norms and biases take no weight decay. Schedules are functions of the step alone and the noise
-is a function of (seed, update, parameter), so that nothing about them needs to be saved. Left out: Muon, parameter offload.
+Three AdamW (arXiv 1711.05101). `adamw` computes and stores in fp32: torch's own, fused, where the weights are fp32; for
+bf16 weights with fp32 masters beside them (arXiv 1710.03740). `adamw_bf16` stores bf16 weights and moments alone and
+rounds them stochastically, so that updates smaller than half a bf16 step survive on average (arXiv 2010.06192).
+`adamw_8bit` is bitsandbytes' with block-wise quantized moments (arXiv 2110.02861). A_log, D, dt_bias, norms and biases
+take no weight decay. Schedules are functions of the step alone and the noise is a function of (seed, update,
+parameter), so that nothing about them needs to be saved. Left out: Muon, parameter offload.
 """
 
 from __future__ import annotations
@@ -20,15 +22,19 @@ from moai_core.errors import UsageError
 
 NO_DECAY = ("A_log", "D", "dt_bias")
 
-# Elements updated at once by AdamWBF16: bounds its fp32 temporaries (five of them) to a few hundred MB whatever the size of a parameter.
+# Elements updated at once by AdamWBF16: bounds its fp32 temporaries (five of them) to a few hundred MB whatever the
+# size of a parameter.
 _CHUNK = 1 << 24
 
 
-def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup: int, min_ratio: float, decay_fraction: float) -> float:
+def learning_rate(
+    step: int, *, total: int, peak: float, schedule: str, warmup: int, min_ratio: float, decay_fraction: float
+) -> float:
     """Learning rate of optimizer step `step` (the first is 1, the last is `total`).
 
-    Linear warm-up reaches `peak` at step `warmup`; then `cosine` falls to min_ratio * peak at step `total` (arXiv 1608.03983), `constant` stays,
-    and `wsd` stays until the last decay_fraction of the steps and falls there as 1 - sqrt (arXiv 2405.18392, section 3).
+    Linear warm-up reaches `peak` at step `warmup`; then `cosine` falls to min_ratio * peak at step `total` (arXiv
+    1608.03983), `constant` stays, and `wsd` stays until the last decay_fraction of the steps and falls there as 1 -
+    sqrt (arXiv 2405.18392, section 3).
     """
     if step <= warmup:
         return peak * step / warmup
@@ -46,7 +52,8 @@ def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup: 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of (name, parameter), with and without weight decay; matrices, convolutions and embeddings decay."""
-    decayed, plain = [], []
+    decayed: list[tuple[str, nn.Parameter]] = []
+    plain: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
@@ -68,7 +75,9 @@ def make_optimizer(model: nn.Module, optim: Any, *, lr: float, seed: int) -> tor
         require_8bit()
         if bf16:
             why = "rounds bf16 weights to the nearest, which loses small updates"
-            raise UsageError(f"optim.name=adamw_8bit {why}", hint="use train.precision=bf16-mixed, or optim.name=adamw_bf16")
+            raise UsageError(
+                f"optim.name=adamw_8bit {why}", hint="use train.precision=bf16-mixed, or optim.name=adamw_bf16"
+            )
         from bitsandbytes.optim import AdamW8bit
 
         for group in groups:
@@ -86,19 +95,28 @@ def require_8bit() -> None:
 class AdamWBF16(torch.optim.Optimizer):
     """AdamW for bf16 weights, computed in fp32.
 
-    With `masters`: fp32 weights and moments in the state, of which the model's weights are the rounded copy; 12 bytes a parameter beside the
-    weight. Without: moments in bf16 (4 bytes), weights and moments rounded stochastically. fp32 parameters (A_log, D, dt_bias) get plain AdamW.
-    Takes groups of (name, parameter): names seed the noise, so that it depends on nothing but seed, count of updates and name.
+    With `masters`: fp32 weights and moments in the state, of which the model's weights are the rounded copy; 12 bytes a
+    parameter beside the weight. Without: moments in bf16 (4 bytes), weights and moments rounded stochastically. fp32
+    parameters (A_log, D, dt_bias) get plain AdamW. Takes groups of (name, parameter): names seed the noise, so that it
+    depends on nothing but seed, count of updates and name.
     """
 
     def __init__(
-        self, groups: Any, *, lr: float, betas: tuple[float, float], eps: float, seed: int, masters: bool = False, weight_decay: float = 0.0
+        self,
+        groups: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        seed: int,
+        masters: bool = False,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed, self.masters = seed, masters
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
@@ -115,7 +133,7 @@ class AdamWBF16(torch.optim.Optimizer):
         return state
 
     def _update(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
-        assert parameter.is_contiguous(), name
+        assert parameter.is_contiguous() and parameter.grad is not None, name
         state = self.state[parameter]
         if not state:
             state.update(self._start(parameter))
@@ -138,7 +156,9 @@ class AdamWBF16(torch.optim.Optimizer):
 
 
 def round_stochastic(value: Tensor, noise: torch.Generator) -> Tensor:
-    """fp32 -> bf16, to one of the two neighbours with the probability that makes the expectation exact; bf16 values stay as they are."""
+    """fp32 -> bf16, to one of the two neighbours with the probability that makes the expectation exact; bf16 values
+    stay as they are.
+    """
     bits = value.view(torch.int32)
     low = torch.randint(0, 1 << 16, value.shape, generator=noise, device=value.device, dtype=torch.int32)
     # Sign and magnitude: a carry out of the lower half goes to the neighbour further from zero, for either sign.
@@ -149,3 +169,8 @@ def _mix(seed: int, count: int, name: str) -> int:
     digest = hashlib.blake2b(f"{seed}/{count}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
+
+def grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """Euclidean norm of all gradients together, in fp32 whatever their type; NaN or infinite when one of them is."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))

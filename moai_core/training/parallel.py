@@ -1,9 +1,10 @@
 """This process among the processes of a run: device, collectives that can fail, and what rank 0 does for all.
 
-accelerate places the model and wraps it for data parallelism; gradients travel over NCCL or gloo, and the few numbers that ranks agree on
-every step (token counts, loss, a wish to stop) over a gloo group of their own, so that they cost a GPU no synchronisation. A process that dies or
-hangs makes the others raise RankError: at once where a connection breaks, else after `RANK_TIMEOUT_S` ($MOAI_RANK_TIMEOUT, seconds).
-Left out: FSDP2; `Ranks.prepare` is where a sharded model would be made.
+accelerate places the model and wraps it for data parallelism; gradients travel over NCCL or gloo, and the few numbers
+that ranks agree on every step (token counts, loss, a wish to stop) over a gloo group of their own, so that they cost a
+GPU no synchronisation. A process that dies or hangs makes the others raise RankError: at once where a connection
+breaks, else after `RANK_TIMEOUT_S` ($MOAI_RANK_TIMEOUT, seconds). Left out: FSDP2; `Ranks.prepare` is where a sharded
+model would be made.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from moai_core.errors import MoaiError, RankError, UsageError
 T = TypeVar("T")
 
 RANK_TIMEOUT_S = 600.0
-# Reading and tokenizing on rank 0 may take hours on a large corpus: the others wait that long, and see at once if rank 0 dies.
+# Reading and tokenizing on rank 0 may take hours on a large corpus: the others wait that long, and see at once if rank
+# 0 dies.
 _SETUP_S = 7 * 86400.0
 
 
@@ -60,7 +62,9 @@ class Ranks:
         self.device: torch.device = self.accelerator.device
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, under autocast where precision is mixed, wrapped for data parallelism where there are several ranks."""
+        """The model on its device, under autocast where precision is mixed, wrapped for data parallelism where there
+        are several ranks.
+        """
         with self.guard():
             return self.accelerator.prepare_model(model)
 
@@ -87,7 +91,16 @@ class Ranks:
     def _from_peers(self, exc: RuntimeError) -> bool:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return False
-        signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "timed out", "Socket", "process group")
+        signs = (
+            "gloo",
+            "NCCL",
+            "Connection closed",
+            "Connection reset",
+            "Timed out",
+            "timed out",
+            "Socket",
+            "process group",
+        )
         return isinstance(exc, dist.DistError) or any(sign in str(exc) for sign in signs)
 
     def sum(self, *values: float) -> list[float]:
@@ -102,7 +115,8 @@ class Ranks:
     def on_main(self, work: Callable[[], T], *, patient: bool = False) -> T | None:
         """Runs `work` on rank 0 while the others wait; its result there, None elsewhere.
 
-        What `work` raises ends every rank with the same exit code; only rank 0 has the error to report, the others leave by SystemExit.
+        What `work` raises ends every rank with the same exit code; only rank 0 has the error to report, the others
+        leave by SystemExit.
         """
         if self.world == 1:
             return work()

@@ -1,9 +1,10 @@
 """Where a run starts: its folder, the checkpoint it goes on from, and whether that belongs to the recipe at hand.
 
-`--resume auto` goes on from the newest good checkpoint of the output folder, or starts when there is none; the recipe may then differ from the
-stored one only in keys that leave the steps taken so far as they are (`MAY_CHANGE`). `--resume PATH` goes on from that checkpoint, in its own run
-or branching off into a new folder, and takes the new recipe's word for everything but the shape of the state (`MUST_AGREE`). `--resume never` starts,
-and refuses a folder that holds a run: nothing is ever overwritten.
+`--resume auto` goes on from the newest good checkpoint of the output folder, or starts when there is none; the recipe
+may then differ from the stored one only in keys that leave the steps taken so far as they are (`MAY_CHANGE`). `--resume
+PATH` goes on from that checkpoint, in its own run or branching off into a new folder, and takes the new recipe's word
+for everything but the shape of the state (`MUST_AGREE`). `--resume never` starts, and refuses a folder that holds a
+run: nothing is ever overwritten.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from moai_core.errors import CheckpointError, UsageError, storage_error
 from moai_core.recipe import Recipe
 from moai_core.training import metrics
 
-# Keys (or sections) that may differ when a run goes on by itself: how long, how often to look, where it runs. The schedule is a function of
-# train.steps, so a longer run changes the learning rates that are still to come, not those already used.
+# Keys (or sections) that may differ when a run goes on by itself: how long, how often to look, where it runs. The
+# schedule is a function of train.steps, so a longer run changes the learning rates that are still to come, not those
+# already used.
 MAY_CHANGE = (
-    "name", "description", "track", "hardware", "output", "data.workers", "data.cache", "model.scan", "train.steps", "train.epochs",
-    "train.save_every", "train.keep_last", "train.eval_every", "train.eval_batches", "train.log_every", "train.sample_every",
+    "name", "description", "track", "hardware", "output", "data.workers", "data.cache", "model.scan", "train.steps",
+    "train.epochs", "train.save_every", "train.keep_last", "train.eval_every", "train.eval_batches",
+    "train.log_every", "train.sample_every",
     "train.sample_prompts", "train.sample_tokens", "train.max_nonfinite", "train.threads", "train.checkpointing",
     "train.batch_size", "train.accumulation", "train.effective_batch",
 )  # fmt: skip
-# Keys that must agree even where the user names the checkpoint: weights, optimizer state and the loader's place in the data mean nothing else.
+# Keys that must agree even where the user names the checkpoint: weights, optimizer state and the loader's place in the
+# data mean nothing else.
 MUST_AGREE = ("model", "tokenizer", "data", "optim.name", "train.seed")
 
 RECIPE = "recipe.yaml"
@@ -45,7 +49,9 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_output(run_dir: Path, resume: str) -> None:
-    """UsageError for an output folder that can't take the run: a file, a folder of something else, a run where `resume` is never."""
+    """UsageError for an output folder that can't take the run: a file, a folder of something else, a run where `resume`
+    is never.
+    """
     if run_dir.exists() and not run_dir.is_dir():
         raise UsageError(f"output {run_dir} is a file, not a folder", hint="choose another folder with --output")
     try:
@@ -53,9 +59,15 @@ def check_output(run_dir: Path, resume: str) -> None:
     except OSError as exc:
         raise storage_error(exc, run_dir) from exc
     if inside and not holds_run(run_dir):
-        raise UsageError(f"output {run_dir} exists and is no run folder (it holds {inside[0]})", hint="choose another folder with --output")
+        raise UsageError(
+            f"output {run_dir} exists and is no run folder (it holds {inside[0]})",
+            hint="choose another folder with --output",
+        )
     if inside and resume == "never":
-        raise UsageError(f"output {run_dir} already holds a run", hint="choose another folder with --output, or go on with --resume auto")
+        raise UsageError(
+            f"output {run_dir} already holds a run",
+            hint="choose another folder with --output, or go on with --resume auto",
+        )
 
 
 def find_start(run_dir: Path, resume: str, on_event: Any) -> Start:
@@ -70,14 +82,23 @@ def find_start(run_dir: Path, resume: str, on_event: Any) -> Start:
         return Start(run_dir, newest)
     given = Path(resume).expanduser()
     if not given.is_dir():
-        raise CheckpointError(f"--resume {given}: no such folder", hint="give a run folder, a step-N folder, auto or never")
-    step_dir = given if (given / "trainer.json").is_file() or not storage.steps(given) else checkpoint.latest(given, on_event=on_event)
+        raise CheckpointError(
+            f"--resume {given}: no such folder", hint="give a run folder, a step-N folder, auto or never"
+        )
+    step_dir = (
+        given
+        if (given / "trainer.json").is_file() or not storage.steps(given)
+        else checkpoint.latest(given, on_event=on_event)
+    )
     if step_dir is None:
         raise CheckpointError(f"--resume {given}: none of its checkpoints is complete and undamaged")
     checkpoint.verify(step_dir)
     if newest is not None and newest.resolve() != step_dir.resolve():
         why = "has newer checkpoints" if step_dir.parent.resolve() == run_dir.resolve() else "holds another run"
-        raise UsageError(f"--resume {given}: the output {run_dir} {why} ({newest.name})", hint="branch off into a new folder with --output")
+        raise UsageError(
+            f"--resume {given}: the output {run_dir} {why} ({newest.name})",
+            hint="branch off into a new folder with --output",
+        )
     return Start(run_dir, step_dir)
 
 
@@ -93,10 +114,14 @@ def _covers(keys: tuple[str, ...], key: str) -> bool:
     return any(key == one or key.startswith(one + ".") for one in keys)
 
 
-def check_agreement(recipe: Recipe, trainer: dict[str, Any], *, step_dir: Path, explicit: bool, rows: int, model_path: str | None) -> list[str]:
-    """Compares the recipe with the one stored in a checkpoint; the keys that differ and may. UsageError naming those that must not.
+def check_agreement(
+    recipe: Recipe, trainer: dict[str, Any], *, step_dir: Path, explicit: bool, rows: int, model_path: str | None
+) -> list[str]:
+    """Compares the recipe with the one stored in a checkpoint; the keys that differ and may. UsageError naming those
+    that must not.
 
-    rows: rows a step over all devices. The loader counts rows, so batch size and accumulation may trade places, but not their product.
+    rows: rows a step over all devices. The loader counts rows, so batch size and accumulation may trade places, but not
+    their product.
     """
     old, new = flat(trainer.get("recipe") or {}), flat(recipe.to_dict())
     differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]

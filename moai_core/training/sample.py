@@ -15,13 +15,11 @@ from moai_core.training.stop import StopFlag
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from moai_core.model import MoaiMambaForCausalLM
-
 TEMPERATURE, TOP_P = 0.8, 0.95
 
 
 def sample(
-    model: MoaiMambaForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     prompts: tuple[str, ...],
     *,
@@ -30,7 +28,9 @@ def sample(
     autocast: AbstractContextManager[Any],
     stop: StopFlag,
 ) -> list[dict[str, str]]:
-    """[{prompt, text}] for each prompt (a lone empty one when there is none); temperature 0.8, top-p 0.95. Empty when `stop` was asked for."""
+    """[{prompt, text}] for each prompt (a lone empty one when there is none); temperature 0.8, top-p 0.95. Empty when
+    `stop` was asked for.
+    """
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class Asked(StoppingCriteria):
@@ -56,12 +56,14 @@ def sample(
                     top_p=TOP_P,
                     top_k=0,
                     eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id
+                    if tokenizer.pad_token_id is not None
+                    else tokenizer.eos_token_id,
                     stopping_criteria=StoppingCriteriaList([Asked()]),
                 )
                 if stop:
                     return []
-                text = tokenizer.decode(made[0, len(ids) :].tolist(), skip_special_tokens=True)
+                text = str(tokenizer.decode(made[0, len(ids) :].tolist(), skip_special_tokens=True))
                 written.append({"prompt": prompt, "text": text})
     finally:
         model.train(was_training)

@@ -1,8 +1,12 @@
-"""What a run is made of: device, precision, model, tokenizer, number of steps; everything that can be wrong before the first step."""
+"""What a run is made of: device, precision, model, tokenizer, number of steps; everything that can be wrong before the
+first step.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +29,21 @@ def on_cpu(recipe: Recipe) -> bool:
 
 
 def precision(recipe: Recipe) -> tuple[torch.dtype, bool]:
-    """(type of the weights, whether products run under bf16 autocast). RecipeError where the device can't do what the recipe asks."""
+    """(type of the weights, whether products run under bf16 autocast). RecipeError where the device can't do what the
+    recipe asks.
+    """
     asked = recipe.train.precision
     bf16 = not on_cpu(recipe) and torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "auto":
         asked = "bf16-mixed" if bf16 else "fp32"
     if asked != "fp32" and not on_cpu(recipe) and not bf16:
-        raise recipe.error("train.precision", f"{asked} needs a GPU of compute capability 8.0 or newer", hint="use train.precision=fp32")
+        raise recipe.error(
+            "train.precision",
+            f"{asked} needs a GPU of compute capability 8.0 or newer",
+            hint="use train.precision=fp32",
+        )
     if asked == "bf16" and recipe.optim.name == "adamw_8bit":
-        why = "bf16 doesn't go with optim.name=adamw_8bit, which rounds bf16 weights to the nearest and loses small updates"
+        why = "bf16 doesn't go with optim.name=adamw_8bit: it rounds bf16 weights to the nearest, losing small updates"
         raise recipe.error("train.precision", why, hint="use train.precision=bf16-mixed, or optim.name=adamw_bf16")
     return (torch.bfloat16 if asked == "bf16" else torch.float32), asked == "bf16-mixed"
 
@@ -49,9 +59,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-# Dense bf16 FLOPs a second with fp32 accumulation, from the data sheets; the first name found in the device's name counts.
+# Dense bf16 FLOPs a second with fp32 accumulation, from the data sheets; the first name found in the device's name
+# counts.
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "A40": 149.7e12, "RTX 4090": 165.2e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
+    "A40": 149.7e12, "RTX 4090": 165.2e12,
 }  # fmt: skip
 
 
@@ -64,7 +76,9 @@ def peak_flops(recipe: Recipe) -> float | None:
 
 
 def load_tokenizer(recipe: Recipe, folder: Path | None) -> PreTrainedTokenizerFast:
-    """The recipe's tokenizer. RecipeError when the weights in `folder` bring another one, which their embeddings were trained with."""
+    """The recipe's tokenizer. RecipeError when the weights in `folder` bring another one, which their embeddings were
+    trained with.
+    """
     recipe.require("tokenizer")
     tokenizer = tokenize.load_tokenizer(str(recipe.tokenizer))
     if folder is not None and (folder / "tokenizer.json").is_file():
@@ -75,15 +89,10 @@ def load_tokenizer(recipe: Recipe, folder: Path | None) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def model_folder(path: Path) -> Path:
-    """The folder with the model's files: `path` itself, or the newest good step of a run."""
-    if not path.is_dir() or (path / "config.json").is_file():
-        return path
-    return checkpoint.latest(path) or path
-
-
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MoaiMambaForCausalLM:
-    """The recipe's model with initial weights from train.seed, fp32 on the CPU, whatever the device and its random numbers."""
+    """The recipe's model with initial weights from train.seed, fp32 on the CPU, whatever the device and its random
+    numbers.
+    """
     from accelerate.utils import set_seed
 
     from moai_core.model import MoaiMambaConfig, MoaiMambaForCausalLM
@@ -91,7 +100,11 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MoaiMambaFo
     values = recipe.model.numbers()
     if recipe.model.vocab_size is None:
         values["vocab_size"] = max(tokenizer.get_vocab().values()) + 1
-    for key, value in (("pad", tokenizer.pad_token_id), ("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
+    for key, value in (
+        ("pad", tokenizer.pad_token_id),
+        ("bos", tokenizer.bos_token_id),
+        ("eos", tokenizer.eos_token_id),
+    ):
         if getattr(recipe.model, f"{key}_token_id") is None and value is not None:
             values[f"{key}_token_id"] = value
     tokenize.check_tokenizer(tokenizer, values["vocab_size"])
@@ -99,8 +112,12 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MoaiMambaFo
     return MoaiMambaForCausalLM(MoaiMambaConfig(**values))
 
 
-def load_model(path: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, on_event: Any) -> MoaiMambaForCausalLM:
-    """Weights of a checkpoint or any folder of a moai model, checked against the tokenizer. CheckpointError, UsageError."""
+def load_model(
+    path: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, on_event: Any
+) -> MoaiMambaForCausalLM:
+    """Weights of a checkpoint or any folder of a moai model, checked against the tokenizer. CheckpointError,
+    UsageError.
+    """
     model = checkpoint.load_model(path, dtype=dtype, on_event=on_event)
     tokenize.check_tokenizer(tokenizer, model.config.vocab_size)
     return model
@@ -108,18 +125,34 @@ def load_model(path: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, d
 
 def make_ready(model: MoaiMambaForCausalLM, recipe: Recipe, dtype: torch.dtype) -> None:
     """Type, scan backend and checkpointing of the recipe; training mode."""
-    model.to(dtype)
+    model.to(dtype=dtype)  # type: ignore[call-arg]
     model.set_scan_backend(recipe.model.scan if recipe.model.use_fast_scan is not False else "reference")
     model.model.gradient_checkpointing = recipe.train.checkpointing == "full"
     model.train()
 
 
 def total_steps(recipe: Recipe, rows_in_epoch: int | None, rows_in_step: int) -> int:
-    """Optimizer steps of the run: train.steps, or what train.epochs makes of the data. RecipeError for epochs of a stream."""
+    """Optimizer steps of the run: train.steps, or what train.epochs makes of the data. RecipeError for epochs of a
+    stream.
+    """
     if recipe.train.steps is not None:
         return recipe.train.steps
     if recipe.train.epochs is None:
         raise UsageError("the recipe sets neither train.steps nor train.epochs", hint="add train.steps=N")
     if rows_in_epoch is None:
-        raise recipe.error("train.epochs", "needs data of known length, and a stream has none", hint="set train.steps=N instead")
+        raise recipe.error(
+            "train.epochs", "needs data of known length, and a stream has none", hint="set train.steps=N instead"
+        )
     return max(1, math.ceil(recipe.train.epochs * rows_in_epoch / rows_in_step))
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the peak of what torch allocated on a GPU, the resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if os.uname().sysname == "Darwin" else peak * 1024

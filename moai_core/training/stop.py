@@ -1,7 +1,9 @@
-"""A flag that SIGINT and SIGTERM raise: the first asks the training loop to save and end, the second ends the process at once.
+"""A flag that SIGINT and SIGTERM raise: the first asks the training loop to save and end, the second ends the process
+at once.
 
-Python runs signal handlers between bytecodes of the main thread, so one that waits inside a kernel or a collective would never see the second
-signal. The interpreter's wake-up descriptor is written by the C handler itself; a thread reads it and counts. Left out: Windows' console events.
+Python runs signal handlers between bytecodes of the main thread, so one that waits inside a kernel or a collective
+would never see the second signal. The interpreter's wake-up descriptor is written by the C handler itself; a thread
+reads it and counts. Left out: Windows' console events.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ class StopFlag:
                         continue
                     seen += 1
                     self.request(signum)
-                    # A forked child shares the pipe until it installs its own: only the process that watches may be ended.
+                    # A forked child shares the pipe until it installs its own: only the process that watches may be
+                    # ended.
                     if seen > 1 and os.getpid() == pid:
                         os._exit(128 + signum)
         finally:

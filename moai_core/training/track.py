@@ -1,8 +1,8 @@
 """TensorBoard, Weights & Biases and trackio, each on a thread of its own behind a bounded queue.
 
-A tracker that is not installed is an error before training starts. Afterwards it can do no harm: one that raises, hangs or falls behind is
-reported once and left, and the loop never waits for it longer than CLOSE_S at the end. Left out: artifacts, media, resuming a tracker's old run
-otherwise than by the name of the run folder.
+A tracker that is not installed is an error before training starts. Afterwards it can do no harm: one that raises, hangs
+or falls behind is reported once and left, and the loop never waits for it longer than CLOSE_S at the end. Left out:
+artifacts, media, resuming a tracker's old run otherwise than by the name of the run folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ def _tensorboard(run_dir: Path, config: dict[str, Any]) -> tuple[Log, Callable[[
 def _wandb(run_dir: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
     import wandb
 
-    run = wandb.init(project="moai", name=run_dir.name, dir=str(run_dir), config=config, settings=wandb.Settings(silent=True, console="off"))
+    run = wandb.init(
+        project="moai",
+        name=run_dir.name,
+        dir=str(run_dir),
+        config=config,
+        settings=wandb.Settings(silent=True, console="off"),
+    )
     return lambda values, step: run.log(values, step=step), run.finish
 
 
@@ -62,13 +68,17 @@ def require(names: tuple[str, ...]) -> None:
         if name not in TRACKERS:
             raise UsageError(f"unknown tracker {name!r}", hint=f"trackers: {', '.join(TRACKERS)}")
         if importlib.util.find_spec(TRACKERS[name][0]) is None:
-            raise UsageError(f"track: {name} is not installed", hint="pip install 'moai[track]', or leave it out of `track`")
+            raise UsageError(
+                f"track: {name} is not installed", hint="pip install 'moai[track]', or leave it out of `track`"
+            )
 
 
 class Tracker:
     """One tracker at work. `log` and `close` never raise and never wait for the tracker (close: at most `close_s`)."""
 
-    def __init__(self, name: str, run_dir: Path, config: dict[str, Any], on_event: Event, *, queue_size: int = QUEUE) -> None:
+    def __init__(
+        self, name: str, run_dir: Path, config: dict[str, Any], on_event: Event, *, queue_size: int = QUEUE
+    ) -> None:
         self.name = name
         self._on_event = on_event
         self._queue: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue(queue_size)

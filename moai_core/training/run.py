@@ -1,0 +1,153 @@
+"""A run before its first step: the folder taken, the weights made or loaded, the data opened, a checkpoint's state put
+back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moai_core import checkpoint, storage
+from moai_core.data.loader import make_loader
+from moai_core.recipe import Recipe
+from moai_core.training import metrics, optim, setup, track
+from moai_core.training import resume as resuming
+from moai_core.training.parallel import Ranks
+from moai_core.training.stop import StopFlag
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Progress:
+    """The part of a run's state that is neither tensors nor the loader's; all of it goes into trainer.json."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluated: int = 0
+    sampled: int = 0
+    skipped: int = 0
+    nonfinite: int = 0
+    recent: list[float] = field(default_factory=list)
+    valid: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    sample: dict[str, Any] | None = None
+
+
+@dataclass
+class Fetched:
+    """The micro-batches of one step and the loader's state once they are consumed."""
+
+    batches: list[dict[str, Any]]
+    labels: int
+    real: int
+    state: dict[str, Any]
+    epoch: int
+
+
+class Run:
+    """What one training run holds on this process, from its first state or a checkpoint's."""
+
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, ranks: Ranks, stop: StopFlag, on_event: OnEvent, stack: ExitStack
+    ) -> None:
+        self.recipe, self.run_dir, self.ranks, self.stop, self.stack = recipe, run_dir, ranks, stop, stack
+        self.on_event: OnEvent = on_event if ranks.main else lambda event: None
+        self.accumulation = recipe.accumulation(ranks.world)
+        self.rows = recipe.train.batch_size * self.accumulation * ranks.world
+        self.progress = Progress()
+        self.saved: Path | None = None
+        self.resumed_from: int | None = None
+        self.trackers: list[track.Tracker] = []
+        self.timed = [0.0, 0.0]
+
+    def open(self, resume: str, model_path: Path | None, dtype: torch.dtype) -> None:
+        """Takes the run folder, then builds or restores everything."""
+        ranks, recipe = self.ranks, self.recipe
+        ranks.on_main(lambda: self._take_folder(resume))
+        start = ranks.main_first(lambda: resuming.find_start(self.run_dir, resume, self.on_event))
+        saved = None if start.step_dir is None else checkpoint.load_training(start.step_dir)
+        self.model_path = None if model_path is None else str(model_path.resolve())
+        if saved is not None and start.step_dir is not None:
+            self._agree(saved[1], start.step_dir, explicit=resume not in ("auto", "never"))
+            self.model_path = saved[1].get("model_path")
+        source = start.step_dir or (
+            None if model_path is None else checkpoint.model_folder(model_path, on_event=self.on_event)
+        )
+        self.tokenizer = setup.load_tokenizer(recipe, source)
+        if source is None:
+            self.model = setup.new_model(recipe, self.tokenizer)
+        else:
+            self.model = setup.load_model(source, recipe, self.tokenizer, dtype, self.on_event)
+        setup.make_ready(self.model, recipe, dtype)
+        self.loader = ranks.main_first(lambda: self._loader("train"))
+        self.valid_loader = ranks.main_first(lambda: self._loader("valid")) if recipe.train.eval_every else None
+        self.steps = setup.total_steps(recipe, self.loader.len_rows, self.rows)
+        self.parallel = ranks.prepare(self.model)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        tuned = self.model_path is not None and recipe.optim.finetune_lr is not None
+        self.peak_lr = recipe.optim.finetune_lr if tuned and recipe.optim.finetune_lr else recipe.optim.lr
+        self.optimizer = optim.make_optimizer(self.model, recipe.optim, lr=self.peak_lr, seed=recipe.train.seed)
+        if saved is not None:
+            self._restore(*saved)
+        self.consumed = self.loader.state_dict()
+        self.batches = iter(self.loader)
+        self.ahead: Fetched | None = None
+        ranks.on_main(lambda: self._open_files(start.step_dir))
+
+    def _take_folder(self, resume: str) -> None:
+        resuming.check_output(self.run_dir, resume)
+        self.stack.enter_context(checkpoint.lock(self.run_dir))
+
+    def _agree(self, trainer: dict[str, Any], step_dir: Path, *, explicit: bool) -> None:
+        differ = resuming.check_agreement(
+            self.recipe, trainer, step_dir=step_dir, explicit=explicit, rows=self.rows, model_path=self.model_path
+        )
+        if differ:
+            self.on_event({"event": "note", "message": f"resuming with other values of {', '.join(differ)}"})
+
+    def _loader(self, split: str) -> Any:
+        train = self.recipe.train
+        return make_loader(
+            self.recipe.data,
+            self.tokenizer,
+            split=split,
+            batch_size=train.batch_size,
+            seed=train.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world,
+            on_event=self.on_event,
+        )
+
+    def _restore(self, optimizer_state: dict[str, Any] | None, trainer: dict[str, Any]) -> None:
+        # The recipe's settings (weight decay, betas) hold, not the stored ones: where they may differ, the user said
+        # so.
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        if optimizer_state is not None:
+            checkpoint.load_optimizer_state(self.model, self.optimizer, optimizer_state)
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
+        self.loader.load_state_dict(trainer["loader"])
+        self.progress = Progress(**{k: v for k, v in trainer["progress"].items() if k in Progress.__dataclass_fields__})
+        self.resumed_from = self.progress.step
+        checkpoint.set_rng_state(trainer["rng"])
+
+    def _open_files(self, step_dir: Path | None) -> None:
+        """recipe.yaml, and the records cut back to the step that the run goes on from."""
+        source = self.run_dir if step_dir is None else step_dir.parent
+        for name in (metrics.METRICS, metrics.SAMPLES):
+            metrics.truncate(self.run_dir / name, self.progress.step, source=source / name)
+        storage.write_file(self.run_dir / resuming.RECIPE, self.recipe.to_yaml().encode())
+        self.metrics = self.stack.enter_context(closing(metrics.Lines(self.run_dir / metrics.METRICS)))
+        self.samples = self.stack.enter_context(closing(metrics.Lines(self.run_dir / metrics.SAMPLES)))
+        for name in self.recipe.track:
+            self.trackers.append(track.Tracker(name, self.run_dir, self.recipe.to_dict(), self.on_event))
+            self.stack.callback(self.trackers[-1].close)
+        if step_dir is not None and source.resolve() == self.run_dir.resolve():
+            self.saved = step_dir
