@@ -144,14 +144,21 @@ def latest(run_dir: str | os.PathLike[str], *, on_event: OnEvent | None = None) 
     """
     run_dir = Path(run_dir)
     storage.tidy(run_dir)
-    for _, path in reversed(storage.steps(run_dir)):
-        try:
-            verify(path)
-            return path
-        except CheckpointError as exc:
-            if path.exists():  # not purged meanwhile
-                _tell(on_event, event="warning", message=f"damaged checkpoint passed over: {exc}")
-    return None
+    told: set[Path] = set()
+    while True:
+        vanished = False
+        for _, path in reversed(storage.steps(run_dir)):
+            try:
+                verify(path)
+                return path
+            except CheckpointError as exc:
+                if not path.exists():  # a trainer purged it while it was read, so there is a newer one: look again
+                    vanished = True
+                elif path not in told:
+                    told.add(path)
+                    _tell(on_event, event="warning", message=f"damaged checkpoint passed over: {exc}")
+        if not vanished:
+            return None
 
 
 def _resolve(path: str | os.PathLike[str], on_event: OnEvent | None = None) -> Path:
@@ -202,7 +209,7 @@ def load_model(
     there is one. The model is in eval mode. Raises CheckpointError naming the file and the reason, UsageError for
     a scan backend that can't run here.
     """
-    for last_try in (False, False, True):
+    while True:
         folder = _resolve(path, on_event)
         try:
             if (folder / storage.MANIFEST).exists() or (folder / "trainer.json").exists():
@@ -210,8 +217,8 @@ def load_model(
             model = weights.read(folder, dtype=dtype, device=device)
             break
         except (CheckpointError, OSError) as exc:
-            # A run that is being trained may have purged the step between finding and reading it.
-            if last_try or folder.exists():
+            # A run that is being trained may have purged the step while it was read: then there is a newer one.
+            if folder == Path(path) or folder.exists():
                 raise storage_error(exc, folder) if isinstance(exc, OSError) else exc from exc
     model.set_scan_backend(scan)
     return model

@@ -149,7 +149,7 @@ def iterate(path: str | os.PathLike[str], *, device: str | torch.device = "cpu")
                 tensor = file.get_tensor(name)
                 # A tensor of the library lies in the mapped file: a copy survives the file's end.
                 yield name, tensor.clone() if torch.device(device).type == "cpu" else tensor.to(device)
-    except (SafetensorError, OSError) as exc:
+    except (SafetensorError, OSError, RuntimeError) as exc:  # RuntimeError: torch, of a file that vanished
         raise CheckpointError(f"{path}: can't be read ({exc})") from exc
 
 
