@@ -216,7 +216,7 @@ def load_model(
                 verify(folder, only=lambda name: not name.startswith("optimizer"))
             model = weights.read(folder, dtype=dtype, device=device)
             break
-        except (CheckpointError, OSError) as exc:
+        except (CheckpointError, StorageError, OSError) as exc:
             # A run that is being trained may have purged the step while it was read: then there is a newer one.
             if folder == Path(path) or folder.exists():
                 raise storage_error(exc, folder) if isinstance(exc, OSError) else exc from exc
