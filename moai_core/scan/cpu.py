@@ -55,18 +55,13 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """See `moai_core.scan.scan`."""
     marks = None if seq_idx is None else _marks(seq_idx)
-    inputs = (
-        *map(_rows, (u, dt)),
-        _solid(A),
-        *map(_rows, (B, C)),
-        *map(_solid, (D,)),
-        _rows(z),
-        *map(_solid, (dt_bias, state)),
-    )
+    u_, dt_, B_, C_, z_ = (_rows(x) for x in (u, dt, B, C, z))
+    A_, D_, bias_, state_ = (_solid(x) for x in (A, D, dt_bias, state))
+    inputs = (u_, dt_, A_, B_, C_, D_, z_, bias_, state_, marks)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        y, last = _Scan.apply(*inputs, marks)
+        y, last = _Scan.apply(*inputs)
     else:
-        y, last, _ = _scan_forward(*inputs, marks, keep=False)
+        y, last, _ = _scan_forward(*inputs, keep=False)
     return y.to(u.dtype), last
 
 
@@ -75,11 +70,11 @@ def conv(
 ) -> tuple[Tensor, Tensor]:
     """See `moai_core.scan.conv`."""
     marks = None if seq_idx is None else _marks(seq_idx)
-    inputs = (_rows(u), _solid(weight), _solid(bias), _solid(state))
+    inputs = (_rows(u), _solid(weight), _solid(bias), _solid(state), marks)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        y, last = _Conv.apply(*inputs, marks)
+        y, last = _Conv.apply(*inputs)
     else:
-        y, last = _conv_forward(*inputs, marks)
+        y, last = _conv_forward(*inputs)
     return y.to(u.dtype), last.to(u.dtype)
 
 
@@ -100,8 +95,8 @@ def step(
         gate = None if z is None else z[:, None]
         y, last = scan(u[:, None], dt[:, None], A, B[:, None], C[:, None], D, gate, dt_bias, state=state)
         return y[:, 0], last
-    u_, dt_, B_, C_, z_ = map(_rows, (u, dt, B, C, z))
-    A_, D_, bias_, first = map(_solid, (A, D, dt_bias, state))
+    u_, dt_, B_, C_, z_ = (_rows(x) for x in (u, dt, B, C, z))
+    A_, D_, bias_, first = (_solid(x) for x in (A, D, dt_bias, state))
     batch, channels = u.shape
     states = A.shape[1]
     y, last = torch.empty_like(u_, memory_format=torch.contiguous_format), torch.empty_like(first)
@@ -232,7 +227,7 @@ def _marks(seq_idx: Tensor) -> Tensor:
 _last_marks: tuple[Callable[[], Tensor | None], int, Any] = (lambda: None, 0, None)
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Tensor | None) -> Any:
     """float32 with adjacent channels; batch and time may have any stride."""
     if x is None:
         return None
@@ -240,7 +235,7 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _solid(x: Tensor | None) -> Tensor | None:
+def _solid(x: Tensor | None) -> Any:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
@@ -318,15 +313,16 @@ def _numba_problem() -> str | None:
 @cache
 def _kernels() -> ModuleType:
     """Imports `cpu_kernels` with numba's cache where one may write: $NUMBA_CACHE_DIR if set, else moai's own cache."""
-    from numba import config
+    from numba.core import config
 
-    if not config.CACHE_DIR:
+    settings: Any = config
+    if not settings.CACHE_DIR:
         folder = cache_dir() / "kernels"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            config.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
+            settings.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
         except OSError:
-            config.CACHE_DIR = ""  # compiled anew in each process
+            settings.CACHE_DIR = ""  # compiled anew in each process
     from moai_core.scan import cpu_kernels
 
     return cpu_kernels

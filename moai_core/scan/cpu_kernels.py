@@ -31,9 +31,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, config, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils, config
+from numba.extending import intrinsic as numba_intrinsic
 
 W = 128
 T = 16
@@ -51,6 +51,7 @@ P4, P5 = f32(0.009671512991189957), f32(0.001326472731307149)
 # log(1 + e) = 2 artanh(s) with s = e / (2 + e), the series up to the 13th power
 S3, S5, S7, S9, S11, S13 = (f32(1 / n) for n in (3, 5, 7, 9, 11, 13))
 
+intrinsic: Any = numba_intrinsic  # its type says nothing about the call from compiled code
 tiny = njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
 plain = njit(fastmath={"contract"}, error_model="numpy")
 summing = njit(fastmath={"contract", "reassoc"}, error_model="numpy")
@@ -61,7 +62,7 @@ def kernel(function: Any) -> Any:
 
     @functools.cache
     def compiled() -> Any:
-        return cfunc(types.void(types.CPointer(types.int64)), nopython=True, cache=bool(config.CACHE_DIR))(function)
+        return cfunc(types.void(types.CPointer(types.int64)), cache=bool(getattr(config, "CACHE_DIR", "")))(function)
 
     return compiled
 

@@ -2,7 +2,8 @@
 
 Why: until a kernel of moai's own covers a GPU, theirs is the fastest Mamba-1 scan there is. A whole chunk starts from a
 zero state there and knows no packed documents, so such calls are refused with the reason and go to another backend; one
-token at a time takes a state. Leaves out the gradient of the final state: theirs ignores it, so it is returned detached.
+token at a time takes a state. Leaves out the gradient of the final state, which theirs ignores: it is returned
+detached.
 
 Source: mamba_ssm 2.3 `ops/selective_scan_interface.py` and `ops/triton/selective_state_update.py`, causal_conv1d 1.7
 `causal_conv1d_interface.py`. Their layout is channel-first, (B, I, L).
@@ -38,7 +39,7 @@ def why_not(
     state: bool = False,
     seq_idx: bool = False,
 ) -> str | None:
-    """Why these packages can't do such a call, or None; what the call needs is said first, then what is not installed."""
+    """Why these packages can't do such a call, or None; what the call needs comes before what isn't installed."""
     if device.type != "cuda":
         return f"it runs on CUDA only, not on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -122,8 +123,8 @@ def _missing(op: str) -> str | None:
         return f"{package} isn't installed (pip install 'moai[cuda]')"
     if compiled and importlib.util.find_spec(compiled) is None:
         return (
-            f"the installed {package} was built without its CUDA kernel ({compiled}); since July 2026 a default install "
-            "of mamba_ssm leaves it out: set MAMBA_KEEP_CUDA_BUILD=TRUE and install it again"
+            f"the installed {package} was built without its CUDA kernel ({compiled}); since July 2026 a default "
+            "install of mamba_ssm leaves it out: set MAMBA_KEEP_CUDA_BUILD=TRUE and install it again"
         )
     try:
         getattr(importlib.import_module(module), function)
