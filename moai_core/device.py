@@ -1,7 +1,8 @@
 """The devices of this machine, and whether a recipe can run on them.
 
-A recipe made for a GPU class asks for its memory and for bf16 in hardware, not for its name: a larger or newer card will do. What this file leaves
-out is choosing between kernels, which is the scan's business, and distributing work, which is the training loop's.
+A recipe made for a GPU class asks for its memory and for bf16 in hardware, not for its name: a larger or newer card
+will do. What this file leaves out is choosing between kernels, which is the scan's business, and distributing work,
+which is the training loop's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _SLACK = 0.96
 
 @dataclass(frozen=True)
 class Device:
-    """One device: torch's name of it (`cpu`, `cuda:0`), its product name, bytes in total and free, whether it multiplies bf16, and its capability."""
+    """One device: torch's name of it (`cpu`, `cuda:0`), its product name, bytes in total and free, whether it
+    multiplies bf16, and its capability."""
 
     name: str
     label: str
@@ -68,7 +70,9 @@ def require(recipe: Recipe) -> None:
     fit = [one for one in have if one.memory >= _SLACK * memory_needed and one.bf16]
     if len(fit) < count:
         names = ", ".join(f"{one.label} ({one.memory / 1e9:.0f} GB)" for one in have)
-        raise UsageError(f"{what}; this machine has {names}", hint="--dry-run shows the plan; hardware.gpu=null tries anyway")
+        raise UsageError(
+            f"{what}; this machine has {names}", hint="--dry-run shows the plan; hardware.gpu=null tries anyway"
+        )
 
 
 def nearest_class() -> str:
@@ -84,7 +88,8 @@ def nearest_class() -> str:
 
 
 def memory() -> tuple[int, int]:
-    """(total, available) bytes of this machine's memory, within the limit of a container; zeros where the system doesn't say."""
+    """(total, available) bytes of this machine's memory, within the limit of a container; zeros where the system
+    doesn't say."""
     total = free = 0
     try:
         with open("/proc/meminfo", encoding="ascii") as file:

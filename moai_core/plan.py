@@ -1,10 +1,13 @@
-"""What a recipe costs before it runs: exact parameters, FLOPs a token, memory by kind on one device, steps and tokens. Plain arithmetic, no torch.
+"""What a recipe costs before it runs: exact parameters, FLOPs a token, memory by kind on one device, steps and
+tokens. Plain arithmetic, no torch.
 
-Memory is counted, not guessed: the tensors that autograd keeps are listed term by term from moai_core/model and moai_core/scan, and the peak is
-taken over the phases of a step, which don't need their working memory at the same time. Not counted: several devices (states are not sharded yet),
-and time, which needs a measured throughput.
+Memory is counted, not guessed: the tensors that autograd keeps are listed term by term from moai_core/model and
+moai_core/scan, and the peak is taken over the phases of a step, which don't need their working memory at the same
+time. On a GPU it stands for a scan that keeps its inputs; the reference scan keeps every step and needs far more. Not
+counted: several devices (states are not sharded yet), and time, which needs a measured throughput.
 
-Letters as in the model: H hidden, I inner, N state, K convolution, R time-step rank, V vocabulary, F feed-forward width; T tokens a micro-batch.
+Letters as in the model: H hidden, I inner, N state, K convolution, R time-step rank, V vocabulary, F feed-forward
+width; T tokens a micro-batch.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A class of devices: its name, the bytes that CUDA reports as its total memory, and what the CUDA context takes of them."""
+    """A class of devices: its name, the bytes that CUDA reports as its total memory, and what the CUDA context takes
+    of them."""
 
     label: str
     memory: int
-    context: int = int(0.6 * GIB)
+    context: int = int(0.7 * GIB)
 
 
 GPUS = {
@@ -38,11 +42,16 @@ GPUS = {
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090 (24 GB)", int(23.5 * GIB)),
 }
 
-# Logits that exist at once (moai_core/model/loss.py) and elements that adamw_bf16 updates at once (moai_core/training/optim.py).
+# Logits that exist at once (moai_core/model/loss.py) and elements that adamw_bf16 updates at once
+# (moai_core/training/optim.py).
 LOSS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
 BF16_CHUNK = 1 << 24
 # Tokens between two states that the CUDA scan of mamba_ssm keeps for its backward pass.
 SCAN_CHUNK = 2048
+
+# Share of a device that a plan may fill: the rest goes to gaps between blocks (torch reserved 5 to 10 % more than it
+# used, measured on an H100).
+USABLE = 0.95
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "scan states", "logits", "overhead")
 
@@ -69,11 +78,13 @@ def parameters(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def flops_per_token(config: Mapping[str, Any], length: int = 1, *, checkpointing: str = "none") -> dict[str, int]:
-    """FLOPs a token: `forward`, `training` (forward and backward: three times forward, what MFU counts), and `recompute`, which checkpointing adds.
+    """FLOPs a token: `forward`, `training` (forward and backward: three times forward, what MFU counts), and
+    `recompute`, which checkpointing adds.
 
-    A multiply-add counts as two. Matrix products: 2 a parameter, the head's included, the embedding's look-up not. Convolution: 2 K I. Scan: 9 N a
-    channel (dt A, exp, dt u B: two, state: two, C h: two, and the softplus and skip spread over N), plus 6 a channel for gate and activation.
-    A pure-Mamba model costs the same at every `length`; the argument says for which length a caller asks, nothing depends on it.
+    A multiply-add counts as two. Matrix products: 2 a parameter, the head's included, the embedding's look-up not.
+    Convolution: 2 K I. Scan: 9 N a channel (dt A, exp, dt u B: two, state: two, C h: two, and the softplus and skip
+    spread over N), plus 6 a channel for gate and activation. A pure-Mamba model costs the same at every `length`; the
+    argument says for which length a caller asks, nothing depends on it.
     """
     c, p = _letters(config), parameters(config)
     products = sum(p[part] for part in ("in_proj", "x_proj", "dt_proj", "out_proj", "feed-forward"))
@@ -84,7 +95,8 @@ def flops_per_token(config: Mapping[str, Any], length: int = 1, *, checkpointing
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Bytes an element: w weights, a products under this precision, r residual stream, g gradients; `cast` copies made by autocast (0 or 2)."""
+    """Bytes an element: w weights, a products under this precision, r residual stream, g gradients; `cast` copies
+    made by autocast (0 or 2)."""
 
     w: int
     a: int
@@ -101,7 +113,8 @@ def _bytes(config: Mapping[str, Any], precision: str) -> _Bytes:
 
 
 def weights_gradients_optimizer(config: Mapping[str, Any], recipe: Recipe, precision: str) -> dict[str, int]:
-    """Bytes of what stays over a whole step: A_log, D and dt_bias are fp32 under any precision, and so are their gradients and moments."""
+    """Bytes of what stays over a whole step: A_log, D and dt_bias are fp32 under any precision, and so are their
+    gradients and moments."""
     p, b = parameters(config), _bytes(config, precision)
     fp32 = p["scan (A_log, D, dt_bias)"]
     rest = p["total"] - fp32
@@ -115,7 +128,8 @@ def weights_gradients_optimizer(config: Mapping[str, Any], recipe: Recipe, preci
 
 
 def _moments_8bit(config: Mapping[str, Any]) -> int:
-    """bitsandbytes' AdamW8bit: two one-byte moments with an fp32 scale a block of 256; tensors under 4096 elements keep fp32 moments."""
+    """bitsandbytes' AdamW8bit: two one-byte moments with an fp32 scale a block of 256; tensors under 4096 elements
+    keep fp32 moments."""
     total = 0
     for size, count in _tensors(config):
         total += count * (8 * size if size < 4096 else 2 * (size + 4 * -(-size // 256)))
@@ -133,33 +147,45 @@ def _tensors(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(size, n) for size in layer] + [(size, 1) for size in ends]
 
 
-def saved_per_token(config: Mapping[str, Any], precision: str) -> dict[str, float]:
-    """Bytes a token that one layer keeps for its backward pass without checkpointing: `activations` and, apart from them, `scan states`."""
+def saved_per_token(config: Mapping[str, Any], precision: str, device: str = "cuda") -> dict[str, float]:
+    """Bytes a token that one layer keeps for its backward pass without checkpointing: `activations` and, apart from
+    them, `scan states`.
+
+    device "cuda" stands for fused norms and a scan that works in the products' dtype, keeps its result before the
+    gate and a state every 2048 tokens; "cpu" for norms of single operations and the scan of moai_core/scan/cpu.py:
+    fp32 inputs, no result, a state every 16 tokens.
+    """
     c, b = _letters(config), _bytes(config, precision)
     H, I, N, R, F = c["H"], c["I"], c["N"], c["R"], c["F"]
-    cast = 4 if b.a == 2 else 0
-    # A norm computes in fp32: it keeps its fp32 input (a copy, unless the stream is fp32 already: then the stream itself), and the product after it
-    # keeps what came out, in the products' dtype.
-    norm = 4 * H + b.a * H
+    on_cpu = device == "cpu"
+    wide = 4 if on_cpu else b.a
+    # A norm computes in fp32: it keeps its fp32 input, the scale and, on a CPU, the product; what comes out is kept
+    # by the matrix product after it.
+    inner = 4 * (2 if on_cpu else 1)
+    norm = (inner + b.a) * H + 4
     mixer = norm
-    mixer += b.a * 2 * I  # in_proj's result: u for the convolution, z for the gate
-    mixer += b.a * I  # the convolution's result: input of x_proj and of the scan
-    mixer += b.a * I  # dt
+    mixer += wide * 2 * I  # in_proj's result: u for the convolution, z for the gate
+    mixer += b.a * I + (4 * I if on_cpu and b.a < 4 else 0)  # the convolution's result, input of x_proj and of the scan
+    mixer += wide * I  # dt
     mixer += b.a * I  # the gated y: input of out_proj
-    mixer += b.a * I  # y before the gate, which the scan keeps to differentiate the gate
+    mixer += 1 if on_cpu else b.a * I  # document marks; y before the gate
     if config["dt_bc_norm"]:
-        mixer += (cast or b.a) * (R + 2 * N) + b.a * R + b.w * 2 * N  # inputs of the three norms; input of dt_proj; B and C
+        mixer += (
+            inner * (R + 2 * N) + 12 + b.a * R + (4 if on_cpu else b.w) * 2 * N
+        )  # the three norms; input of dt_proj; B and C
     else:
-        mixer += b.a * (R + 2 * N)
-    feed = (norm + 4 * b.a * F) if F else 0.0  # gate, silu(gate), up, and their product: input of down_proj
-    return {"activations": mixer + feed, "scan states": 4.0 * 2 * I * N / SCAN_CHUNK}
+        mixer += b.a * (R + 2 * N) + (8 * N if on_cpu and b.a < 4 else 0)
+    feed = norm + 4 * b.a * F if F else 0  # gate, silu(gate), up, and their product: input of down_proj
+    states = 4 * I * N / 16 if on_cpu else 4 * 2 * I * N / SCAN_CHUNK
+    return {"activations": float(mixer + feed), "scan states": states}
 
 
 def memory(config: Mapping[str, Any], recipe: Recipe) -> dict[str, int]:
     """Bytes by kind at the peak of a training step on one device of the recipe's class; the kinds add up to the peak.
 
-    The phases of a step: the loss (all stored activations, logits in chunks, the head's gradient), the backward pass of the last layer (stored
-    activations, with checkpointing one layer's recomputed ones, gradients in flight), and the optimizer's update.
+    The phases of a step: the loss (all stored activations, logits in chunks, the head's gradient), the backward pass
+    of the last layer (stored activations, with checkpointing one layer's recomputed ones, gradients in flight), and
+    the optimizer's update.
     """
     return max(_phases(config, recipe).values(), key=lambda kinds: sum(kinds.values()))
 
@@ -172,7 +198,7 @@ def _phases(config: Mapping[str, Any], recipe: Recipe) -> dict[str, dict[str, in
     T, H, I, F, V = t.batch_size * recipe.data.max_length, c["H"], c["I"], c["F"], c["V"]
     held = weights_gradients_optimizer(config, recipe, precision)
     many = recipe.accumulation(recipe.hardware.count) > 1
-    layer = saved_per_token(config, precision)
+    layer = saved_per_token(config, precision, device)
     full = t.checkpointing == "full"
     # With checkpointing each layer keeps its input; the final norm keeps its fp32 input and the loss its result.
     stash = T * c["layers"] * (b.r * H if full else layer["activations"]) + T * H * (4 + b.a)
@@ -181,18 +207,19 @@ def _phases(config: Mapping[str, Any], recipe: Recipe) -> dict[str, dict[str, in
     copies = b.cast * sum(p[k] for k in ("in_proj", "x_proj", "dt_proj", "out_proj", "feed-forward")) + b.cast * V * H
 
     rows = min(T, max(16, LOSS_CHUNK[device] // V))
-    # A chunk's logits in the products' dtype and up to three fp32 tensors of their size; the gradient of the head in fp32, a chunk's part of it
-    # (once more in fp32 under autocast), and the gradient of the hidden states.
+    # A chunk's logits in the products' dtype and up to three fp32 tensors of their size; the gradient of the head in
+    # fp32, a chunk's part of it (once more in fp32 under autocast), and the gradient of the hidden states.
     chunk = rows * V * ((b.a if b.a < 4 else 0) + 3 * 4)
     loss = chunk + V * H * (4 + b.w + b.cast) + T * H * b.a
-    # The last layer's backward pass: its recomputed activations, the head's gradient that the loss kept, its product with the incoming one, and
-    # the gradients in flight through the widest part (feed-forward: three of width F; scan: du, dt, dz, dy of width I).
+    # The last layer's backward pass: its recomputed activations, the head's gradient that the loss kept, its product
+    # with the incoming one, and the gradients in flight through the widest part (feed-forward: three of width F;
+    # scan: du, dt, dz, dy of width I).
     again = T * layer["activations"] if full else 0
     flight = T * (b.a * max(3 * F, 5 * I) + (4 + b.r) * H)
     step = 5 * 4 * min(BF16_CHUNK, V * H) if recipe.optim.name == "adamw_bf16" else 0
-    base = {"weights": held["weights"], "optimizer": held["optimizer"], "overhead": _overhead(recipe)}
+    base: dict[str, float] = {"weights": held["weights"], "optimizer": held["optimizer"], "overhead": _overhead(recipe)}
     grads = held["gradients"] if many else 0
-    phases = {
+    phases: dict[str, dict[str, float]] = {
         "loss": {**base, "gradients": grads, "activations": stash + copies, "scan states": states, "logits": loss},
         "backward": {
             **base,
@@ -255,8 +282,8 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak fits into one device; None when its memory isn't known."""
-        return None if self.capacity is None else self.peak <= self.capacity
+        """Whether the peak leaves 5 % of one device free; None when its memory isn't known."""
+        return None if self.capacity is None else self.peak <= USABLE * self.capacity
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: every number of the plan, in bytes, FLOPs and counts."""
@@ -269,25 +296,36 @@ class Plan:
         lines += [(f"memory, {self.precision}", kind, _gib(n)) for kind, n in self.memory.items()]
         lines.append((f"memory, {self.precision}", f"peak (in the {self.phase})", _gib(self.peak)))
         if self.capacity is not None:
-            lines.append((f"memory, {self.precision}", f"{self.device} has", f"{_gib(self.capacity)}: {'fits' if self.fits else 'DOES NOT FIT'}"))
+            lines.append(
+                (
+                    f"memory, {self.precision}",
+                    f"{self.device} has",
+                    f"{_gib(self.capacity)}: {'fits' if self.fits else 'DOES NOT FIT'}",
+                )
+            )
         b = self.batch
         size = f"{b['rows']} rows x {b['accumulation']} micro-batches x {self.devices} device{'s' * (self.devices > 1)}"
         lines.append(("run", "a step", f"{size} x {b['length']} tokens = {b['tokens']:,} tokens"))
         lines.append(("run", "steps", f"{self.steps:,}" if self.steps else "known when the data has been counted"))
         if self.tokens is not None:
-            lines.append(("run", "tokens", f"{self.tokens:,} ({self.tokens / self.parameters['total']:.1f} a parameter)"))
+            lines.append(
+                ("run", "tokens", f"{self.tokens:,} ({self.tokens / self.parameters['total']:.1f} a parameter)")
+            )
             lines.append(("run", "FLOPs", f"{self.tokens * (self.flops['training'] + self.flops['recompute']):.3g}"))
         lines.append(("run", "state a sequence", f"{self.state_bytes / 1e6:.1f} MB, at any length"))
         return lines + [("note", "", note) for note in self.notes]
 
 
 def vocabulary(tokenizer: str | None) -> int | None:
-    """Rows that a tokenizer needs of an embedding (its largest id + 1), read from its tokenizer.json; None when there is none to read."""
+    """Rows that a tokenizer needs of an embedding (its largest id + 1), read from its tokenizer.json; None when there
+    is none to read."""
     if tokenizer is None:
         return None
     packaged = paths.TOKENIZERS / tokenizer
     try:
-        parsed = json.loads(((packaged if packaged.is_dir() else Path(tokenizer)) / "tokenizer.json").read_text(encoding="utf-8"))
+        parsed = json.loads(
+            ((packaged if packaged.is_dir() else Path(tokenizer)) / "tokenizer.json").read_text(encoding="utf-8")
+        )
         ids = [entry["id"] for entry in parsed.get("added_tokens", [])]
         words = parsed["model"]["vocab"]
         ids += words.values() if isinstance(words, dict) else [len(words) - 1]
@@ -298,7 +336,7 @@ def vocabulary(tokenizer: str | None) -> int | None:
 
 
 def numbers(recipe: Recipe) -> dict[str, Any]:
-    """The model's numbers as a run would choose them: where the recipe doesn't fix the vocabulary, the tokenizer does."""
+    """The model's numbers as a run chooses them: the tokenizer fixes the vocabulary where the recipe does not."""
     size = vocabulary(recipe.tokenizer) if recipe.model.vocab_size is None else None
     return {**recipe.model.numbers(), **({"vocab_size": size} if size else {})}
 
@@ -317,7 +355,11 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.data.train is None:
         notes.append(f"data.train is not set: moai train --recipe {recipe.name} data.train=PATH")
     if recipe.tokenizer is None:
-        notes.append(f"tokenizer is not set: a tokenizer of at most {config['vocab_size']:,} entries is needed, tokenizer=PATH")
+        notes.append(
+            f"tokenizer is not set: a tokenizer of at most {config['vocab_size']:,} entries is needed, tokenizer=PATH"
+        )
+    if gpu != "cpu":
+        notes.append("memory assumes a fused CUDA scan; `moai doctor` says which scan a machine runs")
     return Plan(
         recipe=recipe.name,
         device=GPUS[gpu].label if gpu in GPUS else {"cpu": "this machine"}.get(gpu or "", "a device"),

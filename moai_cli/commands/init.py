@@ -46,21 +46,29 @@ Run these in this folder.
 
 Change a value for one run with `key=value` at the end of the command, for good in `recipe.yaml`.
 
-`data/train` and `data/valid` hold a few lines of Korean, English, Japanese and Chinese, text and chats, to show the formats. Put your own files
-there, one record a line: `{{"text": "..."}}` or `{{"messages": [{{"role": "user", "content": "..."}}, ...]}}`.
+`data/train` and `data/valid` hold a few lines of Korean, English, Japanese and Chinese, text and chats, to show the
+formats. Put your own files there, one record a line: `{{"text": "..."}}` or
+`{{"messages": [{{"role": "user", "content": "..."}}, ...]}}`.
 """
 
 
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder to make or fill.")] = Path("."),
-    name: Annotated[str | None, typer.Option("--name", help="Name of the project and its runs.", show_default="the folder's")] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe to build on.", show_default="by the GPU found")] = None,
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Name or folder.", show_default="the recipe's")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the project and its runs.", show_default="the folder's")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe to build on.", show_default="by the GPU found")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Name or folder.", show_default="the recipe's")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Make a project folder: a recipe for this machine, sample data in four languages, a tokenizer, notes with the next commands.
+    """Make a project folder: a recipe for this machine, sample data in four languages, a tokenizer, notes with the
+    next commands.
 
     Asks for what no option gives when it has a terminal, with defaults to accept by Enter.
     """
@@ -72,7 +80,9 @@ def init(
     name = _chosen("name", name, folder.absolute().name or "moai", ask)
     if name in (".", "..") or any(c in name for c in '/\\:"\0') or not name.isprintable():
         raise UsageError(f"--name must be usable as a folder's name (got {clean(name)!r})")
-    recipe = _chosen(f"recipe ({', '.join(recipes.names())})", recipe, _for_this_machine() if recipe is None else "", ask)
+    recipe = _chosen(
+        f"recipe ({', '.join(recipes.names())})", recipe, _for_this_machine() if recipe is None else "", ask
+    )
     base = recipes.find(recipe)
     extends = str(base.absolute()) if recipe not in recipes.names() else recipe
     loaded = recipes.load(recipe, ["train.steps=1", "~train.epochs"])
@@ -110,7 +120,9 @@ def _tokenizer(text: str) -> str:
         return text
     if (Path(text).expanduser() / "tokenizer.json").is_file():
         return str(Path(text).expanduser().absolute())
-    raise UsageError(f"no tokenizer {clean(text)!r}", hint=f"give one of {', '.join(names)}, or a folder with tokenizer.json")
+    raise UsageError(
+        f"no tokenizer {clean(text)!r}", hint=f"give one of {', '.join(names)}, or a folder with tokenizer.json"
+    )
 
 
 def _check_folder(folder: Path, force: bool) -> None:

@@ -13,7 +13,9 @@ from moai_cli.options import Force, Json
 app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
 
 Name = Annotated[str, typer.Argument(help="Name of a packaged recipe, or a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value and ~key, as for `moai train`.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value and ~key, as for `moai train`.", show_default=False)
+]
 
 
 @app.command(epilog="Example: `moai recipes ls`")
@@ -21,7 +23,7 @@ def ls(json: Json = False) -> None:
     """List the packaged recipes with their exact size, and whether the training step fits into one device."""
     from moai_core import plan, recipe
 
-    found = []
+    found: list[dict[str, Any]] = []
     for name in recipe.names():
         one = recipe.load(name)
         cost = plan.plan(one)
@@ -40,7 +42,14 @@ def ls(json: Json = False) -> None:
         return
     fits = {True: "yes", False: "no", None: "?"}
     rows = [
-        (f["name"], f"{f['parameters']:,}", f["device"], f"{f['peak_bytes'] / 2**30:.1f} GiB", fits[f["fits"]], f["description"])
+        (
+            f["name"],
+            f"{f['parameters']:,}",
+            f["device"],
+            f"{f['peak_bytes'] / 2**30:.1f} GiB",
+            fits[f["fits"]],
+            f["description"],
+        )
         for f in found
     ]
     table(("recipe", "parameters", "made for", "peak", "fits", "description"), rows, right=(1, 3))
@@ -48,10 +57,14 @@ def ls(json: Json = False) -> None:
 
 @app.command(epilog="Examples: `moai recipes show a100-2b`, `moai recipes show cpu-tiny train.steps=50 > mine.yaml`")
 def show(
-    name: Annotated[str | None, typer.Argument(help="Name of a packaged recipe, or a YAML file.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a packaged recipe, or a YAML file.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
     everything: Annotated[bool, typer.Option("--all", help="Also the keys that are null by default.")] = False,
-    schema: Annotated[bool, typer.Option("--schema", help="List every key with type, default and meaning instead.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="List every key with type, default and meaning instead.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Print a recipe with its bases and overrides resolved; a comment says where each value comes from."""
@@ -63,7 +76,10 @@ def show(
         if json:
             print_json([dict(zip(("key", "type", "default", "help"), row, strict=True)) for row in rows])
         else:
-            shown = [(key, kind, "" if not kind else "null" if default is None else default, help) for key, kind, default, help in rows]
+            shown = [
+                (key, kind, "" if not kind else "null" if default is None else default, help)
+                for key, kind, default, help in rows
+            ]
             table(("key", "type", "default", "meaning"), shown)
         return
     if name is None:
@@ -104,7 +120,10 @@ def cp(
 
 
 @app.command(epilog="Example: `moai recipes check mine.yaml optim.lr=1e-4`")
-def check(names: Annotated[list[str], typer.Argument(help="Recipes and files, and key=value or ~key to put over them.")], json: Json = False) -> None:
+def check(
+    names: Annotated[list[str], typer.Argument(help="Recipes and files, and key=value or ~key to put over them.")],
+    json: Json = False,
+) -> None:
     """Validate recipes and print every error with its file and line; exit code 2 if there is one."""
     from moai_core import recipe
 
@@ -112,7 +131,9 @@ def check(names: Annotated[list[str], typer.Argument(help="Recipes and files, an
     results: list[dict[str, Any]] = []
     for name in [text for text in names if text not in overrides]:
         _, errors = recipe.check(name, overrides)
-        results.append({"recipe": name, "valid": not errors, "errors": [{"message": e.message, "hint": e.hint} for e in errors]})
+        results.append(
+            {"recipe": name, "valid": not errors, "errors": [{"message": e.message, "hint": e.hint} for e in errors]}
+        )
         for error in errors if not json else []:
             fail(error)
         if not errors and not json:

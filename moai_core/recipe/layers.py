@@ -1,8 +1,9 @@
 """From a YAML file, `key=value` overrides or a stored dict to trees of raw values that remember where they stood.
 
-A `Node` holds a scalar as text (typed later, by the field that takes it), a list of nodes or a dict of nodes. What YAML allows and recipes don't
-(custom tags, merge keys, several documents, duplicate keys, aliases that explode) is refused here, within limits that keep any file cheap to refuse.
-Source: YAML 1.2.2 (https://yaml.org/spec/1.2.2/), PyYAML's composer.
+A `Node` holds a scalar as text (typed later, by the field that takes it), a list of nodes or a dict of nodes. What
+YAML allows and recipes don't (custom tags, merge keys, several documents, duplicate keys, aliases that explode) is
+refused here, within limits that keep any file cheap to refuse. Source: YAML 1.2.2 (https://yaml.org/spec/1.2.2/),
+PyYAML's composer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from moai_core import paths
 from moai_core.errors import RecipeError
 
 MAX_BYTES, MAX_DEPTH, MAX_VALUES, MAX_FILES = 256 * 1024, 16, 10_000, 64
-_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp", "value", "merge", "seq", "map")}
+_TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("null", "bool", "int", "float", "str", "timestamp", "value", "merge", "seq", "map")
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Node:
-    """A raw value. `plain` marks an unquoted scalar, whose text may stand for null, a number or a truth value; `base` is what relative paths start from."""
+    """A raw value. `plain` marks an unquoted scalar, whose text may stand for null, a number or a truth value; `base`
+    is what relative paths start from."""
 
     value: Any
     origin: Origin
@@ -154,7 +159,10 @@ def _base(entry: Node, file: Path) -> Path:
     except (OSError, ValueError):
         pass  # A name no file system takes is a name that isn't there.
     known = sorted(str(p.relative_to(paths.RECIPES).with_suffix("")) for p in paths.RECIPES.rglob("*.yaml"))
-    raise RecipeError(f"{entry.origin}: extends {entry.shown()}: no such recipe{nearest(entry.value, known)}", hint=f"packaged: {', '.join(known)}")
+    raise RecipeError(
+        f"{entry.origin}: extends {entry.shown()}: no such recipe{nearest(entry.value, known)}",
+        hint=f"packaged: {', '.join(known)}",
+    )
 
 
 def nearest(word: str, known: Any) -> str:
@@ -171,7 +179,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"nested deeper than {MAX_DEPTH}", self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, f"nested deeper than {MAX_DEPTH}", self.peek_event().start_mark
+            )
         try:
             return super().compose_node(parent, index)
         finally:
@@ -199,7 +209,8 @@ def _parse(text: str, origin: Origin, base: Path) -> Node | None:
 
 
 class _Tree:
-    """Turns PyYAML's node graph into a tree of `Node`s, within MAX_VALUES and MAX_DEPTH (aliases may repeat and nest without end)."""
+    """Turns PyYAML's node graph into a tree of `Node`s, within MAX_VALUES and MAX_DEPTH (aliases may repeat and nest
+    without end)."""
 
     def __init__(self, at: Any, base: Path) -> None:
         self.at, self.base, self.left = at, base, MAX_VALUES
@@ -208,7 +219,9 @@ class _Tree:
         where = self.at(line)
         self.left -= 1
         if self.left < 0 or depth > MAX_DEPTH:
-            raise RecipeError(f"{where}: too many or too deeply nested values (limits: {MAX_VALUES} and {MAX_DEPTH}; do aliases repeat?)")
+            raise RecipeError(
+                f"{where}: too many or too deeply nested values (limits {MAX_VALUES} and {MAX_DEPTH}; repeated aliases?)"
+            )
         if raw.tag not in _TAGS:
             raise RecipeError(f"{where}: tag {raw.tag!r} isn't allowed in a recipe")
         if isinstance(raw, yaml.ScalarNode):

@@ -1,7 +1,10 @@
 """What a recipe may say: one dataclass a section; type, default, range and a line of help a field.
 
-The dataclasses are the schema, the value types of `Recipe`, and the source of `moai recipes show --schema`. Reading and merging are elsewhere.
+The dataclasses are the schema, the value types of `Recipe`, and the source of `moai recipes show --schema`. Reading
+and merging are elsewhere.
 """
+
+# ruff: noqa: RUF009 (a helper that calls dataclasses.field is as good as the original)
 
 from __future__ import annotations
 
@@ -14,18 +17,23 @@ from typing import Any, Literal
 
 from moai_core import config
 
+
 def _f(default: Any, help: str, **limits: Any) -> Any:
-    """A schema field. limits: min, max (inclusive), above, below (exclusive); path=True for what is relative to the recipe's folder."""
+    """A schema field. limits: min, max (inclusive), above, below (exclusive); path=True for what is relative to the
+    recipe's folder."""
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
 class Model:
-    """The network: a preset size and any field of `MoaiMambaConfig`; null means the preset's value, else the config's default."""
+    """The network: a preset size and any field of `MoaiMambaConfig`; null means the preset's value, else the config's
+    default."""
 
     preset: Literal["2b", "8b", "16b"] | None = _f(None, "size to start from")
     scan: str = _f("auto", "scan backend; a backend named here never falls back to another")
-    vocab_size: int | None = _f(None, "rows of the embedding; null: the tokenizer's size, without tokenizer the preset's", min=1)
+    vocab_size: int | None = _f(
+        None, "rows of the embedding; null: the tokenizer's size, without tokenizer the preset's", min=1
+    )
     hidden_size: int | None = _f(None, "width H of the residual stream", min=1)
     intermediate_size: int | None = _f(None, "width of the SwiGLU feed-forward", min=1)
     num_hidden_layers: int | None = _f(None, "number of layers", min=1)
@@ -36,7 +44,9 @@ class Model:
     max_position_embeddings: int | None = _f(None, "longest length seen in training; not a limit", min=1)
     rms_norm_eps: float | None = _f(None, "epsilon of the RMS norms", above=0, below=1)
     use_fast_scan: bool | None = _f(None, "false asks for the reference scan")
-    use_checkpoint: bool | None = _f(None, "gradient checkpointing stored in the model's config; train.checkpointing decides a run")
+    use_checkpoint: bool | None = _f(
+        None, "gradient checkpointing stored in the model's config; train.checkpointing decides a run"
+    )
     quantization_bits: int | None = _f(None, "bits used when use_quantization is true", min=2, max=8)
     use_quantization: bool | None = _f(None, "stored for the specification's JSON files")
     initializer_range: float | None = _f(None, "standard deviation of the initial weights", above=0, below=1)
@@ -59,10 +69,12 @@ class Model:
         return config.fields(self.preset, **self.overrides())
 
 
-# The kinds and aliases of moai_core/data/records.py, which this layer can't import; a test holds the two together.
-Kind = Literal["text", "messages", "conversations", "instruction", "prompt"]
-Alias = Literal["chat", "openai", "chatml", "sharegpt", "alpaca", "completion"]
-Format = Literal[Literal["auto"], Kind, Alias]
+# The kinds of records of moai_core/data/records.py and their aliases; this layer can't import them, so a test holds
+# the two together.
+Format = Literal[
+    "auto", "text", "messages", "conversations", "instruction", "prompt",
+    "chat", "openai", "chatml", "sharegpt", "alpaca", "completion",
+]  # fmt: skip
 TrainOn = Literal["assistant", "all"]
 
 
@@ -83,7 +95,9 @@ Sources = tuple[Source, ...]
 class Data:
     """Text to train and validate on."""
 
-    train: Sources | None = _f(None, "path (file, folder, glob, hf://dataset), or a list of {path, weight, format, train_on}")
+    train: Sources | None = _f(
+        None, "path (file, folder, glob, hf://dataset), or a list of {path, weight, format, train_on}"
+    )
     valid: Sources | None = _f(None, "the same for validation; null: a share of train is held out")
     valid_fraction: float = _f(0.01, "share of the documents held out when valid is null", min=0, below=1)
     max_length: int = _f(2048, "tokens a row", min=8)
@@ -100,14 +114,20 @@ class Data:
 class Optim:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "adamw_bf16", "adamw_8bit"] = _f("adamw", "adamw: fp32 states; adamw_bf16: bf16 states, stochastic rounding; adamw_8bit: bitsandbytes")
+    name: Literal["adamw", "adamw_bf16", "adamw_8bit"] = _f(
+        "adamw", "adamw: fp32 states; adamw_bf16: bf16 states, stochastic rounding; adamw_8bit: bitsandbytes"
+    )
     lr: float = _f(1e-4, "peak learning rate", above=0, max=10)
-    finetune_lr: float | None = _f(None, "peak learning rate when training starts from --model; null: lr", above=0, max=10)
+    finetune_lr: float | None = _f(
+        None, "peak learning rate when training starts from --model; null: lr", above=0, max=10
+    )
     betas: tuple[float, float] = _f((0.9, 0.95), "decay of the first and second moment", min=0, below=1)
     eps: float = _f(1e-8, "added to the root of the second moment", above=0, max=1)
     weight_decay: float = _f(0.01, "decoupled weight decay; never on A_log, D, dt_bias and norms", min=0, max=1)
     clip: float | None = _f(1.0, "largest gradient norm; null: no clipping", above=0)
-    schedule: Literal["cosine", "wsd", "constant"] = _f("cosine", "after the warm-up: cosine decay, warmup-stable-decay, or constant")
+    schedule: Literal["cosine", "wsd", "constant"] = _f(
+        "cosine", "after the warm-up: cosine decay, warmup-stable-decay, or constant"
+    )
     warmup_steps: int = _f(0, "steps of linear warm-up", min=0)
     decay_fraction: float = _f(0.1, "share of the steps that wsd spends decaying", min=0, max=1)
     min_lr_ratio: float = _f(0.1, "learning rate at the end, relative to lr", min=0, max=1)
@@ -115,15 +135,22 @@ class Optim:
 
 @dataclass(frozen=True)
 class Train:
-    """The loop: length, batch, precision, and what happens every so often. A step is one optimizer step; 0 means never."""
+    """The loop: length, batch, precision, what happens every so often. A step is an optimizer step; 0 means never."""
 
     steps: int | None = _f(None, "optimizer steps; exactly one of steps and epochs", min=1)
     epochs: float | None = _f(None, "passes over the data; exactly one of steps and epochs", above=0)
     batch_size: int = _f(1, "rows a device a micro-batch", min=1)
     accumulation: int = _f(1, "micro-batches a step", min=1)
-    effective_batch: int | None = _f(None, "rows a step over all devices; sets accumulation to effective_batch / (batch_size * devices)", min=1)
-    precision: Literal["auto", "fp32", "bf16", "bf16-mixed"] = _f("auto", "bf16: bf16 weights; bf16-mixed: fp32 weights, bf16 products; auto: bf16-mixed where the GPU has it, else fp32")
-    checkpointing: Literal["none", "full"] = _f("none", "full: keep only the input of each layer and compute it again in the backward pass")
+    effective_batch: int | None = _f(
+        None, "rows a step over all devices; sets accumulation to effective_batch / (batch_size * devices)", min=1
+    )
+    precision: Literal["auto", "fp32", "bf16", "bf16-mixed"] = _f(
+        "auto",
+        "bf16: bf16 weights; bf16-mixed: fp32 weights, bf16 products; auto: bf16-mixed where the GPU has it, else fp32",
+    )
+    checkpointing: Literal["none", "full"] = _f(
+        "none", "full: keep only the input of each layer and compute it again in the backward pass"
+    )
     seed: int = _f(0, "seed of initial weights, data order and samples", min=0, max=2**63 - 1)
     save_every: int = _f(1000, "steps between checkpoints (the last step is always saved)", min=0)
     keep_last: int = _f(3, "checkpoints kept", min=1)
@@ -177,13 +204,18 @@ def describe(kind: Any, limits: Any = types.MappingProxyType({})) -> str:
             count = "a list of" if inner[-1] is Ellipsis else f"a list of {len(inner)}:"
             words.append(f"{count} {describe(inner[0], limits)}")
         else:
-            words.append({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[one] + _range(limits))
+            words.append(
+                {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[one] + _range(limits)
+            )
     return " or ".join(words)
 
 
 def _range(limits: Any) -> str:
     signs = {"above": ">", "min": ">=", "below": "<", "max": "<="}
-    return "".join(f"{' and' * bool(n)} {sign} {limits[key]:g}" for n, (key, sign) in enumerate((k, s) for k, s in signs.items() if k in limits))
+    return "".join(
+        f"{' and' * bool(n)} {sign} {limits[key]:g}"
+        for n, (key, sign) in enumerate((k, s) for k, s in signs.items() if k in limits)
+    )
 
 
 def plain(value: Any) -> Any:

@@ -1,55 +1,25 @@
-"""What `moai doctor` looks at: versions, devices, scan backends, a numeric self-test against float64, folders. Each finding is a plain dict.
+"""The part of `moai doctor` that computes: devices, scan backends, a numeric self-test against float64. Each finding
+is a plain dict.
 
-The self-test takes fresh random inputs, an odd length, packed documents, padding and a state to continue, and compares every backend that doesn't
-refuse with the reference in float64: results, states and all gradients. What it leaves out is speed, which the benchmarks measure.
+The self-test takes fresh random inputs, an odd length, packed documents, padding and a state to continue, and
+compares every backend that doesn't refuse with the reference in float64: results, states and all gradients. What it
+leaves out is speed, which the benchmarks measure.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moai_core import device, paths, scan
+from moai_core import device, scan
 from moai_core.scan import reference
 
 # Relative norm error allowed against float64: the dtype's own rounding, grown by a recurrence of some dozens of steps.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-_LOW_DISK = 1 << 30
-
 Finding = dict[str, Any]
-
-
-def versions() -> Iterator[Finding]:
-    """Each dependency: name, version or None, `ok` (None where it is optional and absent), and how to install it."""
-    from packaging.requirements import Requirement
-
-    yield {"name": "python", "version": platform.python_version(), "ok": True, "why": None, "hint": None}
-    needs: dict[str, tuple[Requirement, list[str]]] = {}
-    for text in importlib.metadata.requires("moai") or []:
-        need = Requirement(text)
-        extra = str(need.marker).partition("extra == ")[2].strip("\"'") if need.marker else ""
-        if extra not in ("test", "dev") and need.name != "moai":
-            needs.setdefault(need.name, (need, []))[1].append(extra)
-    for name, (need, extras) in needs.items():
-        extra = min(extras, key=len)
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        fine = version is not None and need.specifier.contains(version, prereleases=True)
-        why = None if fine else "not installed" if version is None else f"needs {need.specifier}"
-        hint = f"pip install 'moai[{extra}]'" if extra else f"pip install '{name}{need.specifier}'"
-        ok = True if fine else None if extra else False
-        yield {"name": name, "version": version, "ok": ok, "why": why, "hint": None if fine else hint}
 
 
 def devices() -> list[Finding]:
@@ -71,7 +41,8 @@ def backends(name: str) -> Iterator[Finding]:
 
 
 def self_tests(name: str, seed: int) -> Iterator[Finding]:
-    """Each backend that runs on a device, in fp32 and on a GPU in bf16: relative norm errors `forward` (results, states) and `backward` (gradients)."""
+    """Each backend that runs on a device, in fp32 and on a GPU in bf16: relative norm errors `forward` (results,
+    states) and `backward` (gradients)."""
     where = torch.device(name)
     for dtype in (torch.float32, torch.bfloat16) if where.type == "cuda" else (torch.float32,):
         for backend in scan.BACKENDS:
@@ -89,7 +60,9 @@ def _possible(backend: str, where: torch.device, dtype: torch.dtype, op: str) ->
     return None
 
 
-def _self_test(op: str, backend: str, where: torch.device, dtype: torch.dtype, seed: int, needs: dict[str, bool]) -> Finding:
+def _self_test(
+    op: str, backend: str, where: torch.device, dtype: torch.dtype, seed: int, needs: dict[str, bool]
+) -> Finding:
     worst = {"forward": 0.0, "backward": 0.0}
     why = None
     try:
@@ -100,7 +73,14 @@ def _self_test(op: str, backend: str, where: torch.device, dtype: torch.dtype, s
         # A backend that can't even run is what this command is there to find.
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
     ok = why is None and all(error <= TOLERANCE[dtype] for error in worst.values())
-    found = {"device": str(where), "backend": backend, "operation": op, "dtype": str(dtype).removeprefix("torch."), **needs, "seed": seed}
+    found = {
+        "device": str(where),
+        "backend": backend,
+        "operation": op,
+        "dtype": str(dtype).removeprefix("torch."),
+        **needs,
+        "seed": seed,
+    }
     return {**found, **worst, "tolerance": TOLERANCE[dtype], "ok": ok, "why": why}
 
 
@@ -119,7 +99,12 @@ def _compare(
     u = draw(batch, length, channels)
     if op == "scan":
         A = -torch.exp(draw(channels, states, wide=True) / 2)
-        B, C, D, bias = draw(batch, length, states), draw(batch, length, states), draw(channels, wide=True), draw(channels, wide=True)
+        B, C, D, bias = (
+            draw(batch, length, states),
+            draw(batch, length, states),
+            draw(channels, wide=True),
+            draw(channels, wide=True),
+        )
         tensors = [u, draw(batch, length, channels), A, B, C, D, draw(batch, length, channels), bias]
         before = draw(batch, channels, states, wide=True)
     else:
@@ -128,7 +113,10 @@ def _compare(
     weights = [draw(batch, length, channels).double(), draw(*before.shape).double()]
 
     def run(function: Any, device: torch.device, wide: bool, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
-        inputs = [t.to(device, torch.float64 if wide else t.dtype).requires_grad_() for t in [*tensors, *([before] if state else [])]]
+        inputs = [
+            t.to(device, torch.float64 if wide else t.dtype).requires_grad_()
+            for t in [*tensors, *([before] if state else [])]
+        ]
         options |= {"state": inputs[len(tensors)]} if state else {}
         options |= {"seq_idx": number.to(device)} if seq_idx else {}
         results = function(*inputs[: len(tensors)], **options)
@@ -139,40 +127,3 @@ def _compare(
     got = run(getattr(scan, op), where, False, backend=backend)
     for kind, ours, theirs in zip(("forward", "backward"), got, want, strict=True):
         yield from ((kind, a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def folders() -> Iterator[Finding]:
-    """Packaged data, cache and current folder: where they are, free bytes, and whether they can be used."""
-    for name, folder in (("recipes", paths.RECIPES), ("tokenizers", paths.TOKENIZERS)):
-        ok = folder.is_dir() and any(folder.iterdir())
-        hint = None if ok else "reinstall moai"
-        yield {"name": name, "path": str(folder), "free": None, "ok": ok, "why": None if ok else "missing or empty", "hint": hint}
-    for name, folder, hint in (
-        ("cache", paths.cache_dir(), "set MOAI_CACHE to a folder you may write to"),
-        ("current folder", Path.cwd(), "go to a folder you may write to"),
-    ):
-        why = _writable(folder)
-        free = None if why else shutil.disk_usage(_existing(folder)).free
-        low = free is not None and free < _LOW_DISK
-        yield {
-            "name": name,
-            "path": str(folder),
-            "free": free,
-            "ok": why is None,
-            "why": why or (f"only {free / 1e9:.1f} GB free" if low and free is not None else None),
-            "hint": hint if why else "free some space" if low else None,
-        }
-
-
-def _existing(folder: Path) -> Path:
-    return next(one for one in (folder, *folder.parents) if one.exists())
-
-
-def _writable(folder: Path) -> str | None:
-    """None when a file can be made where `folder` is or would be; else why not."""
-    try:
-        with tempfile.TemporaryFile(dir=_existing(folder.absolute())) as file:
-            file.write(os.urandom(16))
-    except OSError as exc:
-        return f"not writable: {exc.strerror or exc}"
-    return None
