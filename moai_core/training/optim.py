@@ -42,7 +42,7 @@ def learning_rate(
         return peak
     if schedule == "wsd":
         start = max(warmup, total - round(decay_fraction * total))
-        shape = 1.0 if step <= start else 1.0 - math.sqrt((step - start) / (total - start))
+        shape = 1.0 if step <= start else 1.0 - math.sqrt(min(1.0, (step - start) / max(1, total - start)))
     elif schedule == "cosine":
         shape = 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
     else:
@@ -151,7 +151,7 @@ class AdamWBF16(torch.optim.Optimizer):
             w32.addcdiv_(m32, v32.sqrt().div_(root).add_(group["eps"]), value=-scale)
             for target, value in ((w, w32), (m, m32), (v, v32)):
                 target.copy_(round_stochastic(value, noise) if target.dtype == torch.bfloat16 else value)
-            if w is not p:
+            if "master" in state:
                 p.copy_(w32)
 
 

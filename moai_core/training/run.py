@@ -78,7 +78,7 @@ class Run:
             self._agree(saved[1], start.step_dir, explicit=resume not in ("auto", "never"))
             self.model_path = saved[1].get("model_path")
         source = start.step_dir or (
-            None if model_path is None else checkpoint.model_folder(model_path, on_event=self.on_event)
+            None if model_path is None else setup.model_folder(model_path, self.on_event)
         )
         self.tokenizer = setup.load_tokenizer(recipe, source)
         if source is None:
@@ -103,7 +103,14 @@ class Run:
 
     def _take_folder(self, resume: str) -> None:
         resuming.check_output(self.run_dir, resume)
+        self.stack.callback(self._leave_nothing)
         self.stack.enter_context(checkpoint.lock(self.run_dir))
+
+    def _leave_nothing(self) -> None:
+        """A run that failed before it wrote anything leaves no folder."""
+        if self.run_dir.is_dir() and {path.name for path in self.run_dir.iterdir()} <= {".lock"}:
+            (self.run_dir / ".lock").unlink(missing_ok=True)
+            self.run_dir.rmdir()
 
     def _agree(self, trainer: dict[str, Any], step_dir: Path, *, explicit: bool) -> None:
         differ = resuming.check_agreement(

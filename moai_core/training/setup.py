@@ -89,6 +89,13 @@ def load_tokenizer(recipe: Recipe, folder: Path | None) -> PreTrainedTokenizerFa
     return tokenizer
 
 
+def model_folder(path: Path, on_event: Any) -> Path:
+    """The folder that holds the model: `path` itself, or the newest good step of a run folder."""
+    if not path.is_dir() or (path / "config.json").is_file():
+        return path
+    return checkpoint.latest(path, on_event=on_event) or path
+
+
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MoaiMambaForCausalLM:
     """The recipe's model with initial weights from train.seed, fp32 on the CPU, whatever the device and its random
     numbers.
