@@ -192,12 +192,12 @@ class Session:
         self.turns.append(Turn(len(self.messages), len(self.tokens) if self._read else 0, self.state))
         for turn in self.turns[:-SNAPSHOTS]:
             turn.state = None
+        context = self.tokens + new
+        row = Row(self.vocabulary, self.settings, context, draws=self.draws, device=self.model.device, on_text=on_text)
         result = prefill(self.model, new, self.state, on_event=self.on_event, stop=stop)
         if result is None:
             return None
         logits, head = result
-        context = self.tokens + new
-        row = Row(self.vocabulary, self.settings, context, draws=self.draws, device=self.model.device, on_text=on_text)
         batch = Batch(self.model)
         batch.add(row, logits, head)
         while len(batch):
