@@ -42,15 +42,17 @@ def _global(
 
 
 def _register() -> None:
-    from moai_cli.commands import chat, doctor, eval, generate, init, recipes, train
+    from importlib import import_module
+    from importlib.util import find_spec
 
-    app.command()(init.init)
-    app.command()(train.train)
-    app.command()(generate.generate)
-    app.command()(chat.chat)
-    app.command(name="eval")(eval.evaluate)
-    app.add_typer(recipes.app, name="recipes")
-    app.command()(doctor.doctor)
+    for name in ("init", "train", "generate", "chat", "eval", "recipes", "doctor"):
+        if find_spec(f"moai_cli.commands.{name}") is None:
+            continue
+        module = import_module(f"moai_cli.commands.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name=name)(getattr(module, "evaluate" if name == "eval" else name))
 
 
 def _error(exc: BaseException) -> MoaiError | None:
@@ -83,11 +85,11 @@ def run(argv: list[str] | None = None) -> int:
         return console.fail(UsageError(exc.format_message(), hint=hint))
     except typer.Exit as exc:
         return exc.exit_code
-    except BrokenPipeError:
-        # The reader of our pipe left (`moai ... | head`): nothing to say, and nothing more to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except BaseException as exc:
+        if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):
+            # The reader of our pipe left (`moai ... | head`): nothing to say, and nothing more to flush. (Typer makes SystemExit of it.)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if os.environ.get("MOAI_DEBUG") or isinstance(exc, SystemExit):
             raise
         error = _error(exc)
