@@ -118,8 +118,8 @@ def plot(run_dir: Path, *, title: str = "") -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    figure = Figure(figsize=(9, 5))
+    canvas, axes = FigureCanvasAgg(figure), figure.add_axes((0.08, 0.11, 0.82, 0.8))
     steps = [r["step"] for r in train]
     losses = [math.nan if r.get("loss") is None else r["loss"] for r in train]
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")

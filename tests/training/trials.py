@@ -1,8 +1,8 @@
-"""Runs of `moai train` that end badly, for test_resume.py: `python trials.py FOLDER TRIALS SEED` (not collected by pytest).
+"""Runs of `moai train` that end badly, for test_resume.py: `python trials.py kill|signal|matrix FOLDER COUNT SEED`.
 
-One process imports everything once and forks a child a run, so that a run lasts fractions of a second and a trial can kill it
-anywhere: while it imports nothing, tokenizes, trains, saves, validates or ends. It runs apart from pytest, whose process may
-have started threads that a fork doesn't survive.
+One process trains once, so that all is imported and compiled, then forks a child a run: a run lasts half a second, and can
+be killed anywhere in it: while it tokenizes, trains, validates, saves or draws. This happens apart from pytest, whose process
+may have started threads that a fork doesn't survive. Prints a report as JSON; its "failures" must be empty.
 """
 
 from __future__ import annotations
@@ -14,63 +14,57 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
-from safetensors.torch import load_file  # noqa: E402
 
 RECIPE = """\
 model: {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, state_size: 4}
 tokenizer: moai_tiny
 data: {train: train.txt, valid: valid.txt, max_length: 32}
 optim: {lr: 1e-2, warmup_steps: 3}
-train: {steps: 14, batch_size: 2, save_every: 3, keep_last: 2, eval_every: 5, eval_batches: 2, sample_every: 6,
-        sample_prompts: ["말"], sample_tokens: 4, threads: 1, precision: fp32}
+train: {steps: 11, batch_size: 2, save_every: 3, keep_last: 2, eval_every: 4, eval_batches: 2, sample_every: 5,
+        sample_prompts: ["말"], sample_tokens: 3, threads: 1, precision: fp32}
 hardware: {gpu: cpu}
 """
-# What a clock or the machine says; everything else in the records must come out the same.
+# What a clock or the machine says; everything else that is recorded must come out the same.
 MEASURED = {"tokens_per_s", "memory_mb", "mfu", "seconds"}
 
 
 def project(folder: Path) -> Path:
-    """A recipe and its data in `folder`: a few epochs of short documents; returns the recipe's path."""
+    """A recipe in `folder` and its data, of which the recipe's steps see more than one epoch; returns the recipe's path."""
     dice = random.Random(1)
     words = "the state of a layer has one size 상태는 커지지 않는다 状態は増えない 状态不变 1 2 3".split()
-    for name, documents in (("train", 40), ("valid", 8)):
+    for name, documents in (("train", 9), ("valid", 6)):
         text = [" ".join(dice.choices(words, k=dice.randrange(3, 30))) for _ in range(documents)]
         (folder / f"{name}.txt").write_text("\n\n".join(text), encoding="utf-8")
     (folder / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
     return folder / "tiny.yaml"
 
 
-def train(recipe: Path, run: Path, *overrides: str, patch: Callable[[], object] | None = None) -> int:
-    """Start `moai train` in a forked child, quietly; its PID. It ends with the command's exit code."""
+def moai_train(recipe: Path, run: Path, *overrides: str) -> int:
+    """`moai train`, quietly, in this process; its exit code."""
+    from moai_cli.main import run as moai
+
+    with open(run.with_suffix(".log"), "a") as log, redirect_stdout(log), redirect_stderr(log):
+        return moai(["train", "--recipe", str(recipe), "--output", str(run), "--json", *overrides])
+
+
+def start(recipe: Path, run: Path, *overrides: str, first: Callable[[], object] | None = None) -> int:
+    """`moai train` in a forked child, after `first()`; its PID."""
     pid = os.fork()
     if pid == 0:
-        log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
         code = 1
         try:
-            from moai_cli.main import run as moai
-
-            if patch is not None:
-                patch()
-            code = moai(["train", "--recipe", str(recipe), "--output", str(run), "--json", *overrides])
-            sys.stdout.flush()
+            if first is not None:
+                first()
+            code = moai_train(recipe, run, *overrides)
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
         finally:
             os._exit(code)
     return pid
-
-
-def warm_up(recipe: Path, run: Path) -> None:
-    """Train once in this very process, so that the children find everything imported and compiled."""
-    from moai_cli.main import run as moai
-
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        assert moai(["train", "--recipe", str(recipe), "--output", str(run), "--json"]) == 0
 
 
 def wait(pid: int) -> int:
@@ -78,24 +72,27 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def records(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl and samples.jsonl without what was measured."""
-    rows = [json.loads(line) for name in ("metrics", "samples") for line in (run / f"{name}.jsonl").open()]
-    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+def rows(run: Path, name: str = "metrics") -> list[dict]:
+    """The lines of `name`.jsonl without what was measured; a last line that a kill cut short is left out."""
+    path = run / f"{name}.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
-def outcome(run: Path) -> dict:
-    """Everything a finished run determines: records, checkpoints kept, their tensors and trainer state, bit for bit."""
-    found: dict = {"records": records(run), "steps": sorted(path.name for path in run.glob("step-*"))}
-    for step in run.glob("step-*"):
+def outcome(run: Path, *, final: bool = False) -> dict:
+    """All that a finished run determines, bit for bit: records, and tensors and trainer state of its checkpoints (or the last)."""
+    import torch
+    from safetensors.torch import load_file
+
+    steps = sorted(run.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))[-1 if final else 0 :]
+    found: dict = {"metrics": rows(run), "samples": rows(run, "samples"), "steps": [path.name for path in steps]}
+    for step in steps:
         for file in sorted(step.glob("*.safetensors")):
-            found[f"{step.name}/{file.name}"] = {
-                name: (str(tensor.dtype), tensor.view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes().hex())
-                for name, tensor in load_file(file).items()
-            }
-        trainer = json.loads((step / "trainer.json").read_text())
-        trainer["progress"].pop("seconds")
-        trainer["recipe"].pop("output", None)
+            for name, tensor in load_file(file).items():
+                content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                found[f"{step.name}/{file.name}/{name}"] = (str(tensor.dtype), list(tensor.shape), content)
+        trainer = json.loads((step / "trainer.json").read_text(encoding="utf-8"))
+        del trainer["progress"]["seconds"], trainer["recipe"]["data"]["workers"]
         found[f"{step.name}/trainer.json"] = trainer
     return found
 
@@ -105,47 +102,159 @@ def differences(one: dict, other: dict) -> list[str]:
     return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
 
 
-def kill_trials(folder: Path, trials: int, seed: int) -> dict:
-    """Kill runs at random moments, often more than once, resume each until it is done; what differed from a quiet run."""
-    recipe, dice = project(folder), random.Random(seed)
+def quiet_run(folder: Path) -> tuple[Path, dict, dict, float]:
+    """The recipe, the outcome of an undisturbed run of it, the same of its last checkpoint only, and how long it lasts."""
+    recipe = project(folder)
     os.environ["MOAI_CACHE"] = str(folder / "cache")
-    warm_up(recipe, folder / "warm")
+    assert moai_train(recipe, folder / "warm") == 0, (folder / "warm.log").read_text()
     began = time.monotonic()
-    assert wait(train(recipe, folder / "quiet")) == 0
+    assert wait(start(recipe, folder / "quiet")) == 0
     length = time.monotonic() - began
-    quiet = outcome(folder / "quiet")
-    report = {"length": length, "kills": 0, "at": [], "failures": []}
-    for trial in range(trials):
-        run = folder / f"run-{trial}"
-        os.environ["MOAI_CACHE"] = str(folder / ("cache" if dice.random() < 0.7 else f"cache-{trial}"))
+    whole = outcome(folder / "quiet")
+    epochs = {row["epoch"] for row in whole["metrics"] if row["kind"] == "train"}
+    assert (
+        len(epochs) > 1
+        and len(whole["metrics"]) == 11 + 3
+        and whole["samples"]
+        and whole["steps"] == ["step-9", "step-11"]
+    )
+    assert not differences(whole, outcome(folder / "warm"))
+    return recipe, whole, outcome(folder / "quiet", final=True), length
+
+
+def log_tail(run: Path) -> str:
+    return run.with_suffix(".log").read_text()[-800:]
+
+
+def kill(folder: Path, count: int, seed: int) -> dict:
+    """SIGKILL runs at `count` random moments, some of them again while they resume; each must end as the quiet run did."""
+    recipe, quiet, _, length = quiet_run(folder)
+    dice, failures, moments, trial = random.Random(seed), [], Counter(), 0
+    while moments.total() < count:
+        trial += 1
+        run, cache = folder / f"run-{trial}", folder / "cache"
+        if dice.random() < 0.3:  # tokenize anew as well
+            cache = folder / f"cache-{trial}"
+            shutil.copytree(folder / "cache" / "kernels", cache / "kernels", dirs_exist_ok=True)
+        os.environ["MOAI_CACHE"] = str(cache)
         overrides = ["data.workers=1"] if dice.random() < 0.1 else []
-        for _ in range(20):
-            pid = train(recipe, run, *overrides)
-            killed = dice.random() < 0.8
-            if killed:
+        code = None
+        while code is None:
+            pid = start(recipe, run, *overrides)
+            if dice.random() < 0.6:
                 time.sleep(dice.uniform(0, length))
                 os.kill(pid, signal.SIGKILL)
-            code = wait(pid)
-            if code == 0:
-                break
-            if code == -signal.SIGKILL:
-                report["kills"] += 1
-                report["at"].append(sum(1 for _ in (run / "metrics.jsonl").open()) if (run / "metrics.jsonl").exists() else -1)
-                continue
-            report["failures"].append([trial, f"exit {code}", run.with_suffix(".log").read_text()[-500:]])
-            break
-        else:
-            report["failures"].append([trial, "killed too often", ""])
-        if code == 0 and (wrong := differences(quiet, outcome(run))):
-            report["failures"].append([trial, "differs", wrong])
-        elif code == 0:
-            left = [path.name for path in run.iterdir() if "-" in path.suffix]
-            if left:
-                report["failures"].append([trial, "left behind", left])
-            shutil.rmtree(run)
-        shutil.rmtree(folder / f"cache-{trial}", ignore_errors=True)
-    return report
+            if (ended := wait(pid)) == -signal.SIGKILL:
+                moments[max((row["step"] for row in rows(run)), default=0)] += 1
+            else:
+                code = ended
+        if code != 0:
+            failures.append([trial, f"exit {code}", log_tail(run)])
+        elif wrong := differences(quiet, outcome(run)):
+            failures.append([trial, "differs", wrong])
+        elif left := [path.name for path in run.iterdir() if "-" in path.suffix]:
+            failures.append([trial, "left behind", left])
+        shutil.rmtree(run, ignore_errors=True)
+        if cache.name != "cache":
+            shutil.rmtree(cache)
+    return {"trials": trial, "length": length, "moments": moments, "failures": failures}
+
+
+def signals(folder: Path, count: int, seed: int) -> dict:
+    """SIGTERM or SIGINT at `count` random moments: the last step is saved, the code is 143 or 130, and resuming is exact."""
+    recipe, _, quiet, length = quiet_run(folder)
+    dice, failures, codes, trial = random.Random(seed), [], Counter(), 0
+    while codes[128 + signal.SIGTERM] + codes[128 + signal.SIGINT] < count:
+        trial += 1
+        run, signum = folder / f"run-{trial}", dice.choice([signal.SIGTERM, signal.SIGINT])
+        pid = start(recipe, run)
+        time.sleep(dice.uniform(0, length))
+        os.kill(pid, signum)
+        code = wait(pid)
+        code = 128 - code if code < 0 else code  # before the command caught signals
+        codes[code] += 1
+        last = max((row["step"] for row in rows(run)), default=0)
+        saved = max((int(path.name.removeprefix("step-")) for path in run.glob("step-*")), default=0)
+        if code not in (0, 128 + signum) or last != saved:
+            failures.append([trial, f"signal {signum}: exit {code}, step {last}, saved {saved}", log_tail(run)])
+        elif (code := wait(start(recipe, run))) != 0:
+            failures.append([trial, f"resuming: exit {code}", log_tail(run)])
+        elif wrong := differences(quiet, outcome(run, final=True)):
+            failures.append([trial, "differs", wrong])
+        shutil.rmtree(run, ignore_errors=True)
+    failures += second_signal(recipe, folder / "second")
+    return {"trials": trial, "codes": codes, "failures": failures}
+
+
+def second_signal(recipe: Path, run: Path) -> list:
+    """The first signal saves, which here lasts a minute; the second ends the process at once."""
+    from moai_core import checkpoint
+
+    def slow_save(*args, **kwargs):
+        (run / "saving").touch()
+        time.sleep(60)
+
+    failures = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        pid = start(recipe, run, "train.steps=2000", first=lambda: setattr(checkpoint, "save", slow_save))
+        while not rows(run):
+            time.sleep(0.01)
+        os.kill(pid, signum)
+        while not (run / "saving").exists():
+            time.sleep(0.01)
+        began = time.monotonic()
+        os.kill(pid, signum)
+        code, seconds = wait(pid), time.monotonic() - began
+        if code != 128 + signum or seconds > 3:
+            failures.append([f"second {signum}", f"exit {code} after {seconds:.1f} s", log_tail(run)])
+        shutil.rmtree(run)
+    return failures
+
+
+def matrix(folder: Path, count: int, seed: int) -> dict:
+    """Accumulation 1 and 4, no workers and 2, an epoch's end between two stops and two resumes: all bit for bit."""
+    from moai_core import recipe as recipes
+    from moai_core.errors import Interrupted
+    from moai_core.training.loop import train
+    from moai_core.training.stop import StopFlag
+
+    path, failures, done = project(folder), [], []
+    os.environ["MOAI_CACHE"] = str(folder / "cache")
+    first: dict[int, dict] = {}
+    for accumulation in (1, 4):
+        for workers in (0, 2):
+            overrides = [f"train.accumulation={accumulation}", f"data.workers={workers}", "train.save_every=100"]
+            made = recipes.load(path, overrides)
+            name = f"accumulation {accumulation}, workers {workers}"
+            quiet, run = folder / f"quiet-{accumulation}-{workers}", folder / f"run-{accumulation}-{workers}"
+            train(made, output=quiet)
+            epoch = {row["step"]: row["epoch"] for row in rows(quiet) if row["kind"] == "train"}
+            stops = [2, 9] if accumulation == 1 else [1, 4]
+            assert epoch[stops[0]] < epoch[stops[1]], (name, epoch)
+            for at in stops:
+                stop = StopFlag()
+                ask = lambda event, at=at, stop=stop: (
+                    event.get("event") == "step" and event["step"] == at and stop.request()
+                )  # noqa: E731
+                try:
+                    train(made, output=run, on_event=ask, stop=stop)
+                    failures.append([name, f"not stopped at {at}"])
+                except Interrupted:
+                    if not (run / f"step-{at}").is_dir():
+                        failures.append([name, f"step-{at} not saved"])
+            result = train(made, output=run)
+            if result.resumed_from != stops[1]:
+                failures.append([name, f"resumed from {result.resumed_from}"])
+            ended = outcome(run, final=True)
+            if wrong := differences(outcome(quiet, final=True), ended):
+                failures.append([name, "differs", wrong])
+            if wrong := differences(first.setdefault(accumulation, ended), ended):
+                failures.append([name, "differs from no workers", wrong])
+            done.append(name)
+    return {"done": done, "failures": failures}
 
 
 if __name__ == "__main__":
-    print(json.dumps(kill_trials(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    mode, where, number, start_seed = sys.argv[1:]
+    report = {"kill": kill, "signal": signals, "matrix": matrix}[mode](Path(where), int(number), int(start_seed))
+    print(json.dumps(report))
