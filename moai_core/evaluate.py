@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moai_core.data.cache import batches_of
-from moai_core.data.read import Problems, find_files, read_documents
+from moai_core.data.read import Problems, find_files, left_out, read_documents
 from moai_core.data.tokenize import Encoder, check_tokenizer, token_bytes
 from moai_core.errors import DataError, UsageError
 from moai_core.model.loss import IGNORED, chunked_cross_entropy, shift_labels
@@ -166,8 +166,8 @@ def evaluate_file(
     finally:
         model.train(training)
     if not scored:
-        left_out = f" ({problems.skipped} bad lines left out)" if problems.skipped else ""
-        raise DataError(f"{path}: holds nothing to score{left_out}", hint="a document needs at least two tokens, of which the second is scored")
+        bad = left_out(problems.skipped, problems.examples)
+        raise DataError(f"{path}: holds nothing to score{f' ({bad})' if bad else ''}", hint="a document needs at least two tokens, of which the second is scored")
     nats = float(sums)
     extra = {"nats": nats, "documents": counted, "skipped": problems.skipped, "empty": problems.empty}
     return summary(nats, scored, size) | extra

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moai_core.data.read import Problems, find_files, read_documents, suffix
+from moai_core.data.read import Problems, find_files, left_out, read_documents, suffix
 from moai_core.data.records import Document
 from moai_core.data.tokenize import Encoded, Encoder, fingerprint
 from moai_core.errors import CheckpointError, DataError, storage_error
@@ -132,12 +132,7 @@ def tokenized(
             found.examples[0], hint="mend the line, or set data.on_error=skip to leave such lines out and count them"
         )
     if found.skipped:
-        tell(
-            {
-                "event": "warning",
-                "message": f"{path}: {found.skipped} bad lines left out, the first: {found.examples[0]}",
-            }
-        )
+        tell({"event": "warning", "message": f"{path}: {left_out(found.skipped, found.examples)}"})
     return found
 
 
@@ -303,12 +298,8 @@ def _build(
                 }
             )
         if not documents:
-            skipped = (
-                f" ({problems.skipped} bad lines left out, the first: {problems.examples[0]})"
-                if problems.skipped
-                else ""
-            )
-            raise DataError(f"{path}: holds no text{skipped}", hint="an empty file, or only blank records")
+            bad = left_out(problems.skipped, problems.examples)
+            raise DataError(f"{path}: holds no text{f' ({bad})' if bad else ''}", hint="an empty file, or only blank records")
         stack.close()
         if not mask.used:
             (writer.path / "mask.bin").unlink()

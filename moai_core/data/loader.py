@@ -276,7 +276,10 @@ class Loader:
                 "the data, its order or max_length differ from what this checkpoint was training on, so its position means nothing here",
                 hint="restore the files and the recipe's data section, or start a new run from the weights with --model and --resume never",
             )
-        self._state = {key: state[key] for key in ("rows", "streams") if key in state}
+        rows = state.get("rows")
+        if not isinstance(rows, int) or rows < 0 or (self.streaming and rows and not isinstance(state.get("streams"), dict)):
+            raise DataError(f"the stored position of the data is damaged (rows: {rows!r})", hint="resume from another checkpoint")
+        self._state = {"rows": rows, "streams": state["streams"]} if self.streaming and rows else {"rows": rows}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.streaming:

@@ -61,6 +61,11 @@ class Problems:
             self.examples.append(message)
 
 
+def left_out(skipped: int, examples: list[str]) -> str:
+    """`3 bad lines left out, the first: file:line: why`; empty for none."""
+    return f"{skipped} bad line{'s' * (skipped != 1)} left out, the first: {examples[0]}" if skipped else ""
+
+
 def check_format(format: str) -> str:
     """The canonical kind for `data.format` (`auto` or a kind or its alias). Raises UsageError."""
     kind = ALIASES.get(format, format)
