@@ -121,9 +121,10 @@ def weights_gradients_optimizer(config: Mapping[str, Any], recipe: Recipe, preci
     weights = rest * b.w + fp32 * 4
     if recipe.optim.name == "adamw_8bit":
         moments = _moments_8bit(config)
+    elif recipe.optim.name == "adamw" and precision == "bf16":
+        moments = 12 * rest + 8 * fp32  # fp32 masters and two fp32 moments; what is fp32 already needs no master
     else:
-        # adamw and adamw_bf16: two moments in the parameter's own dtype.
-        moments = 2 * weights
+        moments = 2 * weights  # two moments in the parameter's own dtype
     return {"weights": weights, "gradients": weights, "optimizer": moments}
 
 
@@ -216,7 +217,7 @@ def _phases(config: Mapping[str, Any], recipe: Recipe) -> dict[str, dict[str, in
     # scan: du, dt, dz, dy of width I).
     again = T * layer["activations"] if full else 0
     flight = T * (b.a * max(3 * F, 5 * I) + (4 + b.r) * H)
-    step = 5 * 4 * min(BF16_CHUNK, V * H) if recipe.optim.name == "adamw_bf16" else 0
+    step = 5 * 4 * min(BF16_CHUNK, V * H) if recipe.optim.name == "adamw_bf16" or b.w == 2 else 0
     base: dict[str, float] = {"weights": held["weights"], "optimizer": held["optimizer"], "overhead": _overhead(recipe)}
     grads = held["gradients"] if many else 0
     phases: dict[str, dict[str, float]] = {
@@ -290,7 +291,7 @@ class Plan:
         return {**self.__dict__, "peak": self.peak, "fits": self.fits}
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(group, name, value) lines to look at."""
+        """(group, name, value) lines to look at; a group is named on its first line."""
         lines = [("parameters", part, f"{n:,}") for part, n in self.parameters.items()]
         lines += [("FLOPs a token", kind, f"{n / 1e9:,.2f} G") for kind, n in self.flops.items()]
         lines += [(f"memory, {self.precision}", kind, _gib(n)) for kind, n in self.memory.items()]
@@ -313,7 +314,9 @@ class Plan:
             )
             lines.append(("run", "FLOPs", f"{self.tokens * (self.flops['training'] + self.flops['recompute']):.3g}"))
         lines.append(("run", "state a sequence", f"{self.state_bytes / 1e6:.1f} MB, at any length"))
-        return lines + [("note", "", note) for note in self.notes]
+        lines += [("note", "", note) for note in self.notes]
+        groups = [group for group, _, _ in lines]
+        return [(group if group not in groups[:n] else "", name, value) for n, (group, name, value) in enumerate(lines)]
 
 
 def vocabulary(tokenizer: str | None) -> int | None:

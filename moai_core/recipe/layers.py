@@ -220,7 +220,7 @@ class _Tree:
         self.left -= 1
         if self.left < 0 or depth > MAX_DEPTH:
             raise RecipeError(
-                f"{where}: too many or too deeply nested values (limits {MAX_VALUES} and {MAX_DEPTH}; repeated aliases?)"
+                f"{where}: too many or too deep values (limits {MAX_VALUES} and {MAX_DEPTH}; repeated aliases?)"
             )
         if raw.tag not in _TAGS:
             raise RecipeError(f"{where}: tag {raw.tag!r} isn't allowed in a recipe")
