@@ -8,6 +8,7 @@ leaves out is speed, which the benchmarks measure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,7 +69,7 @@ def _self_test(
     try:
         for kind, got, want in _compare(op, backend, where, dtype, seed, **needs):
             error = float((got.detach().double().cpu() - want.detach()).norm() / want.detach().norm().clamp(min=1e-30))
-            worst[kind] = error if not error <= worst[kind] else worst[kind]  # unlike max(), keeps a NaN
+            worst[kind] = max(worst[kind], error if error == error else math.inf)  # a NaN is no number to compare
     except Exception as exc:
         # A backend that can't even run is what this command is there to find.
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
