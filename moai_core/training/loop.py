@@ -277,11 +277,17 @@ class Loop(Run):
         def due(every: int) -> bool:
             return bool(every and progress.step and (done or progress.step % every == 0))
 
+        late = False
         if due(t.eval_every) and progress.evaluated != progress.step:
             self._evaluate()
-        if due(t.sample_every) and progress.sampled != progress.step and self.ranks.main:
-            self._sample()
-        if (due(t.save_every) or done) and progress.step and self._saved_step() != progress.step:
+            late = True
+        if due(t.sample_every) and progress.sampled != progress.step:
+            if self.ranks.main:
+                self._sample()
+            self._agree_to_go_on(0, 0)
+            progress.sampled, late = progress.step, True
+        # Saved again where a run stopped after its last step catches up, or the next start would do it once more.
+        if (due(t.save_every) or done) and progress.step and (late or self._saved_step() != progress.step):
             self.ranks.on_main(self._save)
 
     def _saved_step(self) -> int:
@@ -289,7 +295,7 @@ class Loop(Run):
 
     def _valid_batches(self, loader: Loader) -> Iterator[dict[str, Any]]:
         """The same batches each time, at most one pass; ends early on a wish to stop."""
-        for batch in loader.once(self.recipe.train.eval_batches):
+        for batch in loader.once(-(-self.recipe.train.eval_batches // self.ranks.world)):
             if self.stop:
                 return
             yield batch

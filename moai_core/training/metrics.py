@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +75,14 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def truncate(path: Path, step: int, *, source: Path | None = None) -> None:
-    """Keeps the rows up to `step` (of `source`, for a run that branches off another), each train step once. Raises
-    StorageError.
+def truncate(path: Path, known: Mapping[str, int], *, source: Path | None = None) -> None:
+    """Keeps the rows of each kind up to the step in `known`: those that the checkpoint knows of. What came after it is
+    done and recorded again. source: the file of the run that this one branches off. Raises StorageError.
     """
     source = source or path
-    if not source.is_file():
-        return
-    seen: set[tuple[Any, int]] = set()
-    kept: list[bytes] = []
-    for row in read_rows(source):
-        key = (row.get("kind"), row["step"])
-        if row["step"] <= step and (key not in seen or row.get("kind") == "sample"):
-            seen.add(key)
-            kept.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    write_file(path, kept)
+    if source.is_file():
+        kept = (row for row in read_rows(source) if row["step"] <= known.get(row.get("kind", ""), -1))
+        write_file(path, (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in kept))
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

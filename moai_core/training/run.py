@@ -148,8 +148,9 @@ class Run:
     def _open_files(self, step_dir: Path | None) -> None:
         """recipe.yaml, and the records cut back to the step that the run goes on from."""
         source = self.run_dir if step_dir is None else step_dir.parent
+        known = {"train": self.progress.step, "valid": self.progress.evaluated, "sample": self.progress.sampled}
         for name in (metrics.METRICS, metrics.SAMPLES):
-            metrics.truncate(self.run_dir / name, self.progress.step, source=source / name)
+            metrics.truncate(self.run_dir / name, known, source=source / name)
         storage.write_file(self.run_dir / resuming.RECIPE, self.recipe.to_yaml().encode())
         self.metrics = self.stack.enter_context(closing(metrics.Lines(self.run_dir / metrics.METRICS)))
         self.samples = self.stack.enter_context(closing(metrics.Lines(self.run_dir / metrics.SAMPLES)))

@@ -26,24 +26,26 @@ def test_lines_are_whole_and_json(tmp_path):
     out.close()
 
 
-def test_truncate_keeps_each_step_once_and_drops_what_is_broken(tmp_path):
+def test_truncate_keeps_what_the_checkpoint_knows_and_drops_what_is_broken(tmp_path):
     path = tmp_path / "m.jsonl"
-    rows = [{"kind": "train", "step": s} for s in (1, 2, 2, 3, 4)] + [{"kind": "valid", "step": 2}]
+    rows = [{"kind": "train", "step": s} for s in (1, 2, 3, 4)] + [{"kind": "valid", "step": 2}]
     rows += [{"kind": "sample", "step": 2, "text": t} for t in "ab"]
     path.write_bytes("\n".join(map(json.dumps, rows)).encode() + b"\n[1]\n{}\n\xff\xfe\n" + b'{"kind": "train", "step": 3')
-    metrics.truncate(path, 3)
+    metrics.truncate(path, {"train": 3, "valid": 2, "sample": 2})
     kept = lines(path)
     assert [r["step"] for r in kept if r["kind"] == "train"] == [1, 2, 3]
-    assert [r for r in kept if r["kind"] != "train"] == rows[5:]
-    metrics.truncate(path, 0)
+    assert [r for r in kept if r["kind"] != "train"] == rows[4:]
+    metrics.truncate(path, {"train": 3, "valid": 1, "sample": 0})  # stopped before the validation at step 2 was saved
+    assert {r["kind"] for r in lines(path)} == {"train"}
+    metrics.truncate(path, {"train": 0})
     assert lines(path) == []
-    metrics.truncate(tmp_path / "none.jsonl", 3)
+    metrics.truncate(tmp_path / "none.jsonl", {"train": 3})
     assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_truncate_copies_for_a_branch(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n')
-    metrics.truncate(tmp_path / "b.jsonl", 1, source=tmp_path / "a.jsonl")
+    metrics.truncate(tmp_path / "b.jsonl", {"train": 1}, source=tmp_path / "a.jsonl")
     assert lines(tmp_path / "b.jsonl") == [{"kind": "train", "step": 1}] and len(lines(tmp_path / "a.jsonl")) == 2
 
 
