@@ -1,6 +1,7 @@
 """What a person types, a message at a time: lines with editing and history on a terminal, plain lines from a pipe.
 
-A message goes on after a line that ends with a backslash, and from a line that begins with three double quotes to one that ends with them.
+A message goes on after a line that ends with a backslash, and from a line that begins with three double quotes to
+one that ends with them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ _HISTORY = 1000
 
 
 class Lines:
-    """Messages from stdin. On a terminal (both ends) with a prompt, history and completion of `words`, where readline is there."""
+    """Messages from stdin. On a terminal (both ends) with a prompt, history and completion of `words`, where
+    readline is there."""
 
     def __init__(self, words: list[str]) -> None:
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -56,7 +58,8 @@ class Lines:
             readline.write_history_file(self._history)
 
     def read(self) -> str | None:
-        """The next message, or None at the end of the input. Raises DataError for bytes that are not UTF-8, KeyboardInterrupt."""
+        """The next message, or None at the end of the input. Raises DataError for bytes that are not UTF-8,
+        KeyboardInterrupt."""
         line = self._line("> ")
         if line is None:
             return None

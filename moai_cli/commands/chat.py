@@ -6,10 +6,9 @@ import difflib
 import json
 import shlex
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
 
 def chat(
     model: options.Model = None,
-    system: Annotated[Optional[str], typer.Option("--system", help="System message.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     session: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option("--session", help="Conversation file: continued if it exists, and saved there at the end."),
     ] = None,
     max_new_tokens: shared.MaxNewTokens = None,
@@ -52,8 +51,8 @@ def chat(
 
     - `printf 'Hello\\n/save hello.session\\n' | moai chat --model runs/cpu-tiny --seed 1`
 
-    A line that ends with a backslash goes on; so does text between triple quotes. Ctrl-C stops an answer, Ctrl-D leaves.
-    `/help` lists the commands. Without a terminal each line of stdin is a message.
+    A line that ends with a backslash goes on; so does text between triple quotes. Ctrl-C stops an answer, Ctrl-D
+    leaves. `/help` lists the commands. Without a terminal each line of stdin is a message.
     """
     given = shared.settings_from(locals())
     path = shared.required_model(model)
@@ -94,11 +93,14 @@ class Talk:
         self.last: Completion | None = None
         self.over = False
 
-    # ---- the loop -----------------------------------------------------------------------------------------------------
+    # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Until /exit, the end of the input, or a second Ctrl-C."""
-        before = {s: signal.signal(s, h) for s, h in ((signal.SIGTERM, _terminated), (signal.SIGINT, signal.default_int_handler))}
+        before = {
+            s: signal.signal(s, h)
+            for s, h in ((signal.SIGTERM, _terminated), (signal.SIGINT, signal.default_int_handler))
+        }
         if self.lines.terminal:
             console.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         warned = False
@@ -145,7 +147,9 @@ class Talk:
         name, _, argument = message.partition(" ")
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "/help lists the commands; a space in front makes it a message"
+            hint = (
+                f"did you mean {near[0]}?" if near else "/help lists the commands; a space in front makes it a message"
+            )
             raise UsageError(f"unknown command {name[:40]!r}", hint=hint)
         COMMANDS[name][0](self, argument.strip())
 
@@ -179,7 +183,7 @@ class Talk:
             console.note(f"reading the conversation again ({event['tokens']} tokens)")
         self.reading(event)
 
-    # ---- commands -------------------------------------------------------------------------------------------------------
+    # ---- commands ---------------------------------------------------------------------------------------------------
 
     def load(self, path: Path) -> None:
         """Go on with the conversation of a file."""
@@ -191,7 +195,9 @@ class Talk:
         console.note(f"{path}: {about['turns']} turns, {about['tokens']} tokens read")
 
     def _help(self, _: str) -> None:
-        console.table(("command", "what it does"), [(f"{name} {COMMANDS[name][1]}", COMMANDS[name][2]) for name in COMMANDS])
+        console.table(
+            ("command", "what it does"), [(f"{name} {COMMANDS[name][1]}", COMMANDS[name][2]) for name in COMMANDS]
+        )
 
     def _system(self, text: str) -> None:
         if text:
@@ -202,13 +208,17 @@ class Talk:
         from moai_core.generation.sampling import SETTINGS, check_settings
 
         if not text:
-            console.table(("setting", "value"), [(name, _shown(getattr(self.session.settings, name))) for name in SETTINGS])
+            console.table(
+                ("setting", "value"), [(name, _shown(getattr(self.session.settings, name))) for name in SETTINGS]
+            )
             return
         name, _, value = text.partition(" ")
         name = name.lstrip("-").replace("-", "_")
         if name not in SETTINGS or name == "logprobs":
             near = difflib.get_close_matches(name, SETTINGS, n=1)
-            raise UsageError(f"unknown setting {name[:40]!r}", hint=f"did you mean {near[0]}?" if near else "/set shows them all")
+            raise UsageError(
+                f"unknown setting {name[:40]!r}", hint=f"did you mean {near[0]}?" if near else "/set shows them all"
+            )
         parsed = _value(name, value.strip())
         check_settings({name: parsed}, lambda setting: f"/set {setting}")
         self.session.configure(**{name: parsed})

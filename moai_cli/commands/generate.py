@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
     from moai_core.generation.files import Request
     from moai_core.training.stop import StopFlag
 
-# ---- options that `chat` shares ---------------------------------------------------------------------------------------
+# ---- options that `chat` shares -------------------------------------------------------------------------------------
 
 Tokenizer = Annotated[
-    Optional[str], typer.Option("--tokenizer", help="Tokenizer folder or name, if the model has none of its own.")
+    str | None, typer.Option("--tokenizer", help="Tokenizer folder or name, if the model has none of its own.")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
 MaxNewTokens = Annotated[
-    Optional[int], typer.Option("--max-new-tokens", "-n", help="End after so many tokens.", show_default="256")
+    int | None, typer.Option("--max-new-tokens", "-n", help="End after so many tokens.", show_default="256")
 ]
 Temperature = Annotated[
-    Optional[float], typer.Option("--temperature", "-t", help="0 always takes the likeliest token.", show_default="0.8")
+    float | None, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.", show_default="0.8")
 ]
 TopK = Annotated[
-    Optional[int], typer.Option("--top-k", help="Choose among the K likeliest tokens; 0: all.", show_default="0")
+    int | None, typer.Option("--top-k", help="Choose among the K likeliest tokens; 0: all.", show_default="0")
 ]
 TopP = Annotated[
-    Optional[float],
+    float | None,
     typer.Option("--top-p", help="Choose among the likeliest tokens that hold this probability.", show_default="0.95"),
 ]
 MinP = Annotated[
-    Optional[float],
+    float | None,
     typer.Option("--min-p", help="Drop tokens below this fraction of the likeliest's probability.", show_default="0"),
 ]
 Repetition = Annotated[
-    Optional[float],
+    float | None,
     typer.Option("--repetition-penalty", help="Above 1, tokens that occurred become less likely.", show_default="1"),
 ]
-Stop = Annotated[Optional[list[str]], typer.Option("--stop", help="End at this text; may be repeated.")]
-SeedOrNone = Annotated[Optional[int], typer.Option("--seed", help="Seed of the random numbers.", show_default="a new one")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be repeated.")]
+SeedOrNone = Annotated[int | None, typer.Option("--seed", help="Seed of the random numbers.", show_default="a new one")]
 
 
 def settings_from(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,22 +107,24 @@ class ReadingBar:
             self._bar = None
 
 
-# ---- the command --------------------------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def generate(
     model: options.Model = None,
-    prompt: Annotated[Optional[str], typer.Option("--prompt", "-p", help="Text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue.")] = None,
     input_file: Annotated[
-        Optional[str],
-        typer.Option("--input-file", "-i", help="Prompts: .jsonl (an object a line), else a prompt a line; - is stdin."),
+        str | None,
+        typer.Option(
+            "--input-file", "-i", help="Prompts: .jsonl (an object a line), else a prompt a line; - is stdin."
+        ),
     ] = None,
     output_file: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option("--output-file", "-o", help="Completions: .jsonl, .json, else a line of text each."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the chat template.")] = False,
-    system: Annotated[Optional[str], typer.Option("--system", help="System message; implies --chat.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message; implies --chat.")] = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -132,7 +134,8 @@ def generate(
     stop: Stop = None,
     seed: SeedOrNone = None,
     logprobs: Annotated[
-        Optional[int], typer.Option("--logprobs", help="With --json or a .json(l) file: log-probabilities, and so many others.")
+        int | None,
+        typer.Option("--logprobs", help="With --json or a .json(l) file: log-probabilities, and so many others."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time; no row depends on it.")] = 16,
     tokenizer: Tokenizer = None,
@@ -152,8 +155,8 @@ def generate(
 
     - `moai generate --model runs/cpu-tiny --input-file prompts.jsonl --output-file answers.jsonl`
 
-    A line of prompts.jsonl: `{"prompt": "Hello", "temperature": 0, "max_new_tokens": 20, "stop": ["\\n"], "seed": 7}`; `messages`
-    in place of `prompt` asks in the chat template. Each row gets what it would get alone.
+    A line of prompts.jsonl: `{"prompt": "Hello", "temperature": 0, "max_new_tokens": 20, "stop": ["\\n"], "seed":
+    7}`; `messages` in place of `prompt` asks in the chat template. Each row gets what it would get alone.
     """
     given = settings_from(locals())
     path = required_model(model)
@@ -168,7 +171,9 @@ def generate(
     if chat or system is not None:
         head = [] if system is None else [{"role": "system", "content": system}]
         requests = [
-            r if isinstance(r.prompt, list) else files.Request([*head, {"role": "user", "content": r.prompt}], r.settings, r.id)
+            r
+            if isinstance(r.prompt, list)
+            else files.Request([*head, {"role": "user", "content": r.prompt}], r.settings, r.id)
             for r in requests
         ]
     network, words, folder = files.open_model(
@@ -176,7 +181,9 @@ def generate(
     )
     flag = StopFlag()
     with flag.catching():
-        records = _run(network, words, requests, batch_size, flag, stream=input_file is None and not (as_json or output_file))
+        records = _run(
+            network, words, requests, batch_size, flag, stream=input_file is None and not (as_json or output_file)
+        )
     if output_file is not None:
         flag.check()
         files.write_completions(output_file, records)
@@ -185,7 +192,9 @@ def generate(
         sys.stdout.write(files.dumps({"model": str(folder), "results": records}, indent=2) + "\n")
     elif output_file is None and input_file is not None:
         for one in records:
-            sys.stdout.write((files.dumps(one) if input_file.endswith(".jsonl") else files.one_line(one["text"])) + "\n")
+            sys.stdout.write(
+                (files.dumps(one) if input_file.endswith(".jsonl") else files.one_line(one["text"])) + "\n"
+            )
     flag.check()
 
 
@@ -213,21 +222,24 @@ def _requests(prompt: str | None, input_file: str | None, settings: Settings) ->
     return [files.Request(text, settings)]
 
 
-def _run(model: Any, tokenizer: Any, requests: list[Request], batch_size: int, flag: StopFlag, *, stream: bool) -> list[dict]:
+def _run(
+    model: Any, tokenizer: Any, requests: list[Request], batch_size: int, flag: StopFlag, *, stream: bool
+) -> list[dict]:
     """Generate with a progress bar, or, for a single prompt, with the text as it comes."""
     from moai_core.generation import engine, files
 
     reading = ReadingBar()
-    rows = console.progress() if len(requests) > 1 else None
-    task = None if rows is None else rows.add_task("generating", total=len(requests))
+    rows = console.progress()
+    task = rows.add_task("generating", total=len(requests))
+    many = len(requests) > 1
 
     def report(event: dict[str, Any]) -> None:
-        if rows is None:
+        if not many:
             reading(event)
         elif event["event"] == "row":
             rows.update(task, completed=event["done"])
 
-    with rows or nullcontext():
+    with rows if many else nullcontext():
         try:
             answers = engine.generate(
                 model,

@@ -1,13 +1,15 @@
 """Generation: prompts in, completions out, many rows at once, each exactly as if it were alone.
 
-Why so much care: a matrix product of M rows may round differently for every M (on CPUs the kernel changes at M = 2 and near 6, 11 and 16; on
-GPUs with the tile), the difference of 1e-7 sooner or later flips a token, and the rest of the row goes another way. So a row's numbers must
-not depend on its company:
+Why so much care: a matrix product of M rows may round differently for every M (on CPUs the kernel changes at M = 2
+and near 6, 11 and 16; on GPUs with the tile), the difference of 1e-7 sooner or later flips a token, and the rest of
+the row goes another way. So a row's numbers must not depend on its company:
 - a prompt is read alone, in chunks of `CHUNK` tokens (memory stays constant, whatever its length);
-- decoding runs at widths whose results were found bit-identical to those of a row alone (`Widths`); a row alone is decoded at width 2, beside
+- decoding runs at widths whose results were found bit-identical to those of a row alone (`Widths`); a row alone is
+decoded at width 2, beside
   a copy of itself, which costs a CPU no more than width 1 and agrees with more widths;
 - settings, random numbers and stop strings belong to the row.
-Rows join when there is room and leave when they are done. What is left out: speculative decoding, beam search, prefix sharing.
+Rows join when there is room and leave when they are done. What is left out: speculative decoding, beam search,
+prefix sharing.
 
 Shapes: W width of a decoding step (rows and copies), V vocabulary.
 """
@@ -18,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,9 +42,9 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 class Completion:
     """One row's answer.
 
-    text: without the stop string and without special tokens.  tokens: the ids chosen, with the one that ended the answer.
-    finish_reason: `eos` (an end-of-text or end-of-turn token), `stop` (a stop string), `length`, or `interrupted`.
-    seed: of the random numbers; the same seed and settings give the same answer.
+    text: without the stop string and without special tokens.  tokens: the ids chosen, with the one that ended the
+    answer. finish_reason: `eos` (an end-of-text or end-of-turn token), `stop` (a stop string), `length`, or
+    `interrupted`. seed: of the random numbers; the same seed and settings give the same answer.
     logprobs: if asked for, one {"token", "text", "logprob", "top": [...]} a token.
     prefill_seconds: reading the prompt; decode_seconds: from then to the last token, in whatever company.
     """
@@ -70,11 +72,14 @@ class Row:
         device: Any = "cpu",
         on_text: Callable[[str], None] | None = None,
     ) -> None:
-        """context: every token that the model has read or will read before the answer; draws: random numbers already used of this seed."""
+        """context: every token that the model has read or will read before the answer; draws: random numbers already
+        used of this seed."""
         self.vocabulary = vocabulary
         self.settings = settings
         self.sampler = Sampler(settings, vocabulary.size, context, draws=draws, device=device)
-        self.answer = Completion(seed=self.sampler.seed, prompt_tokens=len(context), logprobs=None if settings.logprobs is None else [])
+        self.answer = Completion(
+            seed=self.sampler.seed, prompt_tokens=len(context), logprobs=None if settings.logprobs is None else []
+        )
         self.state: MoaiState | None = None
         self.done = False
         self._detokenizer = Detokenizer(vocabulary, context)
@@ -132,7 +137,7 @@ class Row:
         return {**entry(token, logprob), "top": [entry(*pair) for pair in top]}
 
 
-# ---- reading a prompt ---------------------------------------------------------------------------------------------------------------------
+# ---- reading a prompt -----------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -145,7 +150,8 @@ def prefill(
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, MoaiState] | None:
-    """Read tokens (at least one) after `state`, in chunks: the logits (V,) that follow and the new state, or None if `stop` said so.
+    """Read tokens (at least one) after `state`, in chunks: the logits (V,) that follow and the new state, or None if
+    `stop` said so.
 
     Events: {"event": "prefill", "row", "done", "total"} after each chunk.
     """
@@ -162,19 +168,20 @@ def prefill(
     return out.logits[0, -1], out.state
 
 
-# ---- decoding -----------------------------------------------------------------------------------------------------------------------------
+# ---- decoding -------------------------------------------------------------------------------------------------------
 
 
 class Widths:
-    """The widths at which this model, on this device and with these threads, decodes a row bit for bit as at width 2 alone.
+    """The widths at which this model, on this device and with these threads, decodes a row bit for bit as at width 2
+    alone.
 
-    Found by trying: copies of one row at the wider width must all give the logits and the state of the narrow one. Rows of a matrix product
-    don't mix, so copies show whatever the width and a row's place in it change.
+    Found by trying: copies of one row at the wider width must all give the logits and the state of the narrow one.
+    Rows of a matrix product don't mix, so copies show whatever the width and a row's place in it change.
     """
 
     ALONE = 2
     TRIED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-    _known: WeakKeyDictionary[Any, dict[tuple, bool]] = WeakKeyDictionary()
+    _known: ClassVar[WeakKeyDictionary[Any, dict[tuple, bool]]] = WeakKeyDictionary()
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -237,7 +244,8 @@ def _step(model: Any, tokens: Tensor, state: MoaiState) -> tuple[Tensor, MoaiSta
 
 
 class Batch:
-    """The rows being decoded. A row that is done leaves with its state: what the model remembers after all its tokens but the last."""
+    """The rows being decoded. A row that is done leaves with its state: what the model remembers after all its
+    tokens but the last."""
 
     def __init__(self, model: Any, widths: Widths | None = None) -> None:
         self.model = model
@@ -302,7 +310,7 @@ class Batch:
             self._groups.append(([row for _, row in chosen], everything.select(torch.tensor(at))))
 
 
-# ---- many prompts -------------------------------------------------------------------------------------------------------------------------
+# ---- many prompts ---------------------------------------------------------------------------------------------------
 
 
 def generate(
@@ -318,13 +326,14 @@ def generate(
 ) -> list[Completion]:
     """Complete every prompt; the results are in the order of the prompts, and no row depends on the others.
 
-    prompts: texts, lists of token ids, or lists of chat messages {"role", "content"}. settings: one for all or one a prompt.
-    batch_size: rows decoded at a time (the others wait). on_text(row, text) gets each row's text as it comes, in whole characters.
-    on_event: {"event": "prefill", ...} and {"event": "row", "row", "tokens", "finish_reason", "done", "total"}. stop: asked before every
-    step; True ends all unfinished rows with what they have (`interrupted`).
+    prompts: texts, lists of token ids, or lists of chat messages {"role", "content"}. settings: one for all or one a
+    prompt. batch_size: rows decoded at a time (the others wait). on_text(row, text) gets each row's text as it
+    comes, in whole characters. on_event: {"event": "prefill", ...} and {"event": "row", "row", "tokens",
+    "finish_reason", "done", "total"}. stop: asked before every step; True ends all unfinished rows with what they
+    have (`interrupted`).
 
-    Raises UsageError for prompts that can't be read (before anything is generated) and for a tokenizer that doesn't fit the model,
-    NonFiniteError when the model's logits hold NaN or infinity.
+    Raises UsageError for prompts that can't be read (before anything is generated) and for a tokenizer that doesn't
+    fit the model, NonFiniteError when the model's logits hold NaN or infinity.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be >= 1 (got {batch_size})")
@@ -347,8 +356,16 @@ def generate(
                 if on_event is not None:
                     done = len(prompts) - len(waiting) - len(open_rows)
                     answer = row.answer
-                    on_event({"event": "row", "row": number, "tokens": len(answer.tokens), "finish_reason": answer.finish_reason,
-                              "done": done, "total": len(prompts)})
+                    on_event(
+                        {
+                            "event": "row",
+                            "row": number,
+                            "tokens": len(answer.tokens),
+                            "finish_reason": answer.finish_reason,
+                            "done": done,
+                            "total": len(prompts),
+                        }
+                    )
 
     try:
         while waiting or len(batch):

@@ -1,8 +1,9 @@
 """What generation reads and writes besides text: model folders, files of prompts, files of completions.
 
-Prompt files: `.jsonl`/`.json` has an object a line, {"prompt": text} or {"messages": [{"role", "content"}]}, with an optional "id" and any of
-the settings of sampling.Settings for that row; any other file is plain text with a prompt a line. Everything is checked before a model is
-loaded: a bad line is a DataError `file:line: why`. Completions are written in the order of the prompts, all at once, atomically.
+Prompt files: `.jsonl`/`.json` has an object a line, {"prompt": text} or {"messages": [{"role", "content"}]}, with an
+optional "id" and any of the settings of sampling.Settings for that row; any other file is plain text with a prompt a
+line. Everything is checked before a model is loaded: a bad line is a DataError `file:line: why`. Completions are
+written in the order of the prompts, all at once, atomically.
 Left out: compressed files, chat formats other than messages (data/read.py reads those for training).
 """
 
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _KEYS = ("prompt", "messages", "id", *SETTINGS)
-# Controls (but newline, tab), and what reorders a line; they stay legible in JSON and can't steer a terminal that shows the file.
+# Controls (but newline, tab), and what reorders a line; they stay legible in JSON and can't steer a terminal that
+# shows the file.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-# ---- models -----------------------------------------------------------------------------------------------------------
+# ---- models ---------------------------------------------------------------------------------------------------------
 
 
 def open_model(
@@ -44,8 +46,9 @@ def open_model(
 ) -> tuple[Any, Any, Path]:
     """Model, tokenizer and the folder they came from: `path` itself or the latest checkpoint of the run folder `path`.
 
-    tokenizer: a folder or name, if not the model's own. device: auto (CUDA if there is one), cpu, cuda, cuda:N. dtype: one of
-    DTYPES; auto keeps what is stored. Raises UsageError for a device or dtype that can't be, CheckpointError for the rest.
+    tokenizer: a folder or name, if not the model's own. device: auto (CUDA if there is one), cpu, cuda, cuda:N.
+    dtype: one of DTYPES; auto keeps what is stored. Raises UsageError for a device or dtype that can't be,
+    CheckpointError for the rest.
     """
     import torch
 
@@ -83,7 +86,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-# ---- prompts ----------------------------------------------------------------------------------------------------------
+# ---- prompts --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -153,14 +156,15 @@ def _row(where: str, line: bytes, settings: Settings, as_json: bool) -> Request:
         raise
     except UsageError as exc:
         raise DataError(exc.message, hint=exc.hint) from exc
-    return Request(row.get("prompt", row.get("messages")), replace(settings, **own), row.get("id"))
+    return Request(row["prompt"] if "prompt" in row else row["messages"], replace(settings, **own), row.get("id"))
 
 
-# ---- completions --------------------------------------------------------------------------------------------------------
+# ---- completions ----------------------------------------------------------------------------------------------------
 
 
 def record(request: Request, answer: Completion) -> dict[str, Any]:
-    """A completion as JSON: id (if given), prompt or messages, text, finish_reason, counts, seed, seconds, logprobs (if asked for)."""
+    """A completion as JSON: id (if given), prompt or messages, text, finish_reason, counts, seed, seconds, logprobs
+    (if asked for)."""
     about: dict[str, Any] = {} if request.id is None else {"id": request.id}
     about["prompt" if isinstance(request.prompt, str) else "messages"] = request.prompt
     about |= {
@@ -176,7 +180,8 @@ def record(request: Request, answer: Completion) -> dict[str, Any]:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """JSON with readable Korean, Japanese and Chinese, and control characters escaped, so that a terminal may show it."""
+    """JSON with readable Korean, Japanese and Chinese, and control characters escaped, so that a terminal may show
+    it."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
@@ -187,7 +192,8 @@ def one_line(text: str) -> str:
 
 
 def write_completions(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records atomically: `.jsonl` an object a line, `.json` one array, any other suffix the texts alone, one a line.
+    """Write records atomically: `.jsonl` an object a line, `.json` one array, any other suffix the texts alone, one
+    a line.
 
     Raises StorageError."""
     if path.suffix == ".json":
@@ -200,7 +206,8 @@ def write_completions(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Raise UsageError if a result can't be written to `path` or would replace something (unless force), before any work is done."""
+    """Raise UsageError if a result can't be written to `path` or would replace something (unless force), before any
+    work is done."""
     if path.is_dir():
         raise UsageError(f"--output-file {path}: is a folder")
     if not path.parent.is_dir():

@@ -1,15 +1,17 @@
 """Choosing the next token: settings, the filtered distribution, and the draw.
 
-What: `Settings` holds and checks what a user may set for a row; `Sampler` turns one row of logits into one token. The filters are those of
-transformers' `LogitsProcessor`s, applied in its order (repetition penalty over prompt and answer, temperature, top-k, top-p, min-p), so a
-setting means here what it means there.
-Why not transformers' own: they work on a whole batch with one setting and draw from one generator, so a row would get other tokens in
-another batch. Here each row has its own settings and its own stream of random numbers: draw n of seed s is a pure function of (s, n)
-(Philox, a counter-based generator), which also lets a saved session continue exactly.
+What: `Settings` holds and checks what a user may set for a row; `Sampler` turns one row of logits into one token.
+The filters are those of transformers' `LogitsProcessor`s, applied in its order (repetition penalty over prompt and
+answer, temperature, top-k, top-p, min-p), so a setting means here what it means there.
+Why not transformers' own: they work on a whole batch with one setting and draw from one generator, so a row would
+get other tokens in another batch. Here each row has its own settings and its own stream of random numbers: draw n of
+seed s is a pure function of (s, n) (Philox, a counter-based generator), which also lets a saved session continue
+exactly.
 Left out: beam search, contrastive search, logit bias, grammars.
 
-Sources: temperature and top-k (Fan et al. 2018, arXiv 1805.04833), top-p (Holtzman et al. 2020, arXiv 1904.09751), min-p (Nguyen et al. 2024,
-arXiv 2407.01082), repetition penalty (Keskar et al. 2019, arXiv 1909.05858), Philox (Salmon et al. 2011).
+Sources: temperature and top-k (Fan et al. 2018, arXiv 1805.04833), top-p (Holtzman et al. 2020, arXiv 1904.09751),
+min-p (Nguyen et al. 2024, arXiv 2407.01082), repetition penalty (Keskar et al. 2019, arXiv 1909.05858), Philox
+(Salmon et al. 2011).
 
 Shapes: V vocabulary, S tokens that survive the filters.
 """
@@ -42,7 +44,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_stop(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) <= MAX_STOPS and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) <= MAX_STOPS
+        and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in value)
+    )
 
 
 # Each setting: is the value right, and what would be.
@@ -55,7 +61,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "repetition_penalty": (lambda v: _is_number(v) and v > 0, "a number > 0 (1 switches it off)"),
     "seed": (lambda v: v is None or (_is_int(v) and 0 <= v < 2**64), "a whole number from 0 to 2**64 - 1"),
     "stop": (_is_stop, f"a text or a list of up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters"),
-    "logprobs": (lambda v: v is None or (_is_int(v) and 0 <= v <= MAX_LOGPROBS), f"a whole number from 0 to {MAX_LOGPROBS}"),
+    "logprobs": (
+        lambda v: v is None or (_is_int(v) and 0 <= v <= MAX_LOGPROBS),
+        f"a whole number from 0 to {MAX_LOGPROBS}",
+    ),
 }
 
 
@@ -63,10 +72,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 class Settings:
     """How one row is generated. Raises UsageError for a value that makes no sense.
 
-    max_new_tokens: at most so many tokens.  temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: as in transformers.
-    seed: of the row's random numbers; None picks one, which the `Completion` names.  stop: texts that end the answer; not part of it.
-    logprobs: None, or how many alternatives to report beside each token (0: the token alone); natural logarithms of the model's own
-    distribution, before penalty, temperature and filters.
+    max_new_tokens: at most so many tokens.  temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: as
+    in transformers. seed: of the row's random numbers; None picks one, which the `Completion` names.  stop: texts
+    that end the answer; not part of it. logprobs: None, or how many alternatives to report beside each token (0: the
+    token alone); natural logarithms of the model's own distribution, before penalty, temperature and filters.
     """
 
     max_new_tokens: int = 256
@@ -90,8 +99,8 @@ SETTINGS = tuple(field.name for field in fields(Settings))
 
 
 def check_settings(values: Mapping[str, Any], label: Callable[[str], str] = str) -> None:
-    """Raise UsageError for the first of `values` (setting -> value) that is wrong; `label` says how the user wrote a setting's name
-    (a flag, or file:line and key)."""
+    """Raise UsageError for the first of `values` (setting -> value) that is wrong; `label` says how the user wrote a
+    setting's name (a flag, or file:line and key)."""
     for name, value in values.items():
         right, would_be = _RULES[name]
         if name == "stop" and isinstance(value, str):
@@ -119,8 +128,9 @@ def uniform(seed: int, n: int) -> float:
 def distribution(logits: Tensor, settings: Settings, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The tokens that survive the filters and their probabilities.
 
-    logits (V,) of any float type; seen (V,) bool, True where a token occurred in prompt or answer (needed for repetition_penalty != 1).
-    Returns ids (S,) int64 and probabilities (S,) float64 that sum to 1. Temperature 0 leaves the likeliest token alone.
+    logits (V,) of any float type; seen (V,) bool, True where a token occurred in prompt or answer (needed for
+    repetition_penalty != 1). Returns ids (S,) int64 and probabilities (S,) float64 that sum to 1. Temperature 0
+    leaves the likeliest token alone.
     Raises NonFiniteError when the logits hold NaN or +inf.
     """
     scores = logits.detach().to(torch.float64)
@@ -169,7 +179,9 @@ def _nucleus(ids: Tensor, probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 class Sampler:
     """One row's choice of tokens: settings, the tokens seen, and how many random numbers it has drawn."""
 
-    def __init__(self, settings: Settings, vocab_size: int, prompt: Iterable[int] = (), *, draws: int = 0, device: Any = "cpu"):
+    def __init__(
+        self, settings: Settings, vocab_size: int, prompt: Iterable[int] = (), *, draws: int = 0, device: Any = "cpu"
+    ):
         self.settings = settings
         self.seed = new_seed() if settings.seed is None else settings.seed
         self.draws = draws
@@ -194,7 +206,8 @@ class Sampler:
 
 
 def log_probabilities(logits: Tensor, token: int, alternatives: int) -> tuple[float, list[tuple[int, float]]]:
-    """log p(token) under logits (V,) as the model gave them, and the likeliest `alternatives` as (token, log p), best first."""
+    """log p(token) under logits (V,) as the model gave them, and the likeliest `alternatives` as (token, log p),
+    best first."""
     logp = torch.log_softmax(logits.detach().to(torch.float64), dim=0)
     top = logp.topk(min(alternatives, logp.numel()))
     return float(logp[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))

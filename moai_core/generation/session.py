@@ -1,16 +1,20 @@
 """A conversation with a model: what was said, and the state of the model after exactly that.
 
-Why: a pure-Mamba model remembers a conversation in a state of constant size, so a turn reads only its own new tokens, an earlier point is a
-copy kept aside, and a whole conversation is one small file that continues bit for bit on the same machine.
-One rule holds after every call: `state` is what the model has after reading `tokens`, and `tokens` are the transcript as the chat template
-writes it. An answer cut short (length, stop string, Ctrl-C) is closed like any other; where the model has read further than the transcript
-goes (a stop string, half a character), it goes back to the head of the answer and reads what is kept of it.
-Limits: the states before the last `SNAPSHOTS` turns are kept; going back further, or after loading a file, reads the transcript again. Whoever
-makes a file can put any words into it: checksums tell damage, not forgery.
-Left out: several conversations in one batch (engine.generate takes messages), summaries of long ones (the state never grows).
+Why: a pure-Mamba model remembers a conversation in a state of constant size, so a turn reads only its own new
+tokens, an earlier point is a copy kept aside, and a whole conversation is one small file that continues bit for bit
+on the same machine.
+One rule holds after every call: `state` is what the model has after reading `tokens`, and `tokens` are the
+transcript as the chat template writes it. An answer cut short (length, stop string, Ctrl-C) is closed like any
+other; where the model has read further than the transcript goes (a stop string, half a character), it goes back to
+the head of the answer and reads what is kept of it.
+Limits: the states before the last `SNAPSHOTS` turns are kept; going back further, or after loading a file, reads the
+transcript again. Whoever makes a file can put any words into it: checksums tell damage, not forgery.
+Left out: several conversations in one batch (engine.generate takes messages), summaries of long ones (the state
+never grows).
 
-File: safetensors (https://github.com/huggingface/safetensors#format) with the state's tensors (`state.…`), `tokens` (int32) and `session`
-(uint8, UTF-8 JSON: messages, settings, turns); its metadata: format, version, model, tokenizer, sha256.
+File: safetensors (https://github.com/huggingface/safetensors#format) with the state's tensors (`state.…`), `tokens`
+(int32) and `session` (uint8, UTF-8 JSON: messages, settings, turns); its metadata: format, version, model,
+tokenizer, sha256.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ Message = dict[str, str]
 
 @dataclass
 class Turn:
-    """Where a turn began: so many messages and tokens. tokens is None when they have been read anew since; state while it is kept."""
+    """Where a turn began: so many messages and tokens. tokens is None when they have been read anew since; state
+    while it is kept."""
 
     messages: int
     tokens: int | None
@@ -63,8 +68,9 @@ class Session:
         fingerprint: str | None = None,
         on_event: OnEvent | None = None,
     ) -> None:
-        """system: the system message, if any. fingerprint: of the model, for `save` and `load` (default: `model_fingerprint`).
-        on_event: {"event": "prefill", ...} as in the engine, and {"event": "reread", "tokens"} when the transcript is read again.
+        """system: the system message, if any. fingerprint: of the model, for `save` and `load` (default:
+        `model_fingerprint`). on_event: {"event": "prefill", ...} as in the engine, and {"event": "reread", "tokens"}
+        when the transcript is read again.
 
         Raises UsageError for a tokenizer that doesn't fit the model or has no chat template.
         """
@@ -91,9 +97,9 @@ class Session:
         """The user says `text`; the model answers. on_text(piece) streams the answer; stop() True ends it with what was
         said so far.
 
-        The answer's `prompt_tokens` are the turn's own. While they are still being read, stop() takes the whole turn back:
-        the answer is then `interrupted`, with no tokens. After an exception (NonFiniteError, or what on_text raises) the
-        session is as it was before. Raises UsageError for text that is not valid Unicode.
+        The answer's `prompt_tokens` are the turn's own. While they are still being read, stop() takes the whole turn
+        back: the answer is then `interrupted`, with no tokens. After an exception (NonFiniteError, or what on_text
+        raises) the session is as it was before. Raises UsageError for text that is not valid Unicode.
         """
         check_text(text, "the message")
         before = self._mark()
@@ -110,8 +116,8 @@ class Session:
     def retry(
         self, *, on_text: Callable[[str], None] | None = None, stop: Callable[[], bool] = lambda: False
     ) -> Completion:
-        """Take the last turn back and answer it again, with new random numbers. As `say`; the old answer stays if there is
-        no new one. Raises UsageError when nothing has been said."""
+        """Take the last turn back and answer it again, with new random numbers. As `say`; the old answer stays if
+        there is no new one. Raises UsageError when nothing has been said."""
         before = self._mark()
         try:
             answer = self.say(self.undo(), on_text=on_text, stop=stop)
@@ -123,7 +129,8 @@ class Session:
         return answer
 
     def undo(self) -> str:
-        """Take the last turn (message and answer) back; returns the message. Raises UsageError when nothing has been said."""
+        """Take the last turn (message and answer) back; returns the message. Raises UsageError when nothing has been
+        said."""
         if not self.turns:
             raise UsageError("there is no turn to take back")
         turn = self.turns.pop()
@@ -148,7 +155,8 @@ class Session:
         return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else None
 
     def set_system(self, text: str | None) -> None:
-        """Set, replace or (None) remove the system message; what was said since is read again under it. Raises UsageError."""
+        """Set, replace or (None) remove the system message; what was said since is read again under it. Raises
+        UsageError."""
         new = [] if text is None else [{"role": "system", "content": text}]
         if new:
             check_messages(new, "the system message")
@@ -165,7 +173,8 @@ class Session:
             raise
 
     def configure(self, **changes: Any) -> None:
-        """Change settings (those of `Settings`); a new seed starts its random numbers from the first. Raises UsageError."""
+        """Change settings (those of `Settings`); a new seed starts its random numbers from the first. Raises
+        UsageError."""
         settings = replace(self.settings, **changes)
         if "seed" in changes:
             self.draws = 0
@@ -212,7 +221,8 @@ class Session:
         return replace(row.answer, prompt_tokens=len(new))
 
     def _close(self, answer: Completion, head: MoaiState, state: MoaiState) -> None:
-        """Bring transcript and state together. head: the state before the answer; state: after all its tokens but the last."""
+        """Bring transcript and state together. head: the state before the answer; state: after all its tokens but
+        the last."""
         said = {"role": "assistant", "content": answer.text}
         tail = self._added([*self.messages, {**said, "content": ""}], opened=True)
         if tail is None:
@@ -223,7 +233,8 @@ class Session:
         if own is not None and len(own) >= read:
             missing = own[read:] + tail
         else:
-            # The model has read beyond what was said, or what it wrote is no text: it reads the text from the answer's head.
+            # The model has read beyond what was said, or what it wrote is no text: it reads the text from the
+            # answer's head.
             spelled = self._added([*self.messages, said], opened=True)
             own = own if own is not None else (spelled or tail)[: -len(tail) or None]
             state, missing = head, own + tail
@@ -239,8 +250,8 @@ class Session:
     def _added(self, messages: list[Message], *, answer: bool = False, opened: bool = False) -> list[int] | None:
         """The ids that the template adds when the conversation becomes `messages`, or None if it changes what was read.
 
-        opened: the head of the assistant's turn was read too. As messages are tokenized apart from the template's own text,
-        blank ones show what it writes around them.
+        opened: the head of the assistant's turn was read too. As messages are tokenized apart from the template's
+        own text, blank ones show what it writes around them.
         """
         blank = [{**message, "content": ""} for message in messages[: self._read]]
         before = self.vocabulary.chat(blank, answer=opened) if blank else []
@@ -258,7 +269,8 @@ class Session:
         return ids
 
     def _reread(self, tokens: list[int] | None) -> None:
-        """Read the conversation again from the beginning: the tokens as they were, or as the template writes them now."""
+        """Read the conversation again from the beginning: the tokens as they were, or as the template writes them
+        now."""
         if tokens is None:
             tokens = self._start_over(self.messages)
         elif self.on_event is not None:
@@ -358,7 +370,9 @@ class Session:
         if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary.size:
             raise ValueError("tokens outside the vocabulary")
         turns = [Turn(messages, read) for messages, read in about["turns"]]
-        if any(about["messages"][turn.messages]["role"] != "user" or (turn.tokens or 0) > len(tokens) for turn in turns):
+        if any(
+            about["messages"][turn.messages]["role"] != "user" or (turn.tokens or 0) > len(tokens) for turn in turns
+        ):
             raise ValueError("impossible turns")
         self.state = self._checked_state(held) if tokens else None
         if self.state is not None and self.state.seen.tolist() != [len(tokens)]:
@@ -376,8 +390,9 @@ class Session:
             raise ValueError("the state is not this model's")
         for name, tensor in own.items():
             if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
+                kinds = [f"{t.dtype} {tuple(t.shape)}" for t in (found[name], tensor)]
                 raise ValueError(
-                    f"{name} is {found[name].dtype} {tuple(found[name].shape)}, this model's {tensor.dtype} {tuple(tensor.shape)}: "
+                    f"{name} is {kinds[0]}, this model's {kinds[1]}: "
                     "load the model with the precision that the session was made with"
                 )
         return MoaiState.from_tensors(found).to(model.device)
@@ -388,7 +403,7 @@ def model_fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -398,7 +413,7 @@ def _digest(held: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name in sorted(held):
         tensor = held[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -418,9 +433,15 @@ def _read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CheckpointError(f"{path}: session format {metadata.get('version')!r}, this moai reads {VERSION!r}")
     if set(metadata) != {"format", "version", "model", "tokenizer", "sha256"}:
         raise CheckpointError(f"{path}: damaged (metadata are missing)")
-    if found["session"].dtype != torch.uint8 or found["session"].nbytes > _JSON_LIMIT or found["tokens"].dtype != torch.int32:
+    if (
+        found["session"].dtype != torch.uint8
+        or found["session"].nbytes > _JSON_LIMIT
+        or found["tokens"].dtype != torch.int32
+    ):
         raise CheckpointError(f"{path}: not a valid session (transcript or tokens of the wrong kind)")
     held = tensors.read(path)
     if _digest(held, metadata) != metadata["sha256"]:
-        raise CheckpointError(f"{path}: damaged (its SHA-256 doesn't match)", hint="restore it from a copy, or start a new session")
+        raise CheckpointError(
+            f"{path}: damaged (its SHA-256 doesn't match)", hint="restore it from a copy, or start a new session"
+        )
     return metadata, held

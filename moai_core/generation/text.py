@@ -1,12 +1,14 @@
 """From text to tokens and back while it streams: prompts, chat templates, incremental detokenizing, stop strings.
 
-Why not `tokenizer.decode` on every token: it costs time that grows with the answer, and a character of Korean, Japanese, Chinese or an emoji
-often spans two to four tokens of a byte-level vocabulary, so that naive streaming shows U+FFFD in its place. Here bytes are kept back until
-they form characters. A chat is tokenized as in training (data/tokenize.py): `<|im_end|>` inside a message is text, never the special token. A raw
-prompt may spell special tokens, so that any template can be written by hand.
+Why not `tokenizer.decode` on every token: it costs time that grows with the answer, and a character of Korean,
+Japanese, Chinese or an emoji often spans two to four tokens of a byte-level vocabulary, so that naive streaming
+shows U+FFFD in its place. Here bytes are kept back until they form characters. A chat is tokenized as in training
+(data/tokenize.py): `<|im_end|>` inside a message is text, never the special token. A raw prompt may spell special
+tokens, so that any template can be written by hand.
 Left out: tool calls, images.
 
-Source of the byte alphabet: GPT-2's byte-level BPE (Radford et al. 2019), as in the `tokenizers` library's ByteLevel decoder.
+Source of the byte alphabet: GPT-2's byte-level BPE (Radford et al. 2019), as in the `tokenizers` library's ByteLevel
+decoder.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Vocabulary:
     """What generation needs to know of a tokenizer, found out once."""
 
     def __init__(self, tokenizer: Any, *, vocab_size: int | None = None, extra_eos: Sequence[int] = ()) -> None:
-        """vocab_size: of the model; extra_eos: more ids that end an answer. Raises UsageError if tokenizer and model don't belong together."""
+        """vocab_size: of the model; extra_eos: more ids that end an answer. Raises UsageError if tokenizer and model
+        don't belong together."""
         from tokenizers import decoders
 
         self.tokenizer = tokenizer
@@ -66,18 +69,23 @@ class Vocabulary:
         return Encoder(self.tokenizer)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool) -> list[int]:
-        """Token ids of a conversation; answer: followed by the head of the assistant's turn. Raises UsageError for messages that
-        `check_messages` or the template refuses, and for a tokenizer without a template."""
+        """Token ids of a conversation; answer: followed by the head of the assistant's turn. Raises UsageError for
+        messages that `check_messages` or the template refuses, and for a tokenizer without a template."""
         check_messages(messages)
         if not self.tokenizer.chat_template:
-            raise UsageError("the model's tokenizer has no chat template", hint="use `moai generate` with plain prompts, or a model trained on chats")
+            raise UsageError(
+                "the model's tokenizer has no chat template",
+                hint="use `moai generate` with plain prompts, or a model trained on chats",
+            )
         return self.encoder.encode_chat([dict(message) for message in messages], add_generation_prompt=answer)
 
     def prompt(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a prompt: text, ids, or chat messages (the template then asks for the assistant's answer). Never empty: an empty
-        text begins where a document begins, with `<s>` (or the end-of-document token of a vocabulary without `<s>`).
+        """Token ids of a prompt: text, ids, or chat messages (the template then asks for the assistant's answer).
+        Never empty: an empty text begins where a document begins, with `<s>` (or the end-of-document token of a
+        vocabulary without `<s>`).
 
-        Raises UsageError for text that is not valid Unicode, ids outside the vocabulary and messages that `chat` refuses.
+        Raises UsageError for text that is not valid Unicode, ids outside the vocabulary and messages that `chat`
+        refuses.
         """
         if isinstance(prompt, str):
             check_text(prompt, "the prompt")
@@ -93,14 +101,18 @@ class Vocabulary:
             return ids
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if start is None:
-            raise UsageError("the prompt is empty, and the tokenizer has no <s> to start from", hint="give at least one character")
+            raise UsageError(
+                "the prompt is empty, and the tokenizer has no <s> to start from", hint="give at least one character"
+            )
         return [start]
 
     def spelling(self, tokens: Sequence[int], text: str) -> list[int] | None:
-        """The first of `tokens` that spell exactly `text`; None where no number of them does (broken characters, special
-        tokens between, a token that goes on)."""
+        """The first of `tokens` that spell exactly `text`; None where no number of them does (broken characters,
+        special tokens between, a token that goes on)."""
         if not self.byte_level:
-            return next((list(t) for t in (tokens, tokens[:-1]) if not self.skipped & set(t) and self.text(t) == text), None)
+            return next(
+                (list(t) for t in (tokens, tokens[:-1]) if not self.skipped & set(t) and self.text(t) == text), None
+            )
         wanted, spelled = text.encode(), bytearray()
         for count in range(len(tokens) + 1):
             if len(spelled) == len(wanted):
@@ -124,22 +136,25 @@ def check_text(text: str, where: str) -> None:
 
 
 def check_messages(messages: Any, where: str = "messages") -> None:
-    """Raise UsageError, beginning with `where`, unless `messages` is a non-empty list of {"role", "content"} with a known role and text."""
+    """Raise UsageError, beginning with `where`, unless `messages` is a non-empty list of {"role", "content"} with a
+    known role and text."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise UsageError(f'{where} must be a list of {{"role", "content"}}, at least one')
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise UsageError(f'{where}, message {number}: must have exactly the keys "role" and "content"')
         if message["role"] not in ROLES:
-            raise UsageError(f"{where}, message {number}: role must be one of {', '.join(ROLES)} (got {str(message['role'])[:40]!r})")
+            raise UsageError(
+                f"{where}, message {number}: role must be one of {', '.join(ROLES)} (got {str(message['role'])[:40]!r})"
+            )
         if not isinstance(message["content"], str):
             raise UsageError(f"{where}, message {number}: content must be a text")
         check_text(message["content"], f"{where}, message {number}")
 
 
 class Detokenizer:
-    """Tokens in, text out, a character as soon as it is whole. The pieces add up to `tokenizer.decode(tokens, skip_special_tokens=True)`,
-    less an unfinished character at the very end."""
+    """Tokens in, text out, a character as soon as it is whole. The pieces add up to `tokenizer.decode(tokens,
+    skip_special_tokens=True)`, less an unfinished character at the very end."""
 
     def __init__(self, vocabulary: Vocabulary, context: Sequence[int] = ()) -> None:
         """context: the last tokens of the prompt; vocabularies that write spaces into words need them."""

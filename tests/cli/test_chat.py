@@ -20,7 +20,7 @@ def say(*lines):
     return "".join(line + "\n" for line in lines).encode()
 
 
-# ---- from a pipe ----------------------------------------------------------------------------------------------------------
+# ---- from a pipe ----------------------------------------------------------------------------------------------------
 
 
 def test_each_line_is_a_message_and_each_answer_a_line(moai, folder):
@@ -57,7 +57,7 @@ def test_commands(moai, folder, tmp_path):
         "/undo",
         "/set temperature 0.25",
         "/set stop END",
-        "/set stop [\"a\", \"b\"]",
+        '/set stop ["a", "b"]',
         "/set",
         "/stats",
         "/save one.session",
@@ -79,7 +79,7 @@ def test_commands(moai, folder, tmp_path):
     assert re.search(r"turns +1 *\n", out) and re.search(r"temperature +0.25", out) and re.search(r"seed +2", out)
     assert "saved to one.session" in err and "one.session: 1 turns" in err
     assert transcript(tmp_path / "two.session") == [{"role": "system", "content": "Be kind."}]
-    assert [m["content"] for m in transcript(tmp_path / "one.session")][0] == "hello"
+    assert transcript(tmp_path / "one.session")[0]["content"] == "hello"
 
 
 def test_a_session_file_continues_bit_for_bit(moai, folder, tmp_path):
@@ -103,7 +103,11 @@ def test_a_session_file_continues_bit_for_bit(moai, folder, tmp_path):
         (["/undo"], 2, "error: there is no turn to take back"),
         (["/retry"], 2, "error: there is no turn to take back"),
         (["/set temprature 1"], 2, "error: unknown setting 'temprature'\nhint: did you mean temperature?"),
-        (["/set temperature hot"], 2, "error: /set temperature must be a number >= 0 (0 takes the likeliest token) (got 'hot')"),
+        (
+            ["/set temperature hot"],
+            2,
+            "error: /set temperature must be a number >= 0 (0 takes the likeliest token) (got 'hot')",
+        ),
         (["/set top_p 0"], 2, "error: /set top_p must be"),
         (["/set seed"], 2, "error: /set seed must be"),
         (["/save"], 2, "error: /save needs a file name"),
@@ -187,7 +191,7 @@ def test_sigterm_saves_the_session_and_exits_143(moai, folder, tmp_path, monkeyp
     assert [message["role"] for message in transcript(tmp_path / "a.session")] == ["user", "assistant"]
 
 
-# ---- on a terminal ----------------------------------------------------------------------------------------------------------
+# ---- on a terminal --------------------------------------------------------------------------------------------------
 
 
 class Terminal:

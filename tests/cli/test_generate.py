@@ -14,14 +14,14 @@ from moai_cli.console import clean
 # Erases the screen, retitles the window, writes right to left, C1's CSI.
 ESCAPES = "\x1b[2J\x1b]0;pwned\x07\u202e\x9b31m"
 
-# ---- what works ---------------------------------------------------------------------------------------------------------
+# ---- what works -----------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_continued_on_stdout_and_the_same_seed_gives_the_same_text(moai, folder):
     code, out, err = moai("generate", "--model", folder, "--prompt", "옛날 옛적에", "-n", "12", "--seed", "7")
     assert code == 0 and out.endswith("\n") and "12 tokens" in err and "seed 7" in err
     assert moai("generate", "-m", folder, "-p", "옛날 옛적에", "-n", "12", "--seed", "7")[1] == out
-    assert moai("generate", "-m", folder, stdin="옛날 옛적에\n".encode(), *("-n", "12", "--seed", "7"))[1] == out
+    assert moai("generate", "-m", folder, "-n", "12", "--seed", "7", stdin="옛날 옛적에\n".encode())[1] == out
     assert moai("generate", "-m", folder, "-p", "옛날 옛적에", "-n", "12", "--seed", "8")[1] != out
 
 
@@ -34,7 +34,9 @@ def test_a_file_of_text_gives_a_line_a_prompt(moai, folder, tmp_path):
     assert out.split("\n")[1] == clean(alone.replace("\n", "\\n"))
     code, out2, err = moai("generate", "-m", folder, "-i", "in.txt", "-o", "out.txt", "-n", "8", "--seed", "1")
     assert (code, out2) == (0, "") and (tmp_path / "out.txt").read_text(encoding="utf-8") == out and "out.txt" in err
-    piped = moai("generate", "-m", folder, "-i", "-", "-n", "8", "--seed", "1", stdin=(tmp_path / "in.txt").read_bytes())
+    piped = moai(
+        "generate", "-m", folder, "-i", "-", "-n", "8", "--seed", "1", stdin=(tmp_path / "in.txt").read_bytes()
+    )
     assert piped[1] == out
 
 
@@ -42,27 +44,39 @@ def test_rows_of_jsonl_have_their_own_settings_and_keep_their_order(moai, folder
     rows = [
         {"prompt": "hello", "max_new_tokens": 20, "temperature": 0, "id": "a"},
         {"prompt": "dog " * 50, "max_new_tokens": 1, "seed": 9},
-        {"messages": [{"role": "system", "content": "친절"}, {"role": "user", "content": "hi"}], "logprobs": 2, "id": 7},
+        {
+            "messages": [{"role": "system", "content": "친절"}, {"role": "user", "content": "hi"}],
+            "logprobs": 2,
+            "id": 7,
+        },
         {"prompt": "", "top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "stop": ["x", "y"]},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, out, _ = moai("generate", "-m", folder, "-i", "in.jsonl", "-o", "out.jsonl", "-n", "5", "--seed", "3", "--json")
+    code, out, _ = moai(
+        "generate", "-m", folder, "-i", "in.jsonl", "-o", "out.jsonl", "-n", "5", "--seed", "3", "--json"
+    )
     assert code == 0
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert written == json.loads(out)["results"]
     assert [row.get("id") for row in written] == ["a", None, 7, None]
     assert [row["completion_tokens"] for row in written][:3] == [20, 1, 5]
     assert [row["seed"] for row in written][1:] == [9, 3, 3]
-    assert len(written[2]["logprobs"]) == 5 and len(written[2]["logprobs"][0]["top"]) == 2 and "logprobs" not in written[0]
+    assert (
+        len(written[2]["logprobs"]) == 5 and len(written[2]["logprobs"][0]["top"]) == 2 and "logprobs" not in written[0]
+    )
     for row, answer in zip(rows, written, strict=True):
         (tmp_path / "one.jsonl").write_text(json.dumps(row))
-        one = json.loads(moai("generate", "-m", folder, "-i", "one.jsonl", "-n", "5", "--seed", "3", "--batch-size", 1)[1])
+        one = json.loads(
+            moai("generate", "-m", folder, "-i", "one.jsonl", "-n", "5", "--seed", "3", "--batch-size", 1)[1]
+        )
         drop = {"prefill_seconds", "decode_seconds"}
         assert {k: v for k, v in one.items() if k not in drop} == {k: v for k, v in answer.items() if k not in drop}
 
 
 def test_chat_wraps_prompts_in_the_template(moai, folder, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}]}')
+    (tmp_path / "in.jsonl").write_text(
+        '{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}]}'
+    )
     row = json.loads(moai("generate", "-m", folder, "-i", "in.jsonl", "-n", "6", "--seed", "3")[1])
     for flags in (("--system", "S"), ("--chat", "--system", "S")):
         out = json.loads(moai("generate", "-m", folder, "-p", "hi", *flags, "-n", "6", "--seed", "3", "--json")[1])
@@ -81,13 +95,15 @@ def test_no_control_character_reaches_the_terminal(moai, folder, tmp_path, monke
         source = () if "-i" in flags else ("-p", ESCAPES)
         code, out, _ = moai("generate", "-m", folder, *source, *flags, "-n", "60", "--temperature", "3", "--seed", "1")
         assert code == 0 and "ok" in out
-    result = json.loads(moai("generate", "-m", folder, "-p", ESCAPES, "-n", "60", "--seed", "1", "-t", "3", "--json")[1])
+    result = json.loads(
+        moai("generate", "-m", folder, "-p", ESCAPES, "-n", "60", "--seed", "1", "-t", "3", "--json")[1]
+    )
     assert result["results"][0]["prompt"] == ESCAPES and "\x1b" in result["results"][0]["text"]
     code, _, err = moai("generate", "-m", folder, "-i", ESCAPES.replace("\x1b", "e\x1b"))
     assert code == 4 and "pwned" in err
 
 
-# ---- what is wrong ------------------------------------------------------------------------------------------------------
+# ---- what is wrong --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -98,10 +114,18 @@ def test_no_control_character_reaches_the_terminal(moai, folder, tmp_path, monke
         (["-m", "MODEL"], 2, "error: stdin: no prompt in it"),
         (["-m", "MODEL", "-p", "x", "-i", "y"], 2, "--prompt or --input-file, not both"),
         (["-m", "MODEL", "-i", "none.txt"], 4, "none.txt: No such file"),
-        (["-m", "MODEL", "-p", "x", "--top-p", "1.5"], 2, "--top-p must be a number > 0 and <= 1 (1 switches it off) (got 1.5)"),
+        (
+            ["-m", "MODEL", "-p", "x", "--top-p", "1.5"],
+            2,
+            "--top-p must be a number > 0 and <= 1 (1 switches it off) (got 1.5)",
+        ),
         (["-m", "MODEL", "-p", "x", "--temperature", "-1"], 2, "--temperature must be a number >= 0"),
         (["-m", "MODEL", "-p", "x", "--temperature", "nan"], 2, "--temperature must be"),
-        (["-m", "MODEL", "-p", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens must be a whole number >= 1 (got 0)"),
+        (
+            ["-m", "MODEL", "-p", "x", "--max-new-tokens", "0"],
+            2,
+            "--max-new-tokens must be a whole number >= 1 (got 0)",
+        ),
         (["-m", "MODEL", "-p", "x", "--top-k", "-2"], 2, "--top-k must be"),
         (["-m", "MODEL", "-p", "x", "--min-p", "2"], 2, "--min-p must be"),
         (["-m", "MODEL", "-p", "x", "--repetition-penalty", "0"], 2, "--repetition-penalty must be"),
@@ -131,7 +155,10 @@ def test_wrong_use_gets_one_line_and_an_exit_code(args, code, message, moai, fol
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"prompt": "a"}\n{"prompt": "b", "temperatur": 1}\n', "in.jsonl:2: unknown key 'temperatur'\nhint: did you mean 'temperature'?"),
+        (
+            b'{"prompt": "a"}\n{"prompt": "b", "temperatur": 1}\n',
+            "in.jsonl:2: unknown key 'temperatur'\nhint: did you mean 'temperature'?",
+        ),
         (b'{"prompt": "a", "top_p": 0}', "in.jsonl:1: top_p must be a number > 0 and <= 1 (1 switches it off) (got 0)"),
         (b'{"prompt": "a", "temperature": NaN}', "in.jsonl:1: temperature must be"),
         (b'{"prompt": "a", "stop": [1]}', "in.jsonl:1: stop must be"),
@@ -198,7 +225,7 @@ def test_help_has_examples(moai):
     assert code == 0 and "--input-file" in out and "moai generate --model runs/cpu-tiny" in out
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------------
+# ---- processes ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -222,7 +249,20 @@ def test_a_signal_ends_the_work_with_its_code_and_without_a_file(flags, signum, 
 
 
 def test_text_streams_through_a_pipe_and_ends_with_its_reader(folder):
-    command = [sys.executable, "-m", "moai_cli", "generate", "-m", str(folder), "-p", "hello", "-n", "1000000", "-t", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "moai_cli",
+        "generate",
+        "-m",
+        str(folder),
+        "-p",
+        "hello",
+        "-n",
+        "1000000",
+        "-t",
+        "0",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert len(process.stdout.read(64)) == 64
     process.stdout.close()

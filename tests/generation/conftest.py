@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generation_helpers import make_model, make_tokenizer  # noqa: E402
+from generation_helpers import make_model, make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,10 @@ def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     raw.train_from_iterator(TEXTS * 3, trainer)
     return PreTrainedTokenizerFast(
@@ -47,7 +50,8 @@ def make_model(seed: int = 0, **overrides) -> MoaiMambaForCausalLM:
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "time_step_rank": 4,
-        # Far above the usual 0.02: random weights then give peaked, varied distributions instead of noise around uniform.
+        # Far above the usual 0.02: random weights then give peaked, varied distributions instead of noise around
+        # uniform.
         "initializer_range": 0.5,
     }
     return MoaiMambaForCausalLM(MoaiMambaConfig(**{**fields, **overrides})).eval()

@@ -11,7 +11,17 @@ from moai_core.errors import NonFiniteError, UsageError
 from moai_core.generation import Settings, engine, generate
 from moai_core.generation.engine import Widths
 
-PROMPTS = ["hello", "The quick brown fox jumps", "", "한국어 문장은 여러", "素早い茶", "x" * 70, "user", "dog " * 9, "여우"]
+PROMPTS = [
+    "hello",
+    "The quick brown fox jumps",
+    "",
+    "한국어 문장은 여러",
+    "素早い茶",
+    "x" * 70,
+    "user",
+    "dog " * 9,
+    "여우",
+]
 SHAPES = [
     {},
     {"hidden_size": 96, "state_size": 8},
@@ -37,7 +47,7 @@ def mixed_settings(seed, count):
     ]
 
 
-# ---- every row as if it were alone --------------------------------------------------------------------------------------
+# ---- every row as if it were alone ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -94,7 +104,9 @@ def test_a_width_that_rounds_differently_is_not_used(tokenizer, monkeypatch):
     assert widths.split(3) == [(1, 2)] * 3
     settings = mixed_settings(0, 4)
     batch = generate(model, tokenizer, PROMPTS[:4], settings)
-    assert [b.tokens for b in batch] == [generate(model, tokenizer, [p], s)[0].tokens for p, s in zip(PROMPTS, settings, strict=False)]
+    assert [b.tokens for b in batch] == [
+        generate(model, tokenizer, [p], s)[0].tokens for p, s in zip(PROMPTS, settings, strict=False)
+    ]
 
 
 def test_widths_cover_any_number_of_rows(model):
@@ -108,7 +120,7 @@ def test_widths_cover_any_number_of_rows(model):
                 assert 1 <= count <= width and (width in allowed or (count, width) == (1, 2))
 
 
-# ---- against transformers -----------------------------------------------------------------------------------------------
+# ---- against transformers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -116,7 +128,9 @@ def test_greedy_tokens_are_those_of_transformers(shape, tokenizer):
     model = make_model(7, **shape)
     for penalty in (1.0, 1.4):
         prompts = [prompt for prompt in PROMPTS if prompt]
-        ours = generate(model, tokenizer, prompts, Settings(temperature=0, max_new_tokens=24, repetition_penalty=penalty))
+        ours = generate(
+            model, tokenizer, prompts, Settings(temperature=0, max_new_tokens=24, repetition_penalty=penalty)
+        )
         for prompt, answer in zip(prompts, ours, strict=True):
             ids = torch.tensor([tokenizer(prompt)["input_ids"]])
             theirs = model.generate(
@@ -131,11 +145,12 @@ def test_greedy_tokens_are_those_of_transformers(shape, tokenizer):
             assert answer.tokens == theirs[0, ids.shape[1] :].tolist()
 
 
-# ---- endings --------------------------------------------------------------------------------------------------------------
+# ---- endings --------------------------------------------------------------------------------------------------------
 
 
 def scripted(model, monkeypatch, tokenizer, text, ids=()):
-    """Make the model's head say `text` (then `ids`) whatever it is asked: the position in the text is the tokens read."""
+    """Make the model's head say `text` (then `ids`) whatever it is asked: the position in the text is the tokens
+    read."""
     says = [*tokenizer(text)["input_ids"], *ids]
     honest = model.forward
 
@@ -167,13 +182,17 @@ def test_stop_strings_span_tokens_and_stay_out_of_text_and_stream(tokenizer, mon
     ):
         pieces = []
         settings = Settings(temperature=0, max_new_tokens=len(says), stop=["zzz", stop])
-        answer = generate(model, tokenizer, [prompt], settings, on_text=lambda row, piece: pieces.append(piece))[0]
+        answer = generate(
+            model, tokenizer, [prompt], settings, on_text=lambda row, piece, pieces=pieces: pieces.append(piece)
+        )[0]
         assert answer.text == "".join(pieces) == text
         assert answer.finish_reason == ("eos" if "fox" in text else "stop")
         assert all(text.startswith("".join(pieces[:n])) for n in range(len(pieces)))
 
 
-@pytest.mark.parametrize(("ending", "reason"), [("</s>", "eos"), ("<|im_end|>", "eos"), ("<|endoftext|>", "eos"), ("<s>", "stop")])
+@pytest.mark.parametrize(
+    ("ending", "reason"), [("</s>", "eos"), ("<|im_end|>", "eos"), ("<|endoftext|>", "eos"), ("<s>", "stop")]
+)
 def test_special_tokens_end_an_answer(ending, reason, tokenizer, monkeypatch):
     model = make_model(1)
     scripted(model, monkeypatch, tokenizer, "hello", [tokenizer.convert_tokens_to_ids(ending)])
@@ -191,7 +210,12 @@ def test_an_unfinished_character_at_the_end_is_not_shown(tokenizer, monkeypatch)
 
 def test_ids_without_a_token_are_never_chosen(tokenizer):
     model = make_model(2, vocab_size=4096)
-    answers = generate(model, tokenizer, ["a"] * 4, [Settings(temperature=50.0, top_p=1.0, seed=n, max_new_tokens=50) for n in range(4)])
+    answers = generate(
+        model,
+        tokenizer,
+        ["a"] * 4,
+        [Settings(temperature=50.0, top_p=1.0, seed=n, max_new_tokens=50) for n in range(4)],
+    )
     assert max(max(answer.tokens) for answer in answers) < len(tokenizer)
 
 
@@ -210,7 +234,12 @@ def test_logprobs_are_those_of_the_whole_sequence(model, tokenizer):
 def test_stop_callback_keeps_what_was_said(model, tokenizer):
     steps = iter(range(100))
     answers = generate(
-        model, tokenizer, ["hello", "dog", "fox"], Settings(seed=1, max_new_tokens=90), batch_size=2, stop=lambda: next(steps) > 6
+        model,
+        tokenizer,
+        ["hello", "dog", "fox"],
+        Settings(seed=1, max_new_tokens=90),
+        batch_size=2,
+        stop=lambda: next(steps) > 6,
     )
     assert [answer.finish_reason for answer in answers] == ["interrupted"] * 3
     whole = generate(model, tokenizer, ["hello", "dog"], Settings(seed=1, max_new_tokens=90))
@@ -243,7 +272,7 @@ def test_training_mode_is_left_as_it_was(tokenizer):
     assert model.training
 
 
-# ---- long prompts -----------------------------------------------------------------------------------------------------------
+# ---- long prompts ---------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_read_in_chunks(tokenizer, monkeypatch):
@@ -251,12 +280,17 @@ def test_a_prompt_is_read_in_chunks(tokenizer, monkeypatch):
     monkeypatch.setattr(engine, "CHUNK", 7)
     lengths, events = [], []
     hook = model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    answer = generate(model, tokenizer, [list(range(10, 40))], Settings(temperature=0, max_new_tokens=3), on_event=events.append)[0]
+    answer = generate(
+        model, tokenizer, [list(range(10, 40))], Settings(temperature=0, max_new_tokens=3), on_event=events.append
+    )[0]
     hook.remove()
     assert lengths == [7, 7, 7, 7, 2, 1, 1] and answer.prompt_tokens == 30
     assert [e["done"] for e in events if e["event"] == "prefill"] == [7, 14, 21, 28, 30]
     monkeypatch.setattr(engine, "CHUNK", 2048)
-    assert generate(model, tokenizer, [list(range(10, 40))], Settings(temperature=0, max_new_tokens=3))[0].tokens == answer.tokens
+    assert (
+        generate(model, tokenizer, [list(range(10, 40))], Settings(temperature=0, max_new_tokens=3))[0].tokens
+        == answer.tokens
+    )
 
 
 def test_a_million_characters_in_constant_memory():

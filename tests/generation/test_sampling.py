@@ -163,7 +163,7 @@ def test_log_probabilities_are_the_models_own():
 def test_a_wrong_setting_is_named_with_its_value(name, value):
     with pytest.raises(UsageError, match=f"^{name} must be .* \\(got "):
         Settings(**{name: value})
-    with pytest.raises(UsageError, match="^file.jsonl:3: "):
+    with pytest.raises(UsageError, match=r"^file\.jsonl:3: "):
         check_settings({name: value}, lambda key: f"file.jsonl:3: {key}")
 
 

@@ -1,4 +1,5 @@
-"""Sessions: transcript and state stay together, each turn reads its own tokens only, files continue bit for bit or are refused."""
+"""Sessions: transcript and state stay together, each turn reads its own tokens only, files continue bit for bit or
+are refused."""
 
 import json
 import random
@@ -54,7 +55,7 @@ class Counter:
             self.decoded += length
 
 
-# ---- turns ------------------------------------------------------------------------------------------------------------
+# ---- turns ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["<|im_end|>", "length"])
@@ -71,11 +72,14 @@ def test_each_turn_reads_only_its_own_tokens(ending, talk, model, tokenizer, mon
         already = len(talk.tokens)
         counter.read = counter.decoded = 0
         answer = talk.say(text)
-        asked = template([*(before or talk.messages[:1]), {"role": "user", "content": text}], add_generation_prompt=True)
+        asked = template(
+            [*(before or talk.messages[:1]), {"role": "user", "content": text}], add_generation_prompt=True
+        )
         old = template(before)["input_ids"] if before else []
         assert answer.prompt_tokens == len(asked["input_ids"]) - len(old)
         assert answer.text == "The dog sleeps. 한국어 문장"
-        # Decoding reads all tokens but the last; that one (unless it is <|im_end|> itself), <|im_end|> and the newline remain.
+        # Decoding reads all tokens but the last; that one (unless it is <|im_end|> itself), <|im_end|> and the
+        # newline remain.
         assert counter.decoded == len(script) - 1
         assert counter.read == answer.prompt_tokens + (3 if ending == "length" else 2)
         assert len(talk.tokens) - already == counter.read + counter.decoded
@@ -90,9 +94,13 @@ def test_a_conversation_is_the_generation_of_its_messages(model, tokenizer):
     first = talk.say("hello")
     messages = list(talk.messages)
     second = talk.say("dog")
-    wanted = generate(model, tokenizer, [[*messages, {"role": "user", "content": "dog"}]], Settings(max_new_tokens=12, temperature=0))
+    wanted = generate(
+        model, tokenizer, [[*messages, {"role": "user", "content": "dog"}]], Settings(max_new_tokens=12, temperature=0)
+    )
     assert second.tokens == wanted[0].tokens
-    assert first.tokens == generate(model, tokenizer, [messages[:1]], Settings(max_new_tokens=12, temperature=0))[0].tokens
+    assert (
+        first.tokens == generate(model, tokenizer, [messages[:1]], Settings(max_new_tokens=12, temperature=0))[0].tokens
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -105,7 +113,9 @@ def test_transcript_and_state_agree_however_an_answer_ends(seed, tokenizer):
         steps = iter(range(1000))
         limit = draw.choice([1000, 1000, draw.randint(1, 12)])
         shown = []
-        answer = talk.say("x" * draw.randint(0, 9), on_text=shown.append, stop=lambda steps=steps, limit=limit: next(steps) >= limit)
+        answer = talk.say(
+            "x" * draw.randint(0, 9), on_text=shown.append, stop=lambda steps=steps, limit=limit: next(steps) >= limit
+        )
         assert "".join(shown) == answer.text == talk.messages[-1]["content"]
         check_invariant(talk, tokenizer)
 
@@ -139,7 +149,7 @@ def test_messages_cannot_end_their_turn(talk, tokenizer):
     check_invariant(talk, tokenizer)
 
 
-# ---- taking back --------------------------------------------------------------------------------------------------------
+# ---- taking back ----------------------------------------------------------------------------------------------------
 
 
 def test_undo_goes_back_bit_for_bit(talk, tokenizer):
@@ -259,7 +269,7 @@ def test_settings_change_and_a_seed_starts_anew(talk):
         Session(talk.model, make_tokenizer(template=None))
 
 
-# ---- files --------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -270,7 +280,12 @@ def test_a_saved_session_continues_bit_for_bit(dtype, tokenizer, tmp_path):
     talk.say("한국어")
     talk.save(tmp_path / "a.session")
     other = Session.load(tmp_path / "a.session", model, tokenizer)
-    assert (other.messages, other.tokens, other.settings, other.draws) == (talk.messages, talk.tokens, talk.settings, talk.draws)
+    assert (other.messages, other.tokens, other.settings, other.draws) == (
+        talk.messages,
+        talk.tokens,
+        talk.settings,
+        talk.draws,
+    )
     logits = [[], []]
     for session, seen in zip((talk, other), logits, strict=True):
         hook = model.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.logits.clone()))
@@ -303,7 +318,7 @@ def test_another_models_or_tokenizers_session_is_refused(talk, model, tokenizer,
     talk.save(path)
     with pytest.raises(CheckpointError, match="precision"):
         Session.load(path, make_model(0).bfloat16(), tokenizer, fingerprint="same")
-    with pytest.raises(CheckpointError, match="not this model's|this model's"):
+    with pytest.raises(CheckpointError, match=r"this model's"):
         Session.load(path, make_model(0, num_hidden_layers=3), tokenizer, fingerprint="same")
 
 
@@ -323,7 +338,7 @@ def test_every_damage_is_noticed(talk, model, tokenizer, tmp_path):
             # The header is small beside the tensors: aim at it too.
             broken[draw.randrange(8 + struct.unpack("<Q", whole[:8])[0])] ^= 1 << draw.randrange(8)
         path.write_bytes(broken)
-        with pytest.raises(CheckpointError, match="a.session") as info:
+        with pytest.raises(CheckpointError, match=r"a\.session") as info:
             Session.load(path, model, tokenizer)
         assert "\n" not in info.value.message
     path.write_bytes(whole + b"x")
@@ -373,7 +388,7 @@ def forged(path, talk, change):
 def test_a_file_that_lies_is_refused_in_one_line(change, talk, model, tokenizer, tmp_path):
     talk.say("hello")
     forged(tmp_path / "a.session", talk, change)
-    with pytest.raises(CheckpointError, match="not a valid session|damaged") as info:
+    with pytest.raises(CheckpointError, match=r"not a valid session|damaged") as info:
         Session.load(tmp_path / "a.session", model, tokenizer)
     assert "\n" not in info.value.message
 

@@ -70,7 +70,7 @@ def test_a_vocabulary_with_byte_tokens_streams_too():
     assert vocabulary.spelling(tokens[:1], "world") == tokens[:1] and vocabulary.spelling(tokens[:1], "word") is None
 
 
-# ---- stop strings -----------------------------------------------------------------------------------------------------
+# ---- stop strings ---------------------------------------------------------------------------------------------------
 
 
 def reference_stop(text, stops):
@@ -106,7 +106,7 @@ def test_only_text_that_may_become_a_stop_string_is_kept_back():
     assert finder.rest() == "ST"
 
 
-# ---- prompts and chats --------------------------------------------------------------------------------------------------
+# ---- prompts and chats ----------------------------------------------------------------------------------------------
 
 
 def test_messages_cannot_spell_special_tokens():
