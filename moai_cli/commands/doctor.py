@@ -20,70 +20,75 @@ def doctor(
 ) -> None:
     """Check the installation and this machine; the exit code is 1 when something is broken.
 
-    Runs every scan backend that works here against a float64 reference, forward and backward. Example: `moai doctor
-    --json`
+    Runs every scan backend that works here against a float64 reference, forward and backward.
+
+    Examples:
+
+    - `moai doctor`
+
+    - `moai doctor --json`
     """
     import secrets
 
+    report = _examine(secrets.randbits(32) if seed is None else seed)
+    broken = [one for key in ("versions", "folders", "self_test") for one in report[key] if one["ok"] is False]
+    if json:
+        print_json({"ok": not broken, **report})
+    else:
+        _show(report)
+        names = ", ".join(one.get("name") or f"{one['operation']} {one['backend']}" for one in broken)
+        if broken:
+            console.print(clean(f"\n{len(broken)} broken: {names}"), style="bold red", markup=False)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _examine(seed: int) -> dict[str, Any]:
     from moai_core import __version__
     from moai_core.bench import install
 
-    seed = secrets.randbits(32) if seed is None else seed
-    versions, folders = list(install.versions()), list(install.folders())
-    devices: list[dict[str, Any]] = []
-    backends: list[dict[str, Any]] = []
-    tests: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"moai": __version__, "seed": seed, "versions": list(install.versions())}
+    report |= {"devices": [], "backends": [], "self_test": [], "folders": list(install.folders())}
     try:
         from moai_core.bench import selftest
     except (ImportError, OSError) as exc:
         # A torch that is missing or doesn't load is a finding like any other.
-        versions.append(
-            {
-                "name": "moai_core.scan",
-                "version": None,
-                "ok": False,
-                "why": f"can't be imported: {exc}",
-                "hint": "pip install moai",
-            }
-        )
-    else:
-        devices = selftest.devices()
-        backends = [one for device in devices for one in selftest.backends(device["name"])]
-        tests = [one for device in devices for one in selftest.self_tests(device["name"], seed)]
-    broken = [one for one in (*versions, *folders, *tests) if one["ok"] is False]
-    if json:
-        report = {"moai": __version__, "ok": not broken, "versions": versions, "devices": devices, "backends": backends}
-        print_json({**report, "self_test": tests, "folders": folders})
-        raise typer.Exit(1 if broken else 0)
+        found = {"version": None, "ok": False, "why": f"can't be imported: {exc}", "hint": "pip install moai"}
+        report["versions"].append({"name": "moai_core.scan", **found})
+        return report
+    report["devices"] = selftest.devices()
+    for device in report["devices"]:
+        report["backends"] += selftest.backends(device["name"])
+        report["self_test"] += selftest.self_tests(device["name"], seed)
+    return report
 
-    rows = [(v["name"], v["version"] or "", _MARKS[v["ok"]], _reason(v)) for v in versions]
-    table(("package", "version", "", ""), [("moai", __version__, "ok", ""), *rows])
+
+def _show(report: dict[str, Any]) -> None:
+    versions = [(v["name"], v["version"] or "", _MARKS[v["ok"]], _reason(v)) for v in report["versions"]]
+    table(("package", "version", "", ""), [("moai", report["moai"], "ok", ""), *versions])
     console.print()
-    memory = [
-        (d["name"], d["label"], _gib(d["memory"]), _gib(d["free"]), "yes" if d["bf16"] else "no") for d in devices
+    devices = [
+        (d["name"], d["label"], _gib(d["memory"]), _gib(d["free"]), "yes" if d["bf16"] else "no")
+        for d in report["devices"]
     ]
-    table(("device", "product", "memory", "free", "bf16 in hardware"), memory, right=(2, 3))
+    table(("device", "product", "memory", "free", "bf16 in hardware"), devices, right=(2, 3))
     console.print()
-    picks = [(b["device"], b["operation"], b["backend"], "picked" if b["picked"] else b["why_not"]) for b in backends]
+    picks = [
+        (b["device"], b["operation"], b["backend"], "picked" if b["picked"] else b["why_not"])
+        for b in report["backends"]
+    ]
     table(("device", "operation", "backend", ""), picks)
     console.print()
-    what = [(f"{t['device']} {t['dtype']}", t["operation"], t["backend"], _MARKS[t["ok"]]) for t in tests]
-    errors = [(f"{t['forward']:.1e}", f"{t['backward']:.1e}", f"{t['tolerance']:.0e}", t["why"] or "") for t in tests]
-    tested = [(*a, *b) for a, b in zip(what, errors, strict=True)]
-    table(("self-test", "operation", "backend", "", "forward", "backward", "allowed", ""), tested, right=(4, 5, 6))
-    console.print(f"errors relative to float64; seed {seed}", style="dim")
+    tests = [
+        (f"{t['device']} {t['dtype']}", t["operation"], t["backend"], _MARKS[t["ok"]])
+        + (f"{t['forward']:.1e}", f"{t['backward']:.1e}", f"{t['tolerance']:.0e}", t["why"] or "")
+        for t in report["self_test"]
+    ]
+    table(("self-test", "operation", "backend", "", "forward", "backward", "allowed", ""), tests, right=(4, 5, 6))
+    console.print(f"errors relative to float64; seed {report['seed']}", style="dim")
     console.print()
-    table(
-        ("folder", "path", "free", "", ""),
-        [(f["name"], f["path"], _gib(f["free"]), _MARKS[f["ok"]], _reason(f)) for f in folders],
-        right=(2,),
-    )
-    if broken:
-        console.print(
-            clean(f"\n{len(broken)} broken: " + ", ".join(one.get("name") or one["backend"] for one in broken)),
-            style="bold red",
-        )
-        raise typer.Exit(1)
+    folders = [(f["name"], f["path"], _gib(f["free"]), _MARKS[f["ok"]], _reason(f)) for f in report["folders"]]
+    table(("folder", "path", "free", "", ""), folders, right=(2,))
 
 
 def _reason(finding: dict[str, Any]) -> str:

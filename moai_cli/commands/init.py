@@ -71,6 +71,12 @@ def init(
     next commands.
 
     Asks for what no option gives when it has a terminal, with defaults to accept by Enter.
+
+    Examples:
+
+    - `moai init mine`
+
+    - `moai init mine --yes --recipe a100-2b --tokenizer path/to/tokenizer`
     """
     from moai_core import recipe as recipes
     from moai_core.errors import UsageError
