@@ -133,7 +133,11 @@ def evaluate_file(
     unless `train_on` is "all". Returns `summary`'s figures, `nats`, `documents`, `skipped` and `empty`. Raises DataError, UsageError.
     """
     if max_length < 1 or batch_size < 1 or (limit is not None and limit < 1):
-        name, value = next((n, v) for n, v in (("max_length", max_length), ("batch_size", batch_size), ("limit", limit)) if v is not None and v < 1)
+        name, value = next(
+            (n, v)
+            for n, v in (("max_length", max_length), ("batch_size", batch_size), ("limit", limit))
+            if v is not None and v < 1
+        )
         raise UsageError(f"{name} must be at least 1 (got {value})")
     check_tokenizer(tokenizer, model.config.vocab_size)
     files, _ = find_files(path)
@@ -167,7 +171,10 @@ def evaluate_file(
         model.train(training)
     if not scored:
         bad = left_out(problems.skipped, problems.examples)
-        raise DataError(f"{path}: holds nothing to score{f' ({bad})' if bad else ''}", hint="a document needs at least two tokens, of which the second is scored")
+        raise DataError(
+            f"{path}: holds nothing to score{f' ({bad})' if bad else ''}",
+            hint="a document needs at least two tokens, of which the second is scored",
+        )
     nats = float(sums)
     extra = {"nats": nats, "documents": counted, "skipped": problems.skipped, "empty": problems.empty}
     return summary(nats, scored, size) | extra
@@ -181,7 +188,11 @@ def _step(
         # A row whose chunk begins a document starts from nothing; inside a chunk the model does that by seq_idx.
         keep = torch.tensor([not row[3] for row in rows], device=device)
         state = type(state)(
-            [(conv * keep[:, None, None].to(conv.dtype), ssm * keep[:, None, None].to(ssm.dtype)) for conv, ssm in state.layers], state.seen * keep
+            [
+                (conv * keep[:, None, None].to(conv.dtype), ssm * keep[:, None, None].to(ssm.dtype))
+                for conv, ssm in state.layers
+            ],
+            state.seen * keep,
         )
     with autocast():
         out = model.model(input_ids=ids, state=state, seq_idx=seq_idx, use_cache=True)
@@ -190,7 +201,12 @@ def _step(
 
 
 def _whole(
-    files: list[Any], tokenizer: PreTrainedTokenizerFast, format: str, problems: Problems, limit: int | None, all_turns: bool
+    files: list[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    format: str,
+    problems: Problems,
+    limit: int | None,
+    all_turns: bool,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Whole documents as (ids, trainable or None); the parts of a long text are joined."""
     encoder = Encoder(tokenizer)

@@ -33,7 +33,13 @@ def model(tokenizer):
     torch.manual_seed(0)
     size = max(tokenizer.get_vocab().values()) + 1
     config = MoaiMambaConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, state_size=8, time_step_rank=4, initializer_range=0.3
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        state_size=8,
+        time_step_rank=4,
+        initializer_range=0.3,
     )
     model = MoaiMambaForCausalLM(config).eval()
     model.set_scan_backend("reference")

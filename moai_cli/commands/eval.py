@@ -13,14 +13,35 @@ from moai_cli.options import Device, Json, Model, Scan
 
 def evaluate(
     model: Model = None,
-    data: Annotated[str, typer.Option("--data", "-d", help="File, folder or glob: txt, md, jsonl, json, parquet (also .gz, .zst).", show_default=False)] = "",
-    max_length: Annotated[int, typer.Option("--max-length", help="Tokens read at once; the state carries the rest, so the result doesn't change.")] = 2048,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            "-d",
+            help="File, folder or glob: txt, md, jsonl, json, parquet (also .gz, .zst).",
+            show_default=False,
+        ),
+    ] = "",
+    max_length: Annotated[
+        int,
+        typer.Option(
+            "--max-length", help="Tokens read at once; the state carries the rest, so the result doesn't change."
+        ),
+    ] = 2048,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Documents read side by side.")] = 8,
-    limit: Annotated[Optional[int], typer.Option("--limit", help="At most so many documents.", show_default=False)] = None,
-    format: Annotated[str, typer.Option("--format", help="Kind of records: auto, text, messages, conversations, instruction, prompt.")] = "auto",
-    train_on: Annotated[str, typer.Option("--train-on", help="Of chats, score the turns of: assistant, all.")] = "assistant",
+    limit: Annotated[
+        Optional[int], typer.Option("--limit", help="At most so many documents.", show_default=False)
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", help="Kind of records: auto, text, messages, conversations, instruction, prompt.")
+    ] = "auto",
+    train_on: Annotated[
+        str, typer.Option("--train-on", help="Of chats, score the turns of: assistant, all.")
+    ] = "assistant",
     on_error: Annotated[str, typer.Option("--on-error", help="A bad line: stop, or skip and count it.")] = "stop",
-    tokenizer: Annotated[Optional[str], typer.Option("--tokenizer", help="Folder or name; default: the model's own.", show_default=False)] = None,
+    tokenizer: Annotated[
+        Optional[str], typer.Option("--tokenizer", help="Folder or name; default: the model's own.", show_default=False)
+    ] = None,
     device: Device = "auto",
     scan: Scan = "auto",
     json: Json = False,
@@ -39,19 +60,41 @@ def evaluate(
     from moai_core.errors import UsageError
 
     if model is None:
-        raise UsageError("--model is missing", hint="a run folder, a step-N checkpoint or a Hugging Face folder: --model runs/cpu-tiny")
+        raise UsageError(
+            "--model is missing",
+            hint="a run folder, a step-N checkpoint or a Hugging Face folder: --model runs/cpu-tiny",
+        )
     if not data:
         raise UsageError("--data is missing", hint="a file, a folder or a glob: --data book.txt")
-    for name, value, allowed in (("--train-on", train_on, ("assistant", "all")), ("--on-error", on_error, ("stop", "skip"))):
+    for name, value, allowed in (
+        ("--train-on", train_on, ("assistant", "all")),
+        ("--on-error", on_error, ("stop", "skip")),
+    ):
         if value not in allowed:
             raise UsageError(f"{name} must be {' or '.join(allowed)} (got {value!r})")
-    result = _run(model, data, tokenizer, device, scan, max_length=max_length, batch_size=batch_size, limit=limit, format=format, train_on=train_on, on_error=on_error)
+    result = _run(
+        model,
+        data,
+        tokenizer,
+        device,
+        scan,
+        max_length=max_length,
+        batch_size=batch_size,
+        limit=limit,
+        format=format,
+        train_on=train_on,
+        on_error=on_error,
+    )
     if json:
         print_json(result)
         return
     if result["skipped"]:
-        warn(f"{result['skipped']} bad lines left out")
-    rows = [["loss", f"{result['loss']:.4f}"], ["perplexity", f"{result['perplexity']:.3f}"], ["bits per byte", f"{result['bits_per_byte']:.4f}"]]
+        warn(f"{result['skipped']} bad line{'s' * (result['skipped'] != 1)} left out")
+    rows = [
+        ["loss", f"{result['loss']:.4f}"],
+        ["perplexity", f"{result['perplexity']:.3f}"],
+        ["bits per byte", f"{result['bits_per_byte']:.4f}"],
+    ]
     rows += [[name, f"{result[name]:,}"] for name in ("tokens", "bytes", "documents")]
     rows += [["seconds", f"{result['seconds']:.1f}"], ["tokens/s", f"{result['tokens_per_second']:,.0f}"]]
     table(["measure", "value"], rows, title=clean(f"{result['model']} on {data}"), right=[1])
@@ -93,4 +136,10 @@ def _run(model: Any, data: str, tokenizer: str | None, device: str, scan: str, *
     with bar:
         result = evaluate_file(loaded, words, data, on_event=show, **options)
     seconds = time.perf_counter() - begin
-    return {"model": str(model), "data": data, **result, "seconds": seconds, "tokens_per_second": result["tokens"] / max(seconds, 1e-9)}
+    return {
+        "model": str(model),
+        "data": data,
+        **result,
+        "seconds": seconds,
+        "tokens_per_second": result["tokens"] / max(seconds, 1e-9),
+    }

@@ -41,6 +41,7 @@ VERSION = 1
 OnEvent = Callable[[dict[str, Any]], None]
 _BATCH_CHARACTERS = 4 << 20
 _BATCH_DOCUMENTS = 20_000
+_CHUNK = 8 << 20
 
 
 class Tokens:
@@ -91,6 +92,24 @@ class Tokens:
         first = start // 8
         bits = np.unpackbits(self.mask[first : (start + length + 7) // 8], bitorder="little")
         return bits[start - first * 8 : start - first * 8 + length].astype(bool)
+
+    def masked_before(self, positions: np.ndarray) -> np.ndarray:
+        """(n,) int64: how many of the tokens before each of `positions` (n,) the loss must not count."""
+        counts = np.zeros(len(positions), dtype=np.int64)
+        if self.mask is None:
+            return counts
+        order = np.argsort(positions, kind="stable")
+        ordered, total = positions[order], 0
+        for first in range(0, self.tokens, _CHUNK):
+            bits = np.unpackbits(self.mask[first // 8 : (first + _CHUNK) // 8], bitorder="little")[
+                : self.tokens - first
+            ]
+            running = np.concatenate([[0], np.cumsum(bits == 0, dtype=np.int64)])
+            # A position at a chunk's end belongs to this chunk; at its start, to the one before (or to none: zero).
+            begin, end = np.searchsorted(ordered, [first, first + len(bits)], side="right")
+            counts[order[begin:end]] = total + running[ordered[begin:end] - first]
+            total += int(running[-1])
+        return counts
 
 
 def tokenized(
@@ -299,7 +318,9 @@ def _build(
             )
         if not documents:
             bad = left_out(problems.skipped, problems.examples)
-            raise DataError(f"{path}: holds no text{f' ({bad})' if bad else ''}", hint="an empty file, or only blank records")
+            raise DataError(
+                f"{path}: holds no text{f' ({bad})' if bad else ''}", hint="an empty file, or only blank records"
+            )
         stack.close()
         if not mask.used:
             (writer.path / "mask.bin").unlink()

@@ -89,8 +89,8 @@ class CachedRows:
         total, first = int(self.pieces.lengths.sum(dtype=np.int64)), len(self.pieces.lengths)
         masked = 0
         if not self.all_turns and self.tokens.mask is not None:
-            for start, length in zip(self.pieces.starts.tolist(), self.pieces.lengths.tolist(), strict=True):
-                masked += int(np.count_nonzero(~self.tokens.trainable(start, length)[1:]))
+            ends = self.pieces.starts + self.pieces.lengths
+            masked = int((self.tokens.masked_before(ends) - self.tokens.masked_before(self.pieces.starts + 1)).sum())
         counts = {
             "documents": self.tokens.documents,
             "pieces": first,
@@ -277,8 +277,14 @@ class Loader:
                 hint="restore the files and the recipe's data section, or start a new run from the weights with --model and --resume never",
             )
         rows = state.get("rows")
-        if not isinstance(rows, int) or rows < 0 or (self.streaming and rows and not isinstance(state.get("streams"), dict)):
-            raise DataError(f"the stored position of the data is damaged (rows: {rows!r})", hint="resume from another checkpoint")
+        if (
+            not isinstance(rows, int)
+            or rows < 0
+            or (self.streaming and rows and not isinstance(state.get("streams"), dict))
+        ):
+            raise DataError(
+                f"the stored position of the data is damaged (rows: {rows!r})", hint="resume from another checkpoint"
+            )
         self._state = {"rows": rows, "streams": state["streams"]} if self.streaming and rows else {"rows": rows}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,9 @@ CHAT = {"messages": [{"role": "user", "content": "질문?"}, {"role": "assistant
 def source(tmp_path):
     folder = tmp_path / "내 데이터"
     folder.mkdir()
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"문서 {i} " * (i % 9 + 1)}) + "\n" for i in range(300)))
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"문서 {i} " * (i % 9 + 1)}) + "\n" for i in range(300))
+    )
     (folder / "b.jsonl").write_text("".join(json.dumps(CHAT) + "\n" for _ in range(11)))
     (folder / "c.txt").write_text("plain text\n" * 50)
     old = time.time() - 60
@@ -57,6 +59,19 @@ def test_it_holds_what_the_encoder_gives(source, tokenizer):
     done = [e["done"] for e in events if e["event"] == "progress"]
     assert done == sorted(done)
     assert done[-1] == events[-1]["total"] == sum(f.stat().st_size for f in source.iterdir())
+
+
+def test_masked_tokens_are_counted_over_chunks(source, tokenizer, monkeypatch):
+    from moai_core.data import cache
+
+    made, _ = events_of(source, tokenizer)
+    flags = made.trainable(0, made.tokens)
+    positions = np.random.default_rng(0).integers(0, made.tokens + 1, 500)
+    want = [int(np.count_nonzero(~flags[:p])) for p in positions]
+    for chunk in (64, 1 << 20):
+        monkeypatch.setattr(cache, "_CHUNK", chunk)
+        assert made.masked_before(positions).tolist() == want
+        assert made.masked_before(np.array([0, made.tokens])).tolist() == [0, int(np.count_nonzero(~flags))]
 
 
 def test_a_second_time_nothing_is_tokenized(source, tokenizer):

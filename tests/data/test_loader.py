@@ -26,7 +26,10 @@ def corpus(path, count, *, seed=0, long=5, mark=""):
 def chats(path, count):
     with open(path, "w", encoding="utf-8") as file:
         for index in range(count):
-            turns = [{"role": "user", "content": f"질문 {index}?"}, {"role": "assistant", "content": f"답 {index}." * (index % 4 + 1)}]
+            turns = [
+                {"role": "user", "content": f"질문 {index}?"},
+                {"role": "assistant", "content": f"답 {index}." * (index % 4 + 1)},
+            ]
             file.write(json.dumps({"messages": turns * (index % 3 + 1)}, ensure_ascii=False) + "\n")
     return str(path)
 
@@ -98,9 +101,16 @@ def test_labels_never_hold_what_a_user_said(tmp_path, tokenizer, section):
     path = tmp_path / "c.jsonl"
     with open(path, "w") as file:
         for _ in range(40):
-            file.write(json.dumps({"messages": [{"role": "user", "content": "QQQQ"}, {"role": "assistant", "content": "zz"}]}) + "\n")
+            file.write(
+                json.dumps({"messages": [{"role": "user", "content": "QQQQ"}, {"role": "assistant", "content": "zz"}]})
+                + "\n"
+            )
     loader = make_loader(section(train=str(path)), tokenizer, batch_size=2)
-    allowed = {*tokenizer("zz", add_special_tokens=False)["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>"), -100}
+    allowed = {
+        *tokenizer("zz", add_special_tokens=False)["input_ids"],
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        -100,
+    }
     for batch in loader.once():
         assert set(batch["labels"].unique().tolist()) <= allowed
     both = make_loader(section(train={"path": str(path), "train_on": "all"}), tokenizer, batch_size=2)
@@ -125,7 +135,9 @@ def test_each_row_is_read_back_as_the_documents_it_holds(text, tokenizer, sectio
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0), (2, 2)])
 def test_resuming_is_exact_across_epochs_and_workers(text, tokenizer, section, workers, streaming):
-    make = lambda n: make_loader(section(train=text, workers=n, streaming=streaming, max_length=1024), tokenizer, batch_size=4, seed=3)  # noqa: E731
+    make = lambda n: make_loader(
+        section(train=text, workers=n, streaming=streaming, max_length=1024), tokenizer, batch_size=4, seed=3
+    )  # noqa: E731
     whole = take(make(0), 30)
     loader = make(workers[0])
     assert take(loader, 7) == whole[:7]
@@ -170,7 +182,12 @@ def test_without_shuffling_rows_come_in_the_files_order(text, tokenizer, section
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_sequence_of_rows_does_not_depend_on_the_world_size(text, tokenizer, section, streaming):
     def rows(world, batch_size, count, state=None):
-        loaders = [make_loader(section(train=text, streaming=streaming), tokenizer, batch_size=batch_size, rank=r, world_size=world) for r in range(world)]
+        loaders = [
+            make_loader(
+                section(train=text, streaming=streaming), tokenizer, batch_size=batch_size, rank=r, world_size=world
+            )
+            for r in range(world)
+        ]
         for loader in loaders:
             if state:
                 loader.load_state_dict(state)
@@ -192,7 +209,12 @@ def test_another_position_is_refused(text, tmp_path, tokenizer, section):
     loader = make_loader(section(train=text), tokenizer, batch_size=2)
     take(loader, 3)
     state = saved(loader)
-    for values in ({"max_length": 64}, {"train": corpus(tmp_path / "b.jsonl", 50)}, {"shuffle": False}, {"valid_fraction": 0.5}):
+    for values in (
+        {"max_length": 64},
+        {"train": corpus(tmp_path / "b.jsonl", 50)},
+        {"shuffle": False},
+        {"valid_fraction": 0.5},
+    ):
         other = make_loader(section(**({"train": text} | values)), tokenizer, batch_size=2)
         with pytest.raises(DataError, match="its position means nothing here"):
             other.load_state_dict(state)
@@ -284,7 +306,10 @@ def test_a_stream_gives_each_document_once_an_epoch(text, tokenizer, section, mo
     for batch in loader:
         if loader.epoch:
             break
-        found += [tokenizer.decode(batch["input_ids"][batch["seq_idx"] == n][1:-1]) for n in range(int(batch["seq_idx"].max()) + 1)]
+        found += [
+            tokenizer.decode(batch["input_ids"][batch["seq_idx"] == n][1:-1])
+            for n in range(int(batch["seq_idx"].max()) + 1)
+        ]
         counts = loader.account
     assert sorted(found) == sorted(d.segments[0].text for d in read_all(text))
     assert counts["documents"] == 120
@@ -323,8 +348,15 @@ def test_bad_streams(tmp_path, tokenizer, section):
     (tmp_path / "bad.jsonl").write_text('{"text": "ok"}\nbroken\n')
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"bad\.jsonl:2: not valid JSON"):
-            take(make_loader(section(train=str(tmp_path / "bad.jsonl"), streaming=True, workers=workers), tokenizer, batch_size=1), 9)
-    loader = make_loader(section(train=str(tmp_path / "bad.jsonl"), streaming=True, on_error="skip"), tokenizer, batch_size=1)
+            take(
+                make_loader(
+                    section(train=str(tmp_path / "bad.jsonl"), streaming=True, workers=workers), tokenizer, batch_size=1
+                ),
+                9,
+            )
+    loader = make_loader(
+        section(train=str(tmp_path / "bad.jsonl"), streaming=True, on_error="skip"), tokenizer, batch_size=1
+    )
     take(loader, 1)
     assert loader.account["skipped"] == 1
 
@@ -382,7 +414,9 @@ def test_validation_is_the_same_each_time_and_whole(text, tokenizer, section):
     assert one == [flat(batch) for batch in loader.once()]
     assert one == [flat(batch) for batch in make_loader(data, tokenizer, split="valid", batch_size=7, seed=2).once()]
     assert len(list(loader.once(2))) == 2
-    shards = [list(make_loader(data, tokenizer, split="valid", batch_size=3, rank=r, world_size=2).once()) for r in range(2)]
+    shards = [
+        list(make_loader(data, tokenizer, split="valid", batch_size=3, rank=r, world_size=2).once()) for r in range(2)
+    ]
     assert len(shards[0]) == len(shards[1])
     tokens = sum(int((batch["seq_idx"] >= 0).sum()) for shard in shards for batch in shard)
     assert tokens == loader.account["tokens"]
@@ -416,13 +450,3 @@ def test_nothing_to_train_on(tmp_path, tokenizer, section):
     chats(tmp_path / "c.jsonl", 3)
     with pytest.raises(DataError, match="no token that the loss counts"):
         make_loader(section(train=str(tmp_path / "c.jsonl"), max_length=1), tokenizer, batch_size=1)
-
-
-def test_the_recipes_kinds_are_the_readers():
-    from typing import get_args
-
-    from moai_core.data.records import ALIASES, KINDS
-    from moai_core.recipe.schema import Alias, Kind
-
-    assert get_args(Kind) == KINDS
-    assert set(get_args(Alias)) == set(ALIASES)

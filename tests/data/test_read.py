@@ -102,7 +102,9 @@ def test_a_text_file_is_one_document(tmp_path, name):
 
 
 def test_endoftext_lines_separate_text_documents(tmp_path):
-    path = write(tmp_path, "a.txt", "one\ntwo\n<|endoftext|>\r\nthree <|endoftext|> inline\n<|endoftext|>\n\n<|endoftext|>\nfour")
+    path = write(
+        tmp_path, "a.txt", "one\ntwo\n<|endoftext|>\r\nthree <|endoftext|> inline\n<|endoftext|>\n\n<|endoftext|>\nfour"
+    )
     assert texts(path) == ["one\ntwo\n", "three <|endoftext|> inline\n", "four"]
     assert [d.line for d in load(path)[0]] == [1, 4, 8]
 
@@ -238,10 +240,19 @@ def test_a_bad_record(tmp_path, record, why):
     ("record", "segments"),
     [
         ({"messages": CHAT}, [("q", False, "user"), ("a", True, "assistant")]),
-        ({"messages": [{"role": "system", "content": "s"}, *CHAT]}, [("s", False, "system"), ("q", False, "user"), ("a", True, "assistant")]),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *CHAT]},
+            [("s", False, "system"), ("q", False, "user"), ("a", True, "assistant")],
+        ),
         ({"messages": [{"role": "system", "content": ""}, *CHAT]}, [("q", False, "user"), ("a", True, "assistant")]),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, CHAT[1]]}, [("q", False, "user"), ("a", True, "assistant")]),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [("q", False, "user"), ("a", True, "assistant")]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, CHAT[1]]},
+            [("q", False, "user"), ("a", True, "assistant")],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            [("q", False, "user"), ("a", True, "assistant")],
+        ),
         ({"instruction": "i", "input": "x", "output": "o"}, [("i\n\nx", False, "user"), ("o", True, "assistant")]),
         ({"instruction": "i", "input": None, "output": "o"}, [("i", False, "user"), ("o", True, "assistant")]),
         ({"prompt": "p", "completion": "c"}, [("p", False, None), ("c", True, None)]),
@@ -317,13 +328,17 @@ def test_a_parquet_without_a_known_column(tmp_path):
 
 def test_huge_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "MAX_RECORD", 1 << 20)
-    refuses(write(tmp_path, "a.jsonl", JSONL + b'{"text": "' + b"x" * (3 << 20)), "a.jsonl:4: the line is longer than 1 MiB")
+    refuses(
+        write(tmp_path, "a.jsonl", JSONL + b'{"text": "' + b"x" * (3 << 20)), "a.jsonl:4: the line is longer than 1 MiB"
+    )
     assert len(texts(write(tmp_path, "a.txt", b"x" * (9 << 20)))[0]) == 9 << 20
     refuses(write(tmp_path, "a.json", b'[{"text": "' + b"x" * (4 << 20)), "not valid JSON")
 
 
 def test_a_skipped_array_element_is_counted(tmp_path):
-    documents, problems = load(write(tmp_path, "a.json", '[{"text": "a"},\n{"text": 3},\n{"text": "c"}]'), on_error="skip")
+    documents, problems = load(
+        write(tmp_path, "a.json", '[{"text": "a"},\n{"text": 3},\n{"text": "c"}]'), on_error="skip"
+    )
     assert (len(documents), problems.skipped) == (2, 1)
     assert "a.json:2: " in problems.examples[0]
 
@@ -342,15 +357,22 @@ def test_no_permission(tmp_path):
 # ---- fuzz -----------------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda c: st.lists(c, max_size=4) | st.dictionaries(st.text(max_size=8), c, max_size=4), max_leaves=12
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda c: st.lists(c, max_size=4) | st.dictionaries(st.text(max_size=8), c, max_size=4),
+    max_leaves=12,
 )
 ROLES = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "x"]) | JSON
-TURN = st.fixed_dictionaries({}, optional={"role": ROLES, "content": st.text(max_size=9) | JSON, "from": ROLES, "value": st.text(max_size=9) | JSON})
+TURN = st.fixed_dictionaries(
+    {},
+    optional={"role": ROLES, "content": st.text(max_size=9) | JSON, "from": ROLES, "value": st.text(max_size=9) | JSON},
+)
 KEYS = ["text", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system"]
 RECORD = st.dictionaries(st.sampled_from(KEYS), st.text(max_size=9) | st.lists(TURN, max_size=4) | JSON, max_size=5)
 LINE = st.one_of(
     (RECORD | JSON).map(lambda v: json.dumps(v, ensure_ascii=True).encode()),
-    st.tuples(RECORD.map(lambda v: json.dumps(v).encode()), st.integers(0, 60), st.binary(max_size=3)).map(lambda t: t[0][: t[1]] + t[2] + t[0][t[1] :]),
+    st.tuples(RECORD.map(lambda v: json.dumps(v).encode()), st.integers(0, 60), st.binary(max_size=3)).map(
+        lambda t: t[0][: t[1]] + t[2] + t[0][t[1] :]
+    ),
     st.binary(max_size=40),
 )
 
@@ -365,7 +387,11 @@ def fuzz(tmp_path_factory, lines):
     except DataError as exc:
         assert exc.message.startswith(f"{path}:")
         assert exc.message[len(str(path)) + 1 :].split(":")[0].isdigit()
-    documents, problems = load(path, on_error="skip") if not b"\n".join(lines).startswith((b"\xff\xfe", b"\xfe\xff")) else ([], Problems())
+    documents, problems = (
+        load(path, on_error="skip")
+        if not b"\n".join(lines).startswith((b"\xff\xfe", b"\xfe\xff"))
+        else ([], Problems())
+    )
     assert len(documents) + problems.skipped + problems.empty <= b"\n".join(lines).count(b"\n") + 1
     path.unlink()
 
@@ -384,7 +410,9 @@ def test_fuzzed_jsonl_is_valid_or_names_its_line_slow(tmp_path_factory, lines):
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(st.binary(max_size=200), st.sampled_from(["f.json", "f.jsonl.gz", "f.jsonl.zst", "f.parquet", "f.txt", "f.json.gz"]))
+@given(
+    st.binary(max_size=200), st.sampled_from(["f.json", "f.jsonl.gz", "f.jsonl.zst", "f.parquet", "f.txt", "f.json.gz"])
+)
 def test_fuzzed_bytes_never_escape_as_anything_else(tmp_path_factory, data, name):
     path = tmp_path_factory.mktemp("fuzz") / name
     path.write_bytes(data)
