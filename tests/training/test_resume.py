@@ -25,7 +25,8 @@ def folder():
 def trials(mode: str, folder: Path, count: int, processes: int = 1) -> list[dict]:
     """The reports of `processes` runs of trials.py side by side, each with its share of `count` and its own seed."""
     one_thread = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment = {**os.environ, **one_thread, "PYTHONPATH": str(ROOT)}
+    kernels = {"NUMBA_CACHE_DIR": f"{os.environ['MOAI_CACHE']}/kernels"}  # compiled once
+    environment = {**os.environ, **one_thread, **kernels, "PYTHONPATH": str(ROOT)}
     started = []
     for seed in range(processes):
         (folder / str(seed)).mkdir()

@@ -1,8 +1,8 @@
 """Runs of `moai train` that end badly, for test_resume.py: `python trials.py kill|signal|matrix FOLDER COUNT SEED`.
 
-One process trains once, so that all is imported and compiled, then forks a child a run: a run lasts half a second, and can
-be killed anywhere in it: while it tokenizes, trains, validates, saves or draws. This happens apart from pytest, whose process
-may have started threads that a fork doesn't survive. Prints a report as JSON; its "failures" must be empty.
+One process trains once, so that all is imported and compiled, then forks a child a run: a run lasts half a second, and
+can be killed anywhere in it: while it tokenizes, trains, validates, saves or draws. This happens apart from pytest,
+whose process may have started threads that a fork doesn't survive. Prints a report as JSON; its "failures" must be empty.
 """
 
 from __future__ import annotations
@@ -33,9 +33,26 @@ MEASURED = {"tokens_per_s", "memory_mb", "mfu", "seconds"}
 
 
 def project(folder: Path) -> Path:
-    """A recipe in `folder` and its data, of which the recipe's steps see more than one epoch; returns the recipe's path."""
+    """A recipe in `folder` and its data, of which its steps see more than one epoch; returns the recipe's path."""
     dice = random.Random(1)
-    words = "the state of a layer has one size 상태는 커지지 않는다 状態は増えない 状态不变 1 2 3".split()
+    words = [
+        "the",
+        "state",
+        "of",
+        "a",
+        "layer",
+        "has",
+        "one",
+        "size",
+        "상태는",
+        "커지지",
+        "않는다",
+        "状態は増えない",
+        "状态不变",
+        "1",
+        "2",
+        "3",
+    ]
     for name, documents in (("train", 9), ("valid", 6)):
         text = [" ".join(dice.choices(words, k=dice.randrange(3, 30))) for _ in range(documents)]
         (folder / f"{name}.txt").write_text("\n\n".join(text), encoding="utf-8")
@@ -80,7 +97,7 @@ def rows(run: Path, name: str = "metrics") -> list[dict]:
 
 
 def outcome(run: Path, *, final: bool = False) -> dict:
-    """All that a finished run determines, bit for bit: records, and tensors and trainer state of its checkpoints (or the last)."""
+    """All that a finished run determines, bit for bit: records, tensors and trainer state of its (last) checkpoints."""
     import torch
     from safetensors.torch import load_file
 
@@ -93,17 +110,20 @@ def outcome(run: Path, *, final: bool = False) -> dict:
                 found[f"{step.name}/{file.name}/{name}"] = (str(tensor.dtype), list(tensor.shape), content)
         trainer = json.loads((step / "trainer.json").read_text(encoding="utf-8"))
         del trainer["progress"]["seconds"], trainer["recipe"]["data"]["workers"]
+        for part in ("progress", "rng"):
+            found |= {f"{step.name}/trainer.json/{part}/{key}": value for key, value in trainer.pop(part).items()}
         found[f"{step.name}/trainer.json"] = trainer
     return found
 
 
 def differences(one: dict, other: dict) -> list[str]:
-    """The parts in which two outcomes differ."""
-    return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    """The parts in which two outcomes differ, with the values where they are short."""
+    names = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    return [f"{name}: {str(one.get(name))[:200]} != {str(other.get(name))[:200]}" for name in names]
 
 
 def quiet_run(folder: Path) -> tuple[Path, dict, dict, float]:
-    """The recipe, the outcome of an undisturbed run of it, the same of its last checkpoint only, and how long it lasts."""
+    """The recipe, the outcome of a quiet run of it, the same with only its last checkpoint, and how long it lasts."""
     recipe = project(folder)
     os.environ["MOAI_CACHE"] = str(folder / "cache")
     assert moai_train(recipe, folder / "warm") == 0, (folder / "warm.log").read_text()
@@ -127,7 +147,7 @@ def log_tail(run: Path) -> str:
 
 
 def kill(folder: Path, count: int, seed: int) -> dict:
-    """SIGKILL runs at `count` random moments, some of them again while they resume; each must end as the quiet run did."""
+    """SIGKILL runs at `count` random moments, many while they resume; each must end as the quiet run did."""
     recipe, quiet, _, length = quiet_run(folder)
     dice, failures, moments, trial = random.Random(seed), [], Counter(), 0
     while moments.total() < count:
@@ -135,7 +155,6 @@ def kill(folder: Path, count: int, seed: int) -> dict:
         run, cache = folder / f"run-{trial}", folder / "cache"
         if dice.random() < 0.3:  # tokenize anew as well
             cache = folder / f"cache-{trial}"
-            shutil.copytree(folder / "cache" / "kernels", cache / "kernels", dirs_exist_ok=True)
         os.environ["MOAI_CACHE"] = str(cache)
         overrides = ["data.workers=1"] if dice.random() < 0.1 else []
         code = None
@@ -161,7 +180,7 @@ def kill(folder: Path, count: int, seed: int) -> dict:
 
 
 def signals(folder: Path, count: int, seed: int) -> dict:
-    """SIGTERM or SIGINT at `count` random moments: the last step is saved, the code is 143 or 130, and resuming is exact."""
+    """SIGTERM or SIGINT at `count` random moments: the last step is saved, exit 143 or 130, and resuming is exact."""
     recipe, _, quiet, length = quiet_run(folder)
     dice, failures, codes, trial = random.Random(seed), [], Counter(), 0
     while codes[128 + signal.SIGTERM] + codes[128 + signal.SIGINT] < count:
@@ -212,7 +231,7 @@ def second_signal(recipe: Path, run: Path) -> list:
 
 
 def matrix(folder: Path, count: int, seed: int) -> dict:
-    """Accumulation 1 and 4, no workers and 2, an epoch's end between two stops and two resumes: all bit for bit."""
+    """Accumulation 1 and 4, no workers and 2; stops on both sides of an epoch's end, in the last validation and sample."""
     from moai_core import recipe as recipes
     from moai_core.errors import Interrupted
     from moai_core.training.loop import train
@@ -221,36 +240,38 @@ def matrix(folder: Path, count: int, seed: int) -> dict:
     path, failures, done = project(folder), [], []
     os.environ["MOAI_CACHE"] = str(folder / "cache")
     first: dict[int, dict] = {}
-    for accumulation in (1, 4):
-        for workers in (0, 2):
-            overrides = [f"train.accumulation={accumulation}", f"data.workers={workers}", "train.save_every=100"]
-            made = recipes.load(path, overrides)
-            name = f"accumulation {accumulation}, workers {workers}"
-            quiet, run = folder / f"quiet-{accumulation}-{workers}", folder / f"run-{accumulation}-{workers}"
-            train(made, output=quiet)
-            epoch = {row["step"]: row["epoch"] for row in rows(quiet) if row["kind"] == "train"}
-            stops = [2, 9] if accumulation == 1 else [1, 4]
-            assert epoch[stops[0]] < epoch[stops[1]], (name, epoch)
-            for at in stops:
-                stop = StopFlag()
-                ask = lambda event, at=at, stop=stop: (
-                    event.get("event") == "step" and event["step"] == at and stop.request()
-                )  # noqa: E731
-                try:
-                    train(made, output=run, on_event=ask, stop=stop)
-                    failures.append([name, f"not stopped at {at}"])
-                except Interrupted:
-                    if not (run / f"step-{at}").is_dir():
-                        failures.append([name, f"step-{at} not saved"])
+    for accumulation, workers in ((1, 0), (1, 2), (4, 0), (4, 2)):
+        overrides = [f"train.accumulation={accumulation}", f"data.workers={workers}", "train.save_every=100"]
+        made = recipes.load(path, overrides)
+        name = f"accumulation {accumulation}, workers {workers}"
+        quiet, run = folder / f"quiet-{accumulation}-{workers}", folder / f"run-{accumulation}-{workers}"
+        train(made, output=quiet)
+        epoch = {row["step"]: row["epoch"] for row in rows(quiet) if row["kind"] == "train"}
+        stops = [("step", 2 // accumulation or 1), ("step", 9 if accumulation == 1 else 4), ("step", 11), ("valid", 11)]
+        assert epoch[stops[0][1]] < epoch[stops[1][1]], (name, epoch)
+        for kind, at in stops:
+            stop = StopFlag()
+
+            def ask(event: dict, kind=kind, at=at, stop=stop) -> None:
+                if event["event"] == kind and event["step"] == at:
+                    stop.request()
+
+            try:
+                train(made, output=run, on_event=ask, stop=stop)
+                failures.append([name, f"not stopped by {kind} {at}"])
+            except Interrupted as exc:
+                if exc.exit_code != 143 or not (run / f"step-{at}").is_dir():
+                    failures.append([name, f"{kind} {at}: exit {exc.exit_code}, step-{at} not saved"])
+        for _ in range(2):  # the second finds nothing left to do
             result = train(made, output=run)
-            if result.resumed_from != stops[1]:
-                failures.append([name, f"resumed from {result.resumed_from}"])
             ended = outcome(run, final=True)
             if wrong := differences(outcome(quiet, final=True), ended):
                 failures.append([name, "differs", wrong])
-            if wrong := differences(first.setdefault(accumulation, ended), ended):
-                failures.append([name, "differs from no workers", wrong])
-            done.append(name)
+        if result.resumed_from != 11:
+            failures.append([name, f"resumed from {result.resumed_from}"])
+        if wrong := differences(first.setdefault(accumulation, ended), ended):
+            failures.append([name, "differs from no workers", wrong])
+        done.append(name)
     return {"done": done, "failures": failures}
 
 
