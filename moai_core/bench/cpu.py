@@ -83,7 +83,7 @@ def build(hidden: int, *, layers: int, vocab: int) -> tuple[Any, Any]:
     theirs = MambaForCausalLM(
         MambaConfig(
             vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, state_size=config.state_size,
-            expand=config.expand_factor, conv_kernel=config.conv_kernel_size, time_step_rank=config.time_step_rank,
+            expand=config.expand_factor, conv_kernel=config.conv_kernel_size, time_step_rank=config.time_step_rank or 1,
             layer_norm_epsilon=config.rms_norm_eps, tie_word_embeddings=False, use_mambapy=False,
         )
     )  # fmt: skip

@@ -312,8 +312,8 @@ def _numba_problem() -> str | None:
 
 @cache
 def _kernels() -> ModuleType:
-    """Imports `cpu_kernels` with numba's cache where one may write: $NUMBA_CACHE_DIR if set, else moai's own cache."""
-    from numba.core import config
+    """Imports `cpu_kernels`, numba's settings made first: where it caches, and how wide its vectors are."""
+    from numba.core import codegen, config
 
     settings: Any = config
     if not settings.CACHE_DIR:
@@ -323,6 +323,11 @@ def _kernels() -> ModuleType:
             settings.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
         except OSError:
             settings.CACHE_DIR = ""  # compiled anew in each process
+    # LLVM halves the vectors of processors with AVX-512, since the first of them slowed down at full width. Those that
+    # know vbmi2 (Ice Lake, Zen 4 and later) don't: measured 1.3 times as fast.
+    features = codegen.get_host_cpu_features()
+    if settings.CPU_FEATURES is None and "+avx512vbmi2" in features:
+        settings.CPU_FEATURES = f"{features},-prefer-256-bit"
     from moai_core.scan import cpu_kernels
 
     return cpu_kernels

@@ -28,8 +28,9 @@ def everything(inputs, seq_idx=None, backend="cpu"):
     return [y, final, *torch.autograd.grad(y.square().sum() + final.sum(), list(leaves.values()))]
 
 
-def test_same_bits_for_any_number_of_threads_and_every_time(oracle, threads):
-    inputs, numbers = oracle.problem(3, 70, 300, 16, packed=True)
+def test_same_bits_for_any_number_of_threads_and_every_time(oracle, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "_SMALL", 0)
+    inputs, numbers = oracle.problem(3, 35, 260, 4, packed=True)
     given, numbers = oracle.tensors(inputs), torch.tensor(numbers)
     runs = []
     for count in (1, 2, 3, 2, 1):
@@ -40,7 +41,8 @@ def test_same_bits_for_any_number_of_threads_and_every_time(oracle, threads):
 
 
 def test_python_threads_do_the_work_where_openmp_is_out_of_reach(oracle, threads, monkeypatch):
-    inputs, _ = oracle.problem(2, 100, 300, 16)
+    monkeypatch.setattr(cpu, "_SMALL", 0)
+    inputs, _ = oracle.problem(2, 35, 260, 4)
     given = oracle.tensors(inputs)
     threads(1)
     wanted = everything(given)
@@ -176,9 +178,8 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     program = (
-        "import torch; from moai_core.scan import cpu, scan\n"
-        "u, B = torch.randn(1, 3, 2), torch.randn(1, 3, 2)\n"
-        "y, _ = scan(u, u, -torch.ones(2, 2), B, B, backend='cpu'); assert y.isfinite().all()\n"
+        "import torch; from moai_core.scan import conv\n"
+        "y, _ = conv(torch.randn(1, 3, 2), torch.randn(2, 1, 4), None, backend='cpu'); assert y.isfinite().all()\n"
         "from numba.core import config; assert config.CACHE_DIR == ''\n"
     )
     env = {**os.environ, "MOAI_CACHE": str(blocked), "NUMBA_CACHE_DIR": ""}
