@@ -9,6 +9,7 @@ import typer
 from moai_cli.console import clean, console, print_json, table
 from moai_cli.options import Json
 
+_SLOW = ", for want of a kernel: a loop over time, slow, and training keeps every step in memory"
 _MARKS = {True: "ok", False: "BROKEN", None: "-"}
 
 
@@ -74,14 +75,16 @@ def _show(report: dict[str, Any]) -> None:
     table(("device", "product", "memory", "free", "bf16 in hardware"), devices, right=(2, 3))
     console.print()
     picks = [
-        (b["device"], b["operation"], b["backend"], "picked" if b["picked"] else b["why_not"])
+        (b["device"], b["operation"], b["backend"], b["why_not"] or f"picked{_SLOW if b['slow'] else ''}")
         for b in report["backends"]
     ]
     table(("device", "operation", "backend", ""), picks)
     console.print()
     tests = [
-        (f"{t['device']} {t['dtype']}", t["operation"], t["backend"], _MARKS[t["ok"]])
-        + (f"{t['forward']:.1e}", f"{t['backward']:.1e}", f"{t['tolerance']:.0e}", t["why"] or "")
+        (
+            *(f"{t['device']} {t['dtype']}", t["operation"], t["backend"], _MARKS[t["ok"]]),
+            *(f"{t['forward']:.1e}", f"{t['backward']:.1e}", f"{t['tolerance']:.0e}", t["why"] or ""),
+        )
         for t in report["self_test"]
     ]
     table(("self-test", "operation", "backend", "", "forward", "backward", "allowed", ""), tests, right=(4, 5, 6))

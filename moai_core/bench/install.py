@@ -29,7 +29,13 @@ def versions() -> Iterator[Finding]:
 
     yield {"name": "python", "version": platform.python_version(), "ok": True, "why": None, "hint": None}
     needs: dict[str, tuple[Requirement, list[str]]] = {}
-    for text in importlib.metadata.requires("moai") or []:
+    try:
+        required = importlib.metadata.requires("moai") or []
+    except importlib.metadata.PackageNotFoundError:
+        required = []
+        why = "not installed: this runs from a bare checkout, whose dependencies can't be checked"
+        yield {"name": "moai", "version": None, "ok": None, "why": why, "hint": "pip install -e ."}
+    for text in required:
         need = Requirement(text)
         extra = str(need.marker).partition("extra == ")[2].strip("\"'") if need.marker else ""
         if extra not in ("test", "dev") and need.name != "moai":

@@ -38,7 +38,8 @@ def backends(name: str) -> Iterator[Finding]:
             chosen = reason is None and not picked
             picked = picked or chosen
             why = None if chosen else reason or "one before it is picked"
-            yield {"device": name, "operation": op, "backend": backend, "picked": chosen, "why_not": why}
+            slow = chosen and scan.BACKENDS[backend] is reference
+            yield {"device": name, "operation": op, "backend": backend, "picked": chosen, "why_not": why, "slow": slow}
 
 
 def self_tests(name: str, seed: int) -> Iterator[Finding]:

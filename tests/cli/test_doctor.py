@@ -103,3 +103,11 @@ def test_a_cache_that_cannot_be_written(moai, tmp_path, monkeypatch):
 def test_gpu_backends_pass():
     found = list(selftest.self_tests("cuda:0", 0))
     assert found and all(t["ok"] for t in found), found
+
+
+def test_a_bare_checkout(monkeypatch):
+    def nothing(name):
+        raise install.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(install.importlib.metadata, "requires", nothing)
+    assert [(v["name"], v["ok"]) for v in install.versions()] == [("python", True), ("moai", None)]
