@@ -54,8 +54,9 @@ def chat(
     A line that ends with a backslash goes on; so does text between triple quotes. Ctrl-C stops an answer, Ctrl-D
     leaves. `/help` lists the commands. Without a terminal each line of stdin is a message.
     """
-    given = shared.settings_from(locals())
+    flags = locals()
     path = shared.required_model(model)
+    given = shared.settings_from(flags)
     if session is not None and not session.parent.is_dir():
         raise UsageError(f"--session {session}: the folder {session.parent} doesn't exist")
     from moai_core import checkpoint

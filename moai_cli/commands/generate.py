@@ -158,8 +158,9 @@ def generate(
     A line of prompts.jsonl: `{"prompt": "Hello", "temperature": 0, "max_new_tokens": 20, "stop": ["\\n"], "seed":
     7}`; `messages` in place of `prompt` asks in the chat template. Each row gets what it would get alone.
     """
-    given = settings_from(locals())
+    flags = locals()
     path = required_model(model)
+    given = settings_from(flags)
     if batch_size < 1:
         raise UsageError(f"--batch-size must be a whole number >= 1 (got {batch_size})")
     from moai_core.generation import Settings, files

@@ -4,12 +4,16 @@ Prompt files: `.jsonl`/`.json` has an object a line, {"prompt": text} or {"messa
 optional "id" and any of the settings of sampling.Settings for that row; any other file is plain text with a prompt a
 line. Everything is checked before a model is loaded: a bad line is a DataError `file:line: why`. Completions are
 written in the order of the prompts, all at once, atomically.
+A chat session is one safetensors file (https://github.com/huggingface/safetensors#format): the state's tensors
+(`state.…`), `tokens` (int32) and `session` (uint8, UTF-8 JSON: messages, settings, draws, turns); its metadata: format,
+version, model, tokenizer, sha256.
 Left out: compressed files, chat formats other than messages (data/read.py reads those for training).
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moai_core import storage
+import torch
+from torch import Tensor
+
+from moai_core import storage, tensors
 from moai_core.errors import CheckpointError, DataError, UsageError, storage_error
 from moai_core.generation.sampling import SETTINGS, Settings, check_settings
 from moai_core.generation.text import check_messages, check_text
@@ -30,6 +37,11 @@ _KEYS = ("prompt", "messages", "id", *SETTINGS)
 # Controls (but newline, tab), and what reorders a line; they stay legible in JSON and can't steer a terminal that
 # shows the file.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+SESSION_FORMAT = "moai-session"
+SESSION_VERSION = "1"
+_JSON_LIMIT = 256 << 20
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -50,8 +62,6 @@ def open_model(
     dtype: one of DTYPES; auto keeps what is stored. Raises UsageError for a device or dtype that can't be,
     CheckpointError for the rest.
     """
-    import torch
-
     from moai_core import checkpoint
     from moai_core.data.tokenize import check_tokenizer, load_tokenizer
 
@@ -73,8 +83,6 @@ def open_model(
 
 def pick_device(name: str) -> str:
     """`name` as torch knows it. Raises UsageError for a device that is unknown or not there."""
-    import torch
-
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
@@ -214,3 +222,71 @@ def check_output(path: Path, *, force: bool) -> None:
         raise UsageError(f"--output-file {path}: the folder {path.parent} doesn't exist")
     if path.exists() and not force:
         raise UsageError(f"--output-file {path}: exists already", hint="choose another name, or --force to replace it")
+
+
+# ---- chat sessions --------------------------------------------------------------------------------------------------
+
+
+def write_session(path: str | Path, held: dict[str, Tensor], *, model: str, tokenizer: str) -> None:
+    """Write a session atomically: `state.…`, `tokens` (int32) and `session` (uint8), made with these fingerprints.
+
+    Raises StorageError."""
+    metadata = {"format": SESSION_FORMAT, "version": SESSION_VERSION, "model": model, "tokenizer": tokenizer}
+    metadata["sha256"] = _digest(held, metadata)
+    storage.write_file(path, tensors.encode(held, metadata))
+
+
+def model_fingerprint(model: Any) -> str:
+    """SHA-256 over names, types, shapes and values of a model's weights; takes seconds for billions of them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> Any:
+    """A tensor's bytes, as a buffer."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _digest(held: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over a session file's metadata and tensors: safetensors itself notices hardly any damage."""
+    digest = hashlib.sha256(json.dumps({**metadata, "sha256": ""}, sort_keys=True).encode())
+    for name in sorted(held):
+        tensor = held[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def read_session(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a session file that is whole. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    found = tensors.inspect(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{path}: can't be read ({exc})") from exc
+    if metadata.get("format") != SESSION_FORMAT or not {"session", "tokens"} <= set(found):
+        raise CheckpointError(f"{path}: not a moai chat session", hint="sessions are written by /save in `moai chat`")
+    if metadata.get("version") != SESSION_VERSION:
+        raise CheckpointError(
+            f"{path}: session format {metadata.get('version')!r}, this moai reads {SESSION_VERSION!r}"
+        )
+    if set(metadata) != {"format", "version", "model", "tokenizer", "sha256"}:
+        raise CheckpointError(f"{path}: damaged (metadata are missing)")
+    if (
+        found["session"].dtype != torch.uint8
+        or found["session"].nbytes > _JSON_LIMIT
+        or found["tokens"].dtype != torch.int32
+    ):
+        raise CheckpointError(f"{path}: not a valid session (transcript or tokens of the wrong kind)")
+    held = tensors.read(path)
+    if _digest(held, metadata) != metadata["sha256"]:
+        raise CheckpointError(
+            f"{path}: damaged (its SHA-256 doesn't match)", hint="restore it from a copy, or start a new session"
+        )
+    return metadata, held

@@ -11,17 +11,12 @@ Limits: the states before the last `SNAPSHOTS` turns are kept; going back furthe
 transcript again. Whoever makes a file can put any words into it: checksums tell damage, not forgery.
 Left out: several conversations in one batch (engine.generate takes messages), summaries of long ones (the state
 never grows).
-
-File: safetensors (https://github.com/huggingface/safetensors#format) with the state's tensors (`state.…`), `tokens`
-(int32) and `session` (uint8, UTF-8 JSON: messages, settings, turns); its metadata: format, version, model,
-tokenizer, sha256.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moai_core import storage, tensors
+from moai_core import storage
 from moai_core.data.tokenize import fingerprint as tokenizer_fingerprint
 from moai_core.errors import CheckpointError, UsageError
+from moai_core.generation import files
 from moai_core.generation.engine import Batch, Completion, OnEvent, Row, eos_ids, prefill
 from moai_core.generation.sampling import SETTINGS, Settings, new_seed
 from moai_core.generation.text import Vocabulary, check_messages, check_text
 from moai_core.model.state import MoaiState
 
 SNAPSHOTS = 16
-FORMAT = "moai-session"
-VERSION = "1"
-_JSON_LIMIT = 256 << 20
 
 Message = dict[str, str]
 
@@ -69,7 +62,7 @@ class Session:
         on_event: OnEvent | None = None,
     ) -> None:
         """system: the system message, if any. fingerprint: of the model, for `save` and `load` (default:
-        `model_fingerprint`). on_event: {"event": "prefill", ...} as in the engine, and {"event": "reread", "tokens"}
+        that of its weights). on_event: {"event": "prefill", ...} as in the engine, and {"event": "reread", "tokens"}
         when the transcript is read again.
 
         Raises UsageError for a tokenizer that doesn't fit the model or has no chat template.
@@ -298,7 +291,7 @@ class Session:
     def fingerprint(self) -> str:
         """SHA-256 of the model, as sessions know it."""
         if self._fingerprint is None:
-            self._fingerprint = model_fingerprint(self.model)
+            self._fingerprint = files.model_fingerprint(self.model)
         return self._fingerprint
 
     def save(self, path: str | Path) -> None:
@@ -313,14 +306,8 @@ class Session:
         held = {} if self.state is None else {f"state.{name}": t for name, t in self.state.tensors().items()}
         held["tokens"] = torch.tensor(self.tokens, dtype=torch.int32)
         held["session"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self.fingerprint,
-            "tokenizer": tokenizer_fingerprint(self.vocabulary.tokenizer),
-        }
-        metadata["sha256"] = _digest(held, metadata)
-        storage.write_file(path, tensors.encode(held, metadata))
+        tokenizer = tokenizer_fingerprint(self.vocabulary.tokenizer)
+        files.write_session(path, held, model=self.fingerprint, tokenizer=tokenizer)
 
     @classmethod
     def load(
@@ -337,7 +324,7 @@ class Session:
         Raises CheckpointError: not a session, damaged, or made with another model, precision or tokenizer.
         """
         session = cls(model, tokenizer, fingerprint=fingerprint, on_event=on_event)
-        metadata, held = _read_file(Path(path))
+        metadata, held = files.read_session(Path(path))
         mine = {"model": session.fingerprint, "tokenizer": tokenizer_fingerprint(tokenizer)}
         for what, value in mine.items():
             if metadata[what] != value:
@@ -396,52 +383,3 @@ class Session:
                     "load the model with the precision that the session was made with"
                 )
         return MoaiState.from_tensors(found).to(model.device)
-
-
-def model_fingerprint(model: Any) -> str:
-    """SHA-256 over names, types, shapes and values of a model's weights; takes seconds for billions of them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def _digest(held: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over a session file's metadata and tensors: safetensors itself notices hardly any damage."""
-    digest = hashlib.sha256(json.dumps({**metadata, "sha256": ""}, sort_keys=True).encode())
-    for name in sorted(held):
-        tensor = held[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def _read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a session file that is whole. Raises CheckpointError."""
-    from safetensors import SafetensorError, safe_open
-
-    found = tensors.inspect(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"{path}: can't be read ({exc})") from exc
-    if metadata.get("format") != FORMAT or not {"session", "tokens"} <= set(found):
-        raise CheckpointError(f"{path}: not a moai chat session", hint="sessions are written by /save in `moai chat`")
-    if metadata.get("version") != VERSION:
-        raise CheckpointError(f"{path}: session format {metadata.get('version')!r}, this moai reads {VERSION!r}")
-    if set(metadata) != {"format", "version", "model", "tokenizer", "sha256"}:
-        raise CheckpointError(f"{path}: damaged (metadata are missing)")
-    if (
-        found["session"].dtype != torch.uint8
-        or found["session"].nbytes > _JSON_LIMIT
-        or found["tokens"].dtype != torch.int32
-    ):
-        raise CheckpointError(f"{path}: not a valid session (transcript or tokens of the wrong kind)")
-    held = tensors.read(path)
-    if _digest(held, metadata) != metadata["sha256"]:
-        raise CheckpointError(
-            f"{path}: damaged (its SHA-256 doesn't match)", hint="restore it from a copy, or start a new session"
-        )
-    return metadata, held

@@ -11,7 +11,7 @@ from generation_helpers import TEMPLATE, make_model, make_tokenizer
 from safetensors import safe_open
 
 from moai_core.errors import CheckpointError, NonFiniteError, StorageError, UsageError
-from moai_core.generation import Session, Settings
+from moai_core.generation import Session, Settings, files
 from moai_core.generation import session as session_module
 from moai_core.generation.sampling import Sampler
 
@@ -350,7 +350,7 @@ def test_every_damage_is_noticed(talk, model, tokenizer, tmp_path):
 
 def forged(path, talk, change):
     """Save the session with `change(about, tensors)` applied, under a checksum that is right."""
-    digest = session_module._digest
+    digest = files._digest
     with pytest.MonkeyPatch.context() as patch:
 
         def changing(held, metadata):
@@ -359,7 +359,7 @@ def forged(path, talk, change):
             held["session"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
             return digest(held, metadata)
 
-        patch.setattr(session_module, "_digest", changing)
+        patch.setattr(files, "_digest", changing)
         talk.save(path)
 
 
