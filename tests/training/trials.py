@@ -2,7 +2,7 @@
 
 One process trains once, so that all is imported and compiled, then forks a child a run: a run lasts half a second, and
 can be killed anywhere in it: while it tokenizes, trains, validates, saves or draws. This happens apart from pytest,
-whose process may have started threads that a fork doesn't survive. Prints a report as JSON; its "failures" must be empty.
+whose process may have started threads that a fork doesn't survive. Prints a JSON report; its "failures" must be empty.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def second_signal(recipe: Path, run: Path) -> list:
 
 
 def matrix(folder: Path, count: int, seed: int) -> dict:
-    """Accumulation 1 and 4, no workers and 2; stops on both sides of an epoch's end, in the last validation and sample."""
+    """Accumulation 1 and 4, no workers and 2; stops around an epoch's end, in the last validation and sample."""
     from moai_core import recipe as recipes
     from moai_core.errors import Interrupted
     from moai_core.training.loop import train
@@ -247,8 +247,9 @@ def matrix(folder: Path, count: int, seed: int) -> dict:
         quiet, run = folder / f"quiet-{accumulation}-{workers}", folder / f"run-{accumulation}-{workers}"
         train(made, output=quiet)
         epoch = {row["step"]: row["epoch"] for row in rows(quiet) if row["kind"] == "train"}
-        stops = [("step", 2 // accumulation or 1), ("step", 9 if accumulation == 1 else 4), ("step", 11), ("valid", 11)]
-        assert epoch[stops[0][1]] < epoch[stops[1][1]], (name, epoch)
+        around = [2, 9] if accumulation == 1 else [1, 4]
+        stops = [*(("step", at) for at in around), ("step", 11), ("valid", 11)]
+        assert epoch[around[0]] < epoch[around[1]], (name, epoch)
         for kind, at in stops:
             stop = StopFlag()
 
