@@ -43,7 +43,7 @@ def versions() -> Iterator[Finding]:
     for name, (need, extras) in needs.items():
         extra = min(extras, key=len)
         try:
-            version = importlib.metadata.version(name)
+            version: str | None = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             version = None
         fine = version is not None and need.specifier.contains(version, prereleases=True)
