@@ -46,6 +46,8 @@ __all__ = [
     "verify",
 ]
 
+FORMAT = 1
+_TREE_LIMIT = 32 << 20
 _OPTIMIZER = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -84,7 +86,7 @@ def save(
         if optimizer_state is not None:
             _write_optimizer(folder, [optimizer_state] if isinstance(optimizer_state, Mapping) else optimizer_state)
         folder.write(
-            "trainer.json", storage.json_bytes({"format": 1, "step": step, **(trainer or {}), "recipe": recipe})
+            "trainer.json", storage.json_bytes({"format": FORMAT, "step": step, **(trainer or {}), "recipe": recipe})
         )
     if keep_last is not None:
         try:
@@ -227,18 +229,25 @@ def load_model(
 # ---- the training state --------------------------------------------------------------------------
 
 
-def load_training(step_dir: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """`(optimizer state, trainer dict)` of a step, verified first. The ranks' states are merged; None if there is none.
+def load_training(
+    step_dir: str | os.PathLike[str], *, verified: bool = False
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """`(optimizer state, trainer dict)` of a step; the ranks' states are merged, None if there is none.
 
-    The trainer dict has `step`, `recipe` and what `save` was given. Raises CheckpointError.
+    The trainer dict has `step`, `recipe` and what `save` was given. The step is verified first, unless it comes from
+    `latest` just now (`verified`). Raises CheckpointError.
     """
     folder = Path(step_dir)
-    verify(folder)
+    if not verified:
+        verify(folder)
     trainer = storage.read_json(folder / "trainer.json")
-    ranks = sorted(name for name in os.listdir(folder) if _OPTIMIZER.fullmatch(name))
+    if not isinstance(trainer, dict) or trainer.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / 'trainer.json'}: not of format {FORMAT}", hint="was it saved by a newer moai?"
+        )
     merged: dict[str, Any] | None = None
-    for name in ranks:
-        tree = storage.read_json((folder / name).with_suffix(".json"), limit=1 << 28)
+    for name in sorted(name for name in os.listdir(folder) if _OPTIMIZER.fullmatch(name)):
+        tree = storage.read_json((folder / name).with_suffix(".json"), limit=_TREE_LIMIT)
         merged = _merge(merged or {}, tensors.unflatten(tree, tensors.read(folder / name)))
     return merged, trainer
 

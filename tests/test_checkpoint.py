@@ -345,13 +345,13 @@ def test_lock_where_nothing_can_be_written(tmp_path):
 
 
 def in_child(work, *, memory: int = 256 << 20, seconds: int = 5) -> str:
-    """What `work()` raises, as 'Type: message', in a child with that much more memory and time."""
+    """What `work()` raises, as 'Type: message', in a child with that much more memory and CPU time."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
-        signal.alarm(seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             work()
             answer = "nothing raised"
@@ -510,6 +510,14 @@ def test_index_that_forgets_a_tensor_or_is_no_index(plain):
         checkpoint.load_model(plain)
 
 
+def test_an_index_that_would_fill_the_memory(plain):
+    limit = 8 << 20
+    for size, message in ((limit, "has no weight_map"), (limit + 3, "larger than the 8 MB")):
+        (plain / "model.safetensors.index.json").write_bytes(b"[" + b"{}," * ((size - 3) // 3) + b"1]")
+        answer = in_child(lambda: checkpoint.load_model(plain))
+        assert answer.startswith("CheckpointError") and message in answer, answer
+
+
 def rewrite(folder: Path, change) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
@@ -598,6 +606,14 @@ def test_a_checkpoint_without_its_manifest_is_incomplete(tiny_model, tmp_path):
     for load in (checkpoint.load_model, checkpoint.load_training, checkpoint.verify):
         with pytest.raises(CheckpointError, match=r"incomplete \(manifest\.json is missing\)"):
             load(step)
+
+
+def test_a_trainer_state_of_another_format(tiny_model, tmp_path):
+    step = checkpoint.save(tmp_path, 1, model=tiny_model(), trainer={"format": 2})
+    for verified in (False, True):
+        with pytest.raises(CheckpointError, match=r"trainer\.json: not of format 1") as caught:
+            checkpoint.load_training(step, verified=verified)
+        assert "newer moai" in caught.value.hint
 
 
 def forge(step: Path, files: object) -> None:

@@ -72,7 +72,7 @@ class Run:
         ranks, recipe = self.ranks, self.recipe
         ranks.on_main(lambda: self._take_folder(resume))
         start = ranks.main_first(lambda: resuming.find_start(self.run_dir, resume, self.on_event))
-        saved = None if start.step_dir is None else checkpoint.load_training(start.step_dir)
+        saved = None if start.step_dir is None else checkpoint.load_training(start.step_dir, verified=True)
         self.model_path = None if model_path is None else str(model_path.resolve())
         if saved is not None and start.step_dir is not None:
             self._agree(saved[1], start.step_dir, explicit=resume not in ("auto", "never"))
@@ -100,6 +100,8 @@ class Run:
         self.batches = iter(self.loader)
         self.ahead: Fetched | None = None
         ranks.on_main(lambda: self._open_files(start.step_dir))
+        if start.step_dir is not None and start.step_dir.parent.resolve() == self.run_dir.resolve():
+            self.saved = start.step_dir
 
     def _take_folder(self, resume: str) -> None:
         resuming.check_output(self.run_dir, resume)
@@ -157,5 +159,3 @@ class Run:
         for name in self.recipe.track:
             self.trackers.append(track.Tracker(name, self.run_dir, self.recipe.to_dict(), self.on_event))
             self.stack.callback(self.trackers[-1].close)
-        if step_dir is not None and source.resolve() == self.run_dir.resolve():
-            self.saved = step_dir
