@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
+import os
 import platform
 import statistics
 import sys
@@ -156,7 +156,7 @@ def take_turns(ours: Callable[[], None], theirs: Callable[[], None], repeats: in
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on: processor, threads, versions."""
+    """What the figures depend on: processor, threads, how many programs wanted to run in the last minute, versions."""
     import numba
     import torch
     import transformers
@@ -164,6 +164,7 @@ def environment() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -217,8 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     import torch
+    from transformers.utils import logging
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would name the kernels that it misses, call by call
+    logging.set_verbosity_error()  # it would name the kernels that it misses, one after the other
     torch.set_num_threads(options.threads)
     shape = {name: getattr(options, name) for name in ("layers", "batch", "length", "vocab", "repeats")}
     report: dict[str, Any] = {"environment": environment(), "results": []}

@@ -212,15 +212,16 @@ def _conv_forward(
 def _marks(seq_idx: Tensor) -> Tensor:
     """int8 (B, L): PADDING, FRESH where a document begins inside the call, else 0; kept for the next layer's call."""
     global _last_marks
-    known, version, marks = _last_marks
-    if known() is seq_idx and version == seq_idx._version:
+    version = -1 if seq_idx.is_inference() else seq_idx._version  # inference tensors count no changes
+    known, seen, marks = _last_marks
+    if known() is seq_idx and seen == version >= 0:
         return marks
     kernels = _kernels()
     padding = seq_idx < 0
     highest = F.pad(seq_idx.cummax(1).values[:, :-1], (1, 0), value=-1)
     fresh = (highest >= 0) & (seq_idx > highest)
     marks = torch.where(padding, kernels.PADDING, torch.where(fresh, kernels.FRESH, 0)).to(torch.int8).contiguous()
-    _last_marks = weakref.ref(seq_idx), seq_idx._version, marks
+    _last_marks = weakref.ref(seq_idx), version, marks
     return marks
 
 

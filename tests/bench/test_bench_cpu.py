@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from moai_core.bench import cpu
 
 
 @pytest.fixture(autouse=True)
 def restore():
-    threads, level = torch.get_num_threads(), logging.getLogger("transformers").level
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
     yield
     torch.set_num_threads(threads)
-    logging.getLogger("transformers").setLevel(level)
+    logging.set_verbosity(verbosity)
 
 
 def test_both_models_are_the_same_function():

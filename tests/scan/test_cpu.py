@@ -124,6 +124,18 @@ def test_marks_follow_a_changed_seq_idx(oracle):
     assert oracle.relative(again[0], reference.scan(**given)[0]) < 2e-6
 
 
+def test_inference_mode(oracle):
+    inputs, numbers = oracle.problem(2, 30, 4, 3, packed=True)
+    given = oracle.tensors(inputs)
+    wanted = reference.scan(**given, seq_idx=torch.tensor(numbers))
+    with torch.inference_mode():
+        marks = torch.zeros(2, 30, dtype=torch.int32)
+        scan(**given, seq_idx=marks, backend="cpu")
+        marks.copy_(torch.tensor(numbers))
+        y, final = scan(**given, seq_idx=marks, backend="cpu")
+    assert oracle.relative(y, wanted[0]) < 2e-6 and oracle.relative(final, wanted[1]) < 2e-6
+
+
 def test_seq_idx_of_any_integer_type(oracle):
     inputs, numbers = oracle.problem(2, 30, 4, 3, packed=True)
     given = oracle.tensors(inputs)
