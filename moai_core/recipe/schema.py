@@ -156,7 +156,7 @@ class Train:
     keep_last: int = _f(3, "checkpoints kept", min=1)
     eval_every: int = _f(500, "steps between validations", min=0)
     eval_batches: int = _f(50, "micro-batches of a validation", min=1)
-    log_every: int = _f(10, "steps between lines of metrics.jsonl", min=1)
+    log_every: int = _f(10, "steps between log lines and records of trackers; metrics.jsonl has every step", min=1)
     sample_every: int = _f(0, "steps between samples", min=0)
     sample_prompts: tuple[str, ...] = _f((), "prompts of these samples")
     sample_tokens: int = _f(64, "tokens a sample", min=1)
