@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -267,3 +268,10 @@ def test_text_streams_through_a_pipe_and_ends_with_its_reader(folder):
     assert len(process.stdout.read(64)) == 64
     process.stdout.close()
     assert process.wait(timeout=60) == 0 and b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_million_characters_from_a_pipe(moai, folder):
+    text = ("The quick brown fox jumps over the lazy dog. " * 23_000)[:1_000_000].encode()
+    code, out, err = moai("generate", "-m", folder, "-n", "5", "-t", "0", stdin=text)
+    assert code == 0 and out.strip() and re.search(r"\d{6} \+ 5 tokens", err)
