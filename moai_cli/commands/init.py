@@ -94,7 +94,7 @@ def init(
     loaded = recipes.load(recipe, ["train.steps=1", "~train.epochs"])
     tokenizer = _tokenizer(_chosen("tokenizer (name or folder)", tokenizer, loaded.tokenizer or "moai_tiny", ask))
 
-    values = {"name": name, "extends": extends, "tokenizer": tokenizer, "steps": 100, "rows": loaded.train.batch_size}
+    values = {"name": name, "extends": extends, "tokenizer": tokenizer, "steps": 40, "rows": loaded.train.batch_size}
     written = _write(folder, values)
     if json:
         print_json({"folder": str(folder), "recipe": recipe, "tokenizer": tokenizer, "name": name, "files": written})

@@ -33,8 +33,8 @@ def versions() -> Iterator[Finding]:
         required = importlib.metadata.requires("moai") or []
     except importlib.metadata.PackageNotFoundError:
         required = []
-        why = "not installed: this runs from a bare checkout, whose dependencies can't be checked"
-        yield {"name": "moai", "version": None, "ok": None, "why": why, "hint": "pip install -e ."}
+        bare = "not installed: this runs from a bare checkout, whose dependencies can't be checked"
+        yield {"name": "moai", "version": None, "ok": None, "why": bare, "hint": "pip install -e ."}
     for text in required:
         need = Requirement(text)
         extra = str(need.marker).partition("extra == ")[2].strip("\"'") if need.marker else ""
@@ -42,15 +42,19 @@ def versions() -> Iterator[Finding]:
             needs.setdefault(need.name, (need, []))[1].append(extra)
     for name, (need, extras) in needs.items():
         extra = min(extras, key=len)
-        try:
-            version: str | None = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
+        version = _version(name)
         fine = version is not None and need.specifier.contains(version, prereleases=True)
         why = None if fine else "not installed" if version is None else f"needs {need.specifier}"
         hint = f"pip install 'moai[{extra}]'" if extra else f"pip install '{name}{need.specifier}'"
         ok = True if fine else None if extra else False
         yield {"name": name, "version": version, "ok": ok, "why": why, "hint": None if fine else hint}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def folders() -> Iterator[Finding]:
