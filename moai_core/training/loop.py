@@ -234,7 +234,8 @@ class Loop(Run):
         row |= {"tokens": progress.tokens, "epoch": epoch, "tokens_per_s": round(real / seconds, 1)}
         row["memory_mb"] = round(setup.memory_in_use(self.ranks.device) / 1e6, 1)
         if self.peak_flops:
-            row["mfu"] = round(self.flops * real / seconds / (self.peak_flops * self.ranks.world), 4)
+            mfu = self.flops * real / seconds / (self.peak_flops * self.ranks.world)
+            row["mfu"] = float(f"{mfu:.3g}")
         if not finite:
             row["skipped"] = True
         self.metrics.write(row)
@@ -288,7 +289,7 @@ class Loop(Run):
             progress.sampled, late = progress.step, True
         # Saved again where a run stopped after its last step catches up, or the next start would do it once more.
         if (due(t.save_every) or done) and progress.step and (late or self._saved_step() != progress.step):
-            self.ranks.on_main(self._save)
+            self._save()
 
     def _saved_step(self) -> int:
         return -1 if self.saved is None else int(self.saved.name.removeprefix("step-"))
@@ -349,6 +350,10 @@ class Loop(Run):
         progress.sampled, progress.sample = progress.step, {"step": progress.step, **made[0]}
 
     def _save(self) -> None:
+        self.ranks.on_main(self._write_checkpoint)
+        self.saved = self.run_dir / f"step-{self.progress.step}"
+
+    def _write_checkpoint(self) -> None:
         # A checkpoint promises the lines up to its step.
         self.metrics.sync()
         self.samples.sync()
@@ -359,7 +364,7 @@ class Loop(Run):
             "rows": self.rows,
             "model_path": self.model_path,
         }
-        self.saved = checkpoint.save(
+        checkpoint.save(
             self.run_dir,
             self.progress.step,
             model=self.model,
@@ -380,7 +385,7 @@ class Loop(Run):
         """Saves the last complete step and draws the curves; the exception to raise."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.progress.step and self._saved_step() != self.progress.step:
-            self.ranks.on_main(self._save)
+            self._save()
         self._draw()
         signum = exc.exit_code - 128
         name = Signals(signum).name

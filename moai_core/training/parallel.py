@@ -50,7 +50,7 @@ class Ranks:
         AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
         handlers = [
             InitProcessGroupKwargs(timeout=_timeout()),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ]
         with self.guard():
             self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if mixed else "no", kwargs_handlers=handlers)

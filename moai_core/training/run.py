@@ -77,9 +77,7 @@ class Run:
         if saved is not None and start.step_dir is not None:
             self._agree(saved[1], start.step_dir, explicit=resume not in ("auto", "never"))
             self.model_path = saved[1].get("model_path")
-        source = start.step_dir or (
-            None if model_path is None else setup.model_folder(model_path, self.on_event)
-        )
+        source = start.step_dir or (None if model_path is None else setup.model_folder(model_path, self.on_event))
         self.tokenizer = setup.load_tokenizer(recipe, source)
         if source is None:
             self.model = setup.new_model(recipe, self.tokenizer)

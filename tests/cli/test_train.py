@@ -144,7 +144,12 @@ def test_terminal_escapes_in_data_stay_out_of_the_terminal(moai, tmp_path):
 
 def start(text, folder: Path, *more):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-m", "moai_cli", *command(text, "-o", "run", "train.steps=100000", "train.log_every=1")]
+    arguments = [
+        sys.executable,
+        "-m",
+        "moai_cli",
+        *command(text, "-o", "run", "train.steps=100000", "train.log_every=1"),
+    ]
     return subprocess.Popen(
         [*arguments, "train.eval_every=0", "train.sample_every=0", "train.save_every=0", *more],
         cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -177,8 +182,9 @@ def test_a_signal_saves_and_the_same_command_resumes(text, tmp_path, signum, cod
 @pytest.mark.slow
 def test_two_processes_behind_two_dashes(text, tmp_path):
     def run(*more, **environment):
+        arguments = command(text, "-o", "run", "--json", *more, "--", "--nproc-per-node", "2")
         return subprocess.run(
-            [sys.executable, "-m", "moai_cli", *command(text, "-o", "run", "--json", *more, "--", "--nproc-per-node", "2")],
+            [sys.executable, "-m", "moai_cli", *arguments],
             cwd=tmp_path, capture_output=True, text=True, timeout=400, env={**os.environ, **environment},
         )  # fmt: skip
 
@@ -186,7 +192,9 @@ def test_two_processes_behind_two_dashes(text, tmp_path):
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["step"] == 4 and "cpu x 2" in found.stderr and "4 rows a step" in found.stderr
     found = run("optim.lr=0.5")
-    assert found.returncode == 2 and found.stderr.count("error: ") == 1 and "Traceback" not in found.stderr, found.stderr
+    assert found.returncode == 2 and found.stderr.count("error: ") == 1 and "Traceback" not in found.stderr, (
+        found.stderr
+    )
 
 
 @pytest.mark.slow

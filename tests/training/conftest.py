@@ -10,7 +10,22 @@ import torch
 
 from moai_core import recipe as recipes
 
-WORDS = "the quick brown fox jumps over a lazy dog while 오늘은 날씨가 좋다 今日は天気が良い 今天天气很好".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "오늘은",
+    "날씨가",
+    "좋다",
+    "今日は天気が良い",
+    "今天天气很好",
+]
 
 
 @pytest.fixture(autouse=True)

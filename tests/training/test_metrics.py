@@ -30,7 +30,9 @@ def test_truncate_keeps_what_the_checkpoint_knows_and_drops_what_is_broken(tmp_p
     path = tmp_path / "m.jsonl"
     rows = [{"kind": "train", "step": s} for s in (1, 2, 3, 4)] + [{"kind": "valid", "step": 2}]
     rows += [{"kind": "sample", "step": 2, "text": t} for t in "ab"]
-    path.write_bytes("\n".join(map(json.dumps, rows)).encode() + b"\n[1]\n{}\n\xff\xfe\n" + b'{"kind": "train", "step": 3')
+    path.write_bytes(
+        "\n".join(map(json.dumps, rows)).encode() + b"\n[1]\n{}\n\xff\xfe\n" + b'{"kind": "train", "step": 3'
+    )
     metrics.truncate(path, {"train": 3, "valid": 2, "sample": 2})
     kept = lines(path)
     assert [r["step"] for r in kept if r["kind"] == "train"] == [1, 2, 3]

@@ -50,9 +50,7 @@ def give_gradients(model, step):
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_cosine_is_transformers_cosine_with_a_floor(warmup):
     for step in range(1, 101):
-        expected = hf_cosine(
-            step - 1, num_warmup_steps=warmup, num_training_steps=100, num_cycles=0.5, min_lr_rate=0.1
-        )
+        expected = hf_cosine(step - 1, num_warmup_steps=warmup, num_training_steps=100, num_cycles=0.5, min_lr_rate=0.1)
         assert rate(step, "cosine", warmup=warmup) == pytest.approx(2.0 * expected, rel=1e-12), step
     assert rate(100, "cosine", warmup=warmup) == pytest.approx(0.2)
 

@@ -76,7 +76,14 @@ def two(tmp_path):
         command = [sys.executable, "-c", RANK, json.dumps(recipe.to_dict()), str(run)]
         outputs = []
         for rank in range(2):
-            own = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", **environment}
+            own = {
+                **os.environ,
+                **shared,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            }
             files = [open(tmp_path / f"{run.name}-{rank}.{kind}", "w+") for kind in ("out", "err")]  # noqa: SIM115
             running.append(subprocess.Popen(command, env=own, stdout=files[0], stderr=files[1]))
             outputs.append(files)
@@ -172,7 +179,10 @@ def test_one_run_over_other_numbers_of_ranks(tiny, two, tmp_path):
     """Stopped on one process, continued on two: the rows a step are the same, so are the steps."""
     recipe = tiny("train.effective_batch=4", "train.eval_every=0", "optim.schedule=constant")
     train(recipe, output=tmp_path / "whole")
-    train(tiny("train.effective_batch=4", "train.eval_every=0", "optim.schedule=constant", "train.steps=3"), output=tmp_path / "run")
+    train(
+        tiny("train.effective_batch=4", "train.eval_every=0", "optim.schedule=constant", "train.steps=3"),
+        output=tmp_path / "run",
+    )
     found = two(recipe, tmp_path / "run")
     assert [f[0] for f in found] == [0, 0], found
     losses = [[r["loss"] for r in rows(tmp_path / d)] for d in ("whole", "run")]

@@ -13,7 +13,7 @@ import pytest
 from moai_core.errors import Interrupted
 from moai_core.training.stop import StopFlag
 
-# `busy` is inside one C call for minutes, which no signal cuts short; like a kernel or a collective it releases the GIL.
+# `busy` is inside one C call for minutes, which no signal cuts short; like a kernel, it releases the GIL.
 SCRIPT = """
 import sys
 from moai_core.training.stop import StopFlag

@@ -66,7 +66,9 @@ def test_a_hanging_tracker_costs_no_time(fake, tmp_path):
         tracker.log({"loss": 1.0}, step)
     tracker.close(close_s=0.2)
     assert time.monotonic() - began < 5
-    assert [e["message"] for e in events] == ["tracker fake hasn't answered for 10 records; training goes on without it"]
+    assert [e["message"] for e in events] == [
+        "tracker fake hasn't answered for 10 records; training goes on without it"
+    ]
     release.set()
 
 
