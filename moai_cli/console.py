@@ -1,8 +1,7 @@
 """What every command shares with the person in front of it: consoles, tables, JSON, progress, one-line errors.
-
-Results go to stdout, everything else (progress, notes, warnings, errors) to stderr, so that a pipe gets results only. Text that comes from
-prompts, data or a model passes through `clean` before it reaches a terminal: control characters of C0 and C1 can move the cursor, retitle the
-window or worse (ECMA-48).
+ Results go to stdout, everything else (progress, notes, warnings, errors) to stderr, so that a pipe gets results only.
+Text that comes from prompts, data or a model passes through `clean` before it reaches a terminal: control characters of
+C0 and C1 can move the cursor, retitle the window or worse (ECMA-48).
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:
-    """`text` without characters that steer a terminal; tab and newline stay. Works a character at a time, so chunks may be cleaned alone."""
+    """`text` without characters that steer a terminal; tab and newline stay. Works a character at a time, so chunks may
+    be cleaned alone.
+    """
     return _CONTROL.sub("", text)
 
 
@@ -52,7 +53,9 @@ def warn(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """`value` as one JSON document on stdout; text stays readable (no \\u escapes), NaN is refused by the JSON standard and becomes null."""
+    """`value` as one JSON document on stdout; text stays readable (no \\u escapes), NaN is refused by the JSON standard
+    and becomes null.
+    """
     sys.stdout.write(json.dumps(_strict(value), ensure_ascii=False, indent=2) + "\n")
     sys.stdout.flush()
 
@@ -67,7 +70,9 @@ def _strict(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, right: Sequence[int] = ()) -> None:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, right: Sequence[int] = ()
+) -> None:
     """A table on stdout; `right` lists the columns to align right."""
     grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, name in enumerate(columns):
@@ -78,7 +83,16 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
 
 
 def progress(*fields: str) -> Progress:
-    """A bar with count, elapsed time and ETA on stderr; `fields` are extra text columns, read from the task's fields. Silent where stderr is no terminal."""
-    columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
+    """A bar with count, elapsed time and ETA on stderr; `fields` are extra text columns, read from the task's fields.
+    Silent where stderr is no terminal.
+    """
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    ]
     columns += [TextColumn("{task.fields[" + name + "]}") for name in fields]
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)

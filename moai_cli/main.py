@@ -10,6 +10,7 @@ import sys
 from typing import Annotated, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from moai_cli import console
 from moai_core import __version__
@@ -17,7 +18,7 @@ from moai_core.errors import Interrupted, MoaiError, UsageError, storage_error
 
 app = typer.Typer(
     name="moai",
-    help="Train, quantize, talk to, measure and convert pure-Mamba language models.",
+    help="Train, talk to and measure pure-Mamba language models.",
     epilog="Start here: `moai train --recipe cpu-tiny`, then `moai chat --model runs/cpu-tiny`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -35,24 +36,24 @@ def _version(show: bool) -> None:
 @app.callback()
 def _global(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ["MOAI_DEBUG"] = "1"
 
 
 def _register() -> None:
-    from importlib import import_module
-    from importlib.util import find_spec
+    from moai_cli.commands import chat, doctor, eval, generate, init, recipes, train
 
-    for name in ("init", "train", "generate", "chat", "eval", "recipes", "doctor"):
-        if find_spec(f"moai_cli.commands.{name}") is None:
-            continue
-        module = import_module(f"moai_cli.commands.{name}")
-        if hasattr(module, "app"):
-            app.add_typer(module.app, name=name)
-        else:
-            app.command(name=name)(getattr(module, "evaluate" if name == "eval" else name))
+    app.command(name="init")(init.init)
+    app.command(name="train")(train.train)
+    app.command(name="generate")(generate.generate)
+    app.command(name="chat")(chat.chat)
+    app.command(name="eval")(eval.evaluate)
+    app.add_typer(recipes.app, name="recipes")
+    app.command(name="doctor")(doctor.doctor)
 
 
 def _error(exc: BaseException) -> MoaiError | None:
@@ -68,18 +69,16 @@ def _error(exc: BaseException) -> MoaiError | None:
 
 def run(argv: list[str] | None = None) -> int:
     """Runs one command line; returns the exit code. A traceback appears only with --debug."""
-    from typer._click.exceptions import ClickException  # Typer exports no base for the errors of its parser
-
     try:
         result = app(argv, standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except ClickException as exc:
+    except TyperException as exc:
         if os.environ.get("MOAI_DEBUG"):
             raise
         context = getattr(exc, "ctx", None)
         if type(exc).__name__ == "NoArgsIsHelpError":
-            exc.show()
+            typer.echo(exc.format_message(), err=True)
             return 2
         hint = f"{context.command_path} --help" if context is not None else "moai --help"
         return console.fail(UsageError(exc.format_message(), hint=hint))
@@ -87,14 +86,18 @@ def run(argv: list[str] | None = None) -> int:
         return exc.exit_code
     except BaseException as exc:
         if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):
-            # The reader of our pipe left (`moai ... | head`): nothing to say, and nothing more to flush. (Typer makes SystemExit of it.)
+            # The reader of our pipe left (`moai ... | head`): nothing to say, and nothing more to flush. (Typer makes
+            # SystemExit of it.)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if os.environ.get("MOAI_DEBUG") or isinstance(exc, SystemExit):
             raise
         error = _error(exc)
         if error is None:
-            error = MoaiError(f"internal: {type(exc).__name__}: {exc}", hint="run again with `moai --debug ...` and report the traceback")
+            error = MoaiError(
+                f"internal: {type(exc).__name__}: {exc}",
+                hint="run again with `moai --debug ...` and report the traceback",
+            )
         return console.fail(error)
 
 

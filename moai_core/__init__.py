@@ -1,6 +1,6 @@
 """moai_core: pure-Mamba language models: configuration, model, scans, data, training and generation.
-
-The names below are the public API. They load on first use, so that `import moai_core` costs nothing and stays free of torch.
+ The names below are the public API. They load on first use, so that `import moai_core` costs nothing and stays free of
+torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["MoaiMambaConfig", "MoaiMambaForCausalLM", "MoaiMambaModel", "MoaiState", "get_mamba_config", "load_mamba_config"]
+__all__ = [
+    "MoaiMambaConfig",
+    "MoaiMambaForCausalLM",
+    "MoaiMambaModel",
+    "MoaiState",
+    "get_mamba_config",
+    "load_mamba_config",
+]
 
 if TYPE_CHECKING:
     from moai_core.model import (

@@ -1,7 +1,6 @@
 """Errors that a user can cause, each with the exit code that the command line documents.
-
-Why one family: the command line turns any `MoaiError` into one line on stderr, an optional hint, and `exit_code`; everything else is a bug
-(exit 1). Invariants inside the core stay plain asserts and never come here.
+ Why one family: the command line turns any `MoaiError` into one line on stderr, an optional hint, and `exit_code`;
+everything else is a bug (exit 1). Invariants inside the core stay plain asserts and never come here.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class RankError(MoaiError):
 
 
 class Interrupted(MoaiError):
-    """SIGINT or SIGTERM ended the work after everything worth keeping was saved; exits with 128 + the signal's number."""
+    """SIGINT or SIGTERM ended the work after everything worth keeping was saved; exit code 128 + the signal's number."""
 
     def __init__(self, signum: int, message: str = "interrupted", *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -80,5 +79,10 @@ def storage_error(exc: OSError, path: str | os.PathLike[str]) -> StorageError:
     """The `StorageError` for an `OSError` met at `path`; a full disk or quota is named as such."""
     where = Path(path)
     if exc.errno in _FULL:
-        return StorageError(f"{where}: disk full ({exc.strerror})", hint="free some space or choose another folder, then run the same command again")
-    return StorageError(f"{where}: {exc.strerror or exc}", hint="check that the path exists and that you may write there")
+        return StorageError(
+            f"{where}: disk full ({exc.strerror})",
+            hint="free some space or choose another folder, then run the same command again",
+        )
+    return StorageError(
+        f"{where}: {exc.strerror or exc}", hint="check that the path exists and that you may write there"
+    )

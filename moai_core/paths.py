@@ -1,7 +1,7 @@
-"""Where the data that travels with moai lies: recipes and tokenizers, from a checkout or an installed wheel; and the cache.
-
-An editable install runs from the checkout, where `recipes/` and `tokenizers/` stand beside the packages; a wheel carries them inside
-`moai_core/_share` (an installed top-level `tokenizers/` would shadow the library of that name).
+"""Where the data that travels with moai lies: recipes and tokenizers, from a checkout or an installed wheel; and the
+cache.
+ An editable install runs from the checkout, where `recipes/` and `tokenizers/` stand beside the packages; a wheel
+carries them inside `moai_core/_share` (an installed top-level `tokenizers/` would shadow the library of that name).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ TOKENIZERS = _share("tokenizers")
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again (tokenized text, compiled kernels): $MOAI_CACHE, else $XDG_CACHE_HOME/moai, else ~/.cache/moai."""
+    """Folder for what can be made again (tokenized text, compiled kernels): $MOAI_CACHE, else $XDG_CACHE_HOME/moai,
+    else ~/.cache/moai.
+    """
     if chosen := os.environ.get("MOAI_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moai"

@@ -25,7 +25,14 @@ def tiny_model():
         from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM
 
         torch.manual_seed(seed)
-        shape = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "state_size": 5, "initializer_range": 0.2}
+        shape = {
+            "vocab_size": 97,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "state_size": 5,
+            "initializer_range": 0.2,
+        }
         model = MoaiMambaForCausalLM(MoaiMambaConfig(**{**shape, **fields})).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-
 from pathlib import Path
 
 import pytest
@@ -51,7 +50,9 @@ def test_imports_point_down(path):
     relative = path.relative_to(ROOT)
     used = imports(path)
     if relative.parts[0] == "moai_core":
-        assert not any(name.split(".")[0] in {"moai_cli", "typer", "rich"} for name in used), "only moai_cli knows Typer and Rich"
+        assert not any(name.split(".")[0] in {"moai_cli", "typer", "rich"} for name in used), (
+            "only moai_cli knows Typer and Rich"
+        )
         if relative.name == "__init__.py" and len(relative.parts) == 2:
             return  # the lazy public API
         mine = Path(relative.parts[1]).stem
@@ -67,7 +68,9 @@ def test_imports_point_down(path):
         top = imports(path, top_level_only=True)
         assert not any(name.split(".")[0] in heavy for name in top), "heavy imports belong inside the command"
         light = {"errors", "paths", "config", "recipe", "plan", None, "__version__"}
-        assert all(part_of(name) in light for name in top if name.startswith("moai_core")), "the core is imported inside the command"
+        assert all(part_of(name) in light for name in top if name.startswith("moai_core")), (
+            "the core is imported inside the command"
+        )
 
 
 def test_tokenizers_is_data_only():
@@ -93,7 +96,7 @@ def test_help_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Train, quantize" in done.stdout
+    assert "pure-Mamba language models" in done.stdout
 
 
 def test_code_speaks_of_the_project_alone_and_is_safe():
@@ -110,4 +113,14 @@ def test_metadata_matches_the_house():
     assert project["scripts"] == {"moai": "moai_cli.main:main"} and project["requires-python"] == ">=3.10"
     assert {"cuda", "quant", "gptq", "eval", "gguf", "track", "test", "dev"} <= set(project["optional-dependencies"])
     top = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
-    assert top - {"build", "dist", "runs"} <= {"moai_cli", "moai_core", "recipes", "tokenizers", "tests", "docs", "pyproject.toml", "README.md", "LICENSE"}
+    assert top - {"build", "dist", "runs"} <= {
+        "moai_cli",
+        "moai_core",
+        "recipes",
+        "tokenizers",
+        "tests",
+        "docs",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    }

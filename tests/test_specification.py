@@ -15,10 +15,18 @@ def test_configs_models_and_generation(tmp_path):
 
     assert get_mamba_config("2b").hidden_size == 2048
     file = tmp_path / "config.json"
-    small = {"model_type": "mamba_moai", "vocab_size": 9000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    small = {
+        "model_type": "mamba_moai",
+        "vocab_size": 9000,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
     file.write_text(json.dumps(small))
     assert load_mamba_config(str(file)).vocab_size == 9000
-    config = MoaiMambaConfig(vocab_size=9000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, use_fast_scan=True)
+    config = MoaiMambaConfig(
+        vocab_size=9000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, use_fast_scan=True
+    )
     model = MoaiMambaForCausalLM(config)
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / "moai_tiny")

@@ -1,7 +1,6 @@
 """`MoaiMambaConfig`: the model fields as a transformers configuration, and the two ways to make one by name.
-
-Fields, defaults and presets live in moai_core/config.py; this file only gives them the `PreTrainedConfig` face that `from_pretrained`,
-`AutoConfig` and `generate` expect.
+ Fields, defaults and presets live in moai_core/config.py; this file only gives them the `PreTrainedConfig` face that
+`from_pretrained`, `AutoConfig` and `generate` expect.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from moai_core.errors import CheckpointError, UsageError, storage_error
 class MoaiMambaConfig(PreTrainedConfig):
     """Configuration of a `MoaiMambaForCausalLM`; every argument is optional and defaults to moai_core.config.DEFAULTS.
 
-    Letters used across the code: H hidden_size, I = expand_factor * H inner width, N state_size, K conv_kernel_size, R time_step_rank
-    (default H // 16), V vocab_size. `max_position_embeddings` is a training length, not a limit. `use_fast_scan: false` selects the
-    reference scan. `use_checkpoint` recomputes layers in the backward pass. `dt_bc_norm` adds RMSNorms on dt, B and C (Jamba,
-    arXiv 2403.19887). `quantization_bits` and `use_quantization` are read by the quantizers.
+    Letters used across the code: H hidden_size, I = expand_factor * H inner width, N state_size, K conv_kernel_size, R
+    time_step_rank (default H // 16), V vocab_size. `max_position_embeddings` is a training length, not a limit.
+    `use_fast_scan: false` selects the reference scan. `use_checkpoint` recomputes layers in the backward pass.
+    `dt_bc_norm` adds RMSNorms on dt, B and C (Jamba, arXiv 2403.19887). `quantization_bits` and `use_quantization` are
+    read by the quantizers.
 
     Raises UsageError for a value that no model can have.
     """
@@ -83,7 +83,8 @@ def get_mamba_config(size: str = "2b", **overrides: Any) -> MoaiMambaConfig:
 def load_mamba_config(path: str | Path) -> MoaiMambaConfig:
     """Reads a configuration from a JSON file (or a folder that holds config.json).
 
-    Raises UsageError where the file is no JSON object or a value is impossible, CheckpointError for another model type, StorageError if it can't be read.
+    Raises UsageError where the file is no JSON object or a value is impossible, CheckpointError for another model type,
+    StorageError if it can't be read.
     """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file

@@ -1,4 +1,6 @@
-"""Position-wise feed-forward: SwiGLU (Shazeer, arXiv 2002.05202), names as in Jamba. A mixture of experts will stand beside it."""
+"""Position-wise feed-forward: SwiGLU (Shazeer, arXiv 2002.05202), names as in Jamba. A mixture of experts will stand
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.writes_residual = True
+        self.down_proj.writes_residual = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, H) -> (B, L, H)."""

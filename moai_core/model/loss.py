@@ -1,8 +1,8 @@
-"""Cross-entropy of the next token, computed with the head in chunks of tokens, so that tokens x vocabulary logits never exist at once.
-
-Gradients are taken chunk by chunk in the forward pass, while a chunk's logits are at hand: the same number of matrix products as the plain
-form, without keeping or recomputing logits (the idea of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989). The head is called as a
-module, so that quantized, adapted and tied heads work.
+"""Cross-entropy of the next token, computed with the head in chunks of tokens, so that tokens x vocabulary logits never
+exist at once.
+ Gradients are taken chunk by chunk in the forward pass, while a chunk's logits are at hand: the same number of matrix
+products as the plain form, without keeping or recomputing logits (the idea of Liger Kernel's fused linear
+cross-entropy, arXiv 2410.10989). The head is called as a module, so that quantized, adapted and tied heads work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
 def shift_labels(labels: Tensor, seq_idx: Tensor | None) -> Tensor:
-    """labels (B, L) in the Hugging Face convention -> the target of each position: the next token of the same document, else IGNORED."""
+    """labels (B, L) in the Hugging Face convention -> the target of each position: the next token of the same document,
+    else IGNORED.
+    """
     targets = torch.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
     if seq_idx is not None:
@@ -27,16 +29,20 @@ def shift_labels(labels: Tensor, seq_idx: Tensor | None) -> Tensor:
     return targets
 
 
-def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, num_items: Tensor | int | None = None) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: nn.Module, num_items: Tensor | int | None = None
+) -> Tensor:
     """Cross-entropy of head(hidden) against targets.
 
-    hidden (..., H) any dtype, targets (...) int64 with IGNORED where nothing is predicted. Returns an fp32 scalar: the mean over counted
-    targets, or the sum divided by `num_items` (for accumulation over micro-batches by token counts). No counted target gives zero.
+    hidden (..., H) any dtype, targets (...) int64 with IGNORED where nothing is predicted. Returns an fp32 scalar: the
+    mean over counted targets, or the sum divided by `num_items` (for accumulation over micro-batches by token counts).
+    No counted target gives zero.
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     count: Tensor | int = (targets != IGNORED).sum().clamp(min=1) if num_items is None else num_items
     if not hidden.is_cuda:
-        # Prompts and padding predict nothing: their logits need not be computed. (On a GPU the unknown shape would cost a synchronisation.)
+        # Prompts and padding predict nothing: their logits need not be computed. (On a GPU the unknown shape would cost
+        # a synchronisation.)
         keep = (targets != IGNORED).nonzero().squeeze(-1)
         if len(keep) < len(targets):
             hidden, targets = hidden[keep], targets[keep]

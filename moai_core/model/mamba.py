@@ -1,8 +1,8 @@
-"""The Mamba-1 mixer (Gu and Dao, arXiv 2312.00752, section 3), with Jamba's optional norms on dt, B and C (arXiv 2403.19887).
-
-Letters: B batch, L tokens, H hidden, I inner width, N state, K convolution width, R time-step rank. dt, B, C, A_log, D, z as in the paper.
-Every projection is called, never read through `.weight`, so that quantized and adapted layers work in its place. The bias of dt is a
-parameter of its own, added inside the scan, and `dt_proj` is a plain matrix.
+"""The Mamba-1 mixer (Gu and Dao, arXiv 2312.00752, section 3), with Jamba's optional norms on dt, B and C (arXiv
+2403.19887).
+ Letters: B batch, L tokens, H hidden, I inner width, N state, K convolution width, R time-step rank. dt, B, C, A_log,
+D, z as in the paper. Every projection is called, never read through `.weight`, so that quantized and adapted layers
+work in its place. The bias of dt is a parameter of its own, added inside the scan, and `dt_proj` is a plain matrix.
 """
 
 from __future__ import annotations
@@ -30,23 +30,30 @@ class MambaMixer(nn.Module):
 
     def __init__(self, config: MoaiMambaConfig) -> None:
         super().__init__()
-        hidden, inner, state, rank = config.hidden_size, config.inner_size, config.state_size, int(config.time_step_rank or 1)
+        hidden, inner, state, rank = (
+            config.hidden_size,
+            config.inner_size,
+            config.state_size,
+            int(config.time_step_rank or 1),
+        )
         self.split = [rank, state, state]
         self.in_proj = nn.Linear(hidden, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, config.conv_kernel_size, groups=inner)
         self.x_proj = nn.Linear(inner, rank + 2 * state, bias=False)
-        norm = config.dt_bc_norm
-        self.dt_layernorm = RMSNorm(rank, config.dt_bc_norm_eps) if norm else nn.Identity()
-        self.b_layernorm = RMSNorm(state, config.dt_bc_norm_eps) if norm else nn.Identity()
-        self.c_layernorm = RMSNorm(state, config.dt_bc_norm_eps) if norm else nn.Identity()
+        norm, eps = config.dt_bc_norm, float(config.dt_bc_norm_eps or config.rms_norm_eps)
+        self.dt_layernorm = RMSNorm(rank, eps) if norm else nn.Identity()
+        self.b_layernorm = RMSNorm(state, eps) if norm else nn.Identity()
+        self.c_layernorm = RMSNorm(state, eps) if norm else nn.Identity()
         self.dt_proj = nn.Linear(rank, inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.empty(inner, state))
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, hidden, bias=False)
-        self.out_proj.writes_residual = True
+        self.out_proj.writes_residual = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor, state: LayerState | None, seq_idx: Tensor | None, backend: str) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, x: Tensor, state: LayerState | None, seq_idx: Tensor | None, backend: str
+    ) -> tuple[Tensor, LayerState]:
         """x (B, L, H), state as in MoaiState.layers, seq_idx (B, L) int32 with padding (-1) only at the end of a row.
 
         Returns the output (B, L, H) and the state after the last real token.
@@ -55,7 +62,9 @@ class MambaMixer(nn.Module):
             return self._step(x, state, backend)
         conv_state, ssm_state = state if state is not None else (None, None)
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, conv_state = kernels.conv(u, self.conv1d.weight, self.conv1d.bias, state=conv_state, seq_idx=seq_idx, backend=backend)
+        u, conv_state = kernels.conv(
+            u, self.conv1d.weight, self.conv1d.bias, state=conv_state, seq_idx=seq_idx, backend=backend
+        )
         dt, B, C = self._select(u)
         y, ssm_state = kernels.scan(
             u, dt, self.A(), B, C, self.D, z, self.dt_bias, state=ssm_state, seq_idx=seq_idx, backend=backend
@@ -91,6 +100,8 @@ class MambaMixer(nn.Module):
 
 def dt_bias_init(size: int, device: torch.device) -> Tensor:
     """(size,) fp32 with softplus(dt_bias) log-uniform in [DT_MIN, DT_MAX]."""
-    dt = torch.exp(torch.rand(size, device=device) * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN)).clamp(min=DT_FLOOR)
+    dt = torch.exp(torch.rand(size, device=device) * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN)).clamp(
+        min=DT_FLOOR
+    )
     # The inverse of softplus, in the form that stays exact for small dt: log(e^dt - 1) = dt + log(1 - e^-dt).
     return dt + torch.log(-torch.expm1(-dt))

@@ -1,9 +1,10 @@
-"""`MoaiMambaForCausalLM`: embeddings, a stack of Mamba (+ SwiGLU) layers, final norm and head, as a transformers `PreTrainedModel`.
+"""`MoaiMambaForCausalLM`: embeddings, a stack of Mamba (+ SwiGLU) layers, final norm and head, as a transformers
+`PreTrainedModel`.
 
     logits = head(norm(layers(embed(ids))));  each layer: x += mixer(norm(x)), then x += ffn(ffn_norm(x))
-
-Tensor names follow Jamba's, so that a checkpoint reads as a Jamba without attention. One contract holds for state, padding and packing, with
-chunks of any length (`MoaiMambaForCausalLM.forward`). What is left out: attention, positions, and anything that grows with the context.
+ Tensor names follow Jamba's, so that a checkpoint reads as a Jamba without attention. One contract holds for state,
+padding and packing, with chunks of any length (`MoaiMambaForCausalLM.forward`). What is left out: attention, positions,
+and anything that grows with the context.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class MoaiMambaLayer(nn.Module):
         self.pre_ff_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.ffn != "none" else None
         self.feed_forward = SwiGLU(config) if config.ffn != "none" else None
 
-    def forward(self, x: Tensor, state: LayerState | None, seq_idx: Tensor | None, backend: str) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, x: Tensor, state: LayerState | None, seq_idx: Tensor | None, backend: str
+    ) -> tuple[Tensor, LayerState]:
         """x (B, L, H) residual stream -> the stream after this layer and the layer's new state."""
         mixed, state = self.mamba(self.input_layernorm(x), state, seq_idx, backend)
         x = x + mixed
@@ -69,14 +72,16 @@ class MoaiMambaLayer(nn.Module):
 
 
 class MoaiPreTrainedModel(PreTrainedModel):
-    """Initialisation (model.md of the papers: A_log = log(1..N), D = 1, dt log-uniform, residual outputs scaled by depth) and loading."""
+    """Initialisation (model.md of the papers: A_log = log(1..N), D = 1, dt log-uniform, residual outputs scaled by
+    depth) and loading.
+    """
 
     config_class = MoaiMambaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("MoaiMambaLayer",)
+    _no_split_modules = ["MoaiMambaLayer"]  # noqa: RUF012 (transformers' own convention)
     # Loading in half precision keeps these in fp32, as MambaMixer._apply does for casts.
-    _keep_in_fp32_modules_strict = ("A_log", "D", "dt_bias")
+    _keep_in_fp32_modules_strict = {"A_log", "D", "dt_bias"}  # noqa: RUF012
     # A recurrent state can't be cropped: transformers then refuses assisted decoding instead of giving wrong tokens.
     _is_stateful = True
 
@@ -85,7 +90,12 @@ class MoaiPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, MambaMixer):
             state = module.A_log.shape[1]
-            init.copy_(module.A_log, torch.arange(1, state + 1, dtype=torch.float32, device=module.A_log.device).log().expand_as(module.A_log))
+            init.copy_(
+                module.A_log,
+                torch.arange(1, state + 1, dtype=torch.float32, device=module.A_log.device)
+                .log()
+                .expand_as(module.A_log),
+            )
             init.ones_(module.D)
             init.copy_(module.dt_bias, dt_bias_init(module.dt_bias.shape[0], module.dt_bias.device))
             init.uniform_(module.dt_proj.weight, -(module.split[0] ** -0.5), module.split[0] ** -0.5)
@@ -119,7 +129,7 @@ class MoaiMambaModel(MoaiPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
     def forward(
@@ -141,7 +151,8 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         batch, length = x.shape[:2]
         if state is not None and (state.batch_size != batch or len(state.layers) != len(self.layers)):
             raise UsageError(
-                f"the state has {state.batch_size} rows and {len(state.layers)} layers, the call has {batch} rows and the model {len(self.layers)} layers"
+                f"the state has {state.batch_size} rows and {len(state.layers)} layers, "
+                f"the call has {batch} rows and the model {len(self.layers)} layers"
             )
         seq_idx, order = _real_tokens_first(attention_mask, seq_idx, (batch, length))
         if order is not None:
@@ -176,10 +187,11 @@ class MoaiMambaModel(MoaiPreTrainedModel):
 def _real_tokens_first(
     attention_mask: Tensor | None, seq_idx: Tensor | None, shape: tuple[int, int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Padding as the layers want it: document numbers with -1 at each row's end, and the order (B, L) that puts it there (None = as it is).
+    """Padding as the layers want it: document numbers with -1 at each row's end, and the order (B, L) that puts it
+    there (None = as it is).
 
-    A convolution and a recurrence must not see padding between a state and the tokens that continue it, so padding wherever it stands
-    is moved behind the row's real tokens, at every batch size.
+    A convolution and a recurrence must not see padding between a state and the tokens that continue it, so padding
+    wherever it stands is moved behind the row's real tokens, at every batch size.
     """
     for name, given in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
         if given is not None and tuple(given.shape) != shape:
@@ -195,7 +207,8 @@ def _real_tokens_first(
     falls = (seq_idx[:, 1:] < seq_idx[:, :-1]) & (seq_idx[:, 1:] >= 0)
     if bool(falls.any()):
         row, column = falls.nonzero()[0].tolist()
-        raise UsageError(f"seq_idx must not decrease within a row: row {row} has {int(seq_idx[row, column])} before {int(seq_idx[row, column + 1])}")
+        one, other = seq_idx[row, column : column + 2].tolist()
+        raise UsageError(f"seq_idx must not decrease within a row: row {row} has {one} before {other}")
     return seq_idx, order
 
 
@@ -203,7 +216,9 @@ def _numbered(attention_mask: Tensor | None, seq_idx: Tensor | None) -> Tensor |
     """seq_idx (B, L) int32 with -1 where attention_mask is 0; None where nothing is packed or padded."""
     if attention_mask is not None and not bool(attention_mask.all()):
         pad = attention_mask == 0
-        return (torch.zeros_like(pad, dtype=torch.int32) if seq_idx is None else seq_idx.to(torch.int32)).masked_fill(pad, -1)
+        return (torch.zeros_like(pad, dtype=torch.int32) if seq_idx is None else seq_idx.to(torch.int32)).masked_fill(
+            pad, -1
+        )
     return None if seq_idx is None else seq_idx.to(torch.int32)
 
 
@@ -221,7 +236,7 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
@@ -231,7 +246,9 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def set_scan_backend(self, name: str) -> None:
-        """Selects the scan by name (`auto` = the fastest that can run). Raises UsageError where the named one can't run here."""
+        """Selects the scan by name (`auto` = the fastest that can run). Raises UsageError where the named one can't run
+        here.
+        """
         if name != "auto" and name not in kernels.BACKENDS:
             raise UsageError(f"unknown scan backend {name!r}", hint=f"backends: auto, {', '.join(kernels.BACKENDS)}")
         self.model.scan_backend = name
@@ -253,16 +270,15 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
     ) -> MoaiCausalLMOutput | tuple[Any, ...]:
         """Reads a chunk of tokens of any length.
 
-        input_ids (B, L) int64, or inputs_embeds (B, L, H).
-        attention_mask (B, L), 0 = padding, anywhere in a row. A padded row gives what it gives alone, at every batch size; the outputs at
-        padding mean nothing.
-        state: what an earlier call returned (None = zeros); the first token continues it. It is not modified.
-        seq_idx (B, L) int32: the document that a token belongs to, never decreasing in a row, < 0 = padding. State and convolution
-        restart where it grows inside the call.
-        labels (B, L) int64: aligned with input_ids and shifted inside; -100 and the first token of each document are not predicted.
-        num_items: divide the summed loss by this instead of the number of counted labels (accumulation over micro-batches).
-        use_cache: return the state (default: when not training).
-        logits_to_keep: only the last so many positions' logits (0 = all). return_logits: default, no logits when labels are given.
+        input_ids (B, L) int64, or inputs_embeds (B, L, H). attention_mask (B, L), 0 = padding, anywhere in a row. A
+        padded row gives what it gives alone, at every batch size; the outputs at padding mean nothing. state: what an
+        earlier call returned (None = zeros); the first token continues it. It is not modified. seq_idx (B, L) int32:
+        the document that a token belongs to, never decreasing in a row, < 0 = padding. State and convolution restart
+        where it grows inside the call. labels (B, L) int64: aligned with input_ids and shifted inside; -100 and the
+        first token of each document are not predicted. num_items: divide the summed loss by this instead of the number
+        of counted labels (accumulation over micro-batches). use_cache: return the state (default: when not training).
+        logits_to_keep: only the last so many positions' logits (0 = all). return_logits: default, no logits when labels
+        are given.
 
         Raises UsageError for shapes that don't agree and for a seq_idx that decreases.
         """
@@ -291,7 +307,7 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         past_key_values: MoaiState | None = None,
@@ -303,14 +319,22 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **_: Any,
     ) -> dict[str, Any]:
-        """The first call reads the whole prompt (continuing `state` if one is passed to generate), later ones the newest token."""
+        """The first call reads the whole prompt (continuing `state` if one is passed to generate), later ones the
+        newest token.
+        """
         inputs: dict[str, Any] = {"use_cache": use_cache, "logits_to_keep": logits_to_keep}
         if past_key_values is not None:
             return {**inputs, "input_ids": input_ids[:, -1:], "state": past_key_values}
-        prompt = {"inputs_embeds": inputs_embeds} if inputs_embeds is not None and is_first_iteration else {"input_ids": input_ids}
+        prompt = (
+            {"inputs_embeds": inputs_embeds}
+            if inputs_embeds is not None and is_first_iteration
+            else {"input_ids": input_ids}
+        )
         return {**inputs, **prompt, "state": state, "attention_mask": attention_mask}
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if outputs.state is not None:
             model_kwargs["past_key_values"] = outputs.state

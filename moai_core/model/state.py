@@ -1,7 +1,7 @@
 """`MoaiState`: everything a pure-Mamba model remembers of the tokens it has read.
-
-Its size does not depend on their number. The model never changes a state that it is given; it returns a new one, so that a state can be kept,
-branched and saved. `get_seq_length` and `reorder_cache` are the two methods that transformers' `generate` expects of a cache.
+ Its size does not depend on their number. The model never changes a state that it is given; it returns a new one, so
+that a state can be kept, branched and saved. `get_seq_length` and `reorder_cache` are the two methods that
+transformers' `generate` expects of a cache.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 class MoaiState:
     """State of a model after some tokens.
 
-    layers: one pair a layer, (conv (B, I, K-1): the last K-1 inputs of the causal convolution, oldest first; ssm (B, I, N) fp32).
-    seen: (B,) int64, how many real tokens each row has read.
+    layers: one pair a layer, (conv (B, I, K-1): the last K-1 inputs of the causal convolution, oldest first; ssm (B, I,
+    N) fp32). seen: (B,) int64, how many real tokens each row has read.
     """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]], seen: Tensor) -> None:
@@ -57,7 +57,9 @@ class MoaiState:
 
     @classmethod
     def from_tensors(cls, flat: Mapping[str, Tensor]) -> MoaiState:
-        """The inverse of `tensors`; other names in `flat` are left alone. Raises KeyError naming the first missing tensor."""
+        """The inverse of `tensors`; other names in `flat` are left alone. Raises KeyError naming the first missing
+        tensor.
+        """
         count = sum(1 for name in flat if name.startswith("layers.") and name.endswith(".ssm"))
         return cls([(flat[f"layers.{i}.conv"], flat[f"layers.{i}.ssm"]) for i in range(count)], flat["seen"])
 

@@ -1,4 +1,5 @@
-"""The model, training and generation on a CUDA GPU, against the CPU. Run on a machine with one: `pytest -m gpu tests/gpu`.
+"""The model, training and generation on a CUDA GPU, against the CPU. Run on a machine with one: `pytest -m gpu
+tests/gpu`.
 
 Whatever scan backend `auto` picks there is the one under test; its name is in the ids of the output of `moai doctor`.
 """

@@ -1,6 +1,6 @@
 """An independent float64 forward pass of the whole model, written token by token from the papers' equations with numpy.
-
-It shares nothing with moai but the names of the tensors, so that the tests in this folder compare two readings of the same mathematics.
+ It shares nothing with moai but the names of the tensors, so that the tests in this folder compare two readings of the
+same mathematics.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def _softplus(x):
 
 
 def logits(weights, config, ids, mask=None):
-    """Logits (L, V) in float64 of one row of token ids; positions with mask 0 are skipped entirely (their logits are NaN)."""
+    """Logits (L, V) in float64 of one row of token ids; positions with mask 0 are skipped entirely (their logits are
+    NaN).
+    """
     w = {name: value.double().numpy() for name, value in weights.items()}
     inner, state, kernel = config.expand_factor * config.hidden_size, config.state_size, config.conv_kernel_size
     rank = config.time_step_rank
@@ -53,7 +55,10 @@ def logits(weights, config, ids, mask=None):
             memory[index] = (window, h)
             if config.ffn == "swiglu":
                 normed = _rms(x, w[p + "pre_ff_layernorm.weight"], config.rms_norm_eps)
-                gate, up = w[p + "feed_forward.gate_proj.weight"] @ normed, w[p + "feed_forward.up_proj.weight"] @ normed
+                gate, up = (
+                    w[p + "feed_forward.gate_proj.weight"] @ normed,
+                    w[p + "feed_forward.up_proj.weight"] @ normed,
+                )
                 x = x + w[p + "feed_forward.down_proj.weight"] @ (_silu(gate) * up)
         out.append(w["lm_head.weight"] @ _rms(x, w["model.final_layernorm.weight"], config.rms_norm_eps))
     return np.stack(out)

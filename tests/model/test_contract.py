@@ -1,4 +1,6 @@
-"""The five rules of the state contract, on logits and gradients, against an independent float64 loop and transformers' Mamba."""
+"""The five rules of the state contract, on logits and gradients, against an independent float64 loop and transformers'
+Mamba.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ assert _spec is not None and _spec.loader is not None
 loop = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(loop)
 
-SHAPES = [{}, {"dt_bc_norm": False, "ffn": "none", "tie_word_embeddings": True}, {"conv_kernel_size": 3, "state_size": 16, "time_step_rank": 7}]
+SHAPES = [
+    {},
+    {"dt_bc_norm": False, "ffn": "none", "tie_word_embeddings": True},
+    {"conv_kernel_size": 3, "state_size": 16, "time_step_rank": 7},
+]
 BACKENDS = ["reference", "auto"]
 
 
@@ -130,7 +136,9 @@ def test_rule_2_packed_documents_equal_each_alone(model, lengths):
     if items:
         labels = torch.where(padded_idx < 0, -100, padded)
         one_by_one = gradients(model, lambda: sum(model(d, labels=d, num_items=items).loss for d in documents))
-        assert_same_gradients(gradients(model, lambda: model(padded, seq_idx=padded_idx, labels=labels).loss), one_by_one)
+        assert_same_gradients(
+            gradients(model, lambda: model(padded, seq_idx=padded_idx, labels=labels).loss), one_by_one
+        )
 
 
 def test_rule_2_the_first_token_continues_the_state_whatever_its_number(model):
@@ -153,7 +161,11 @@ def test_rule_3_padding_equals_each_row_alone(model, lengths, side):
     generator = torch.Generator().manual_seed(0)
     for i, row in enumerate(rows):
         n = row.shape[1]
-        places = {"left": range(width - n, width), "right": range(n), "holes": torch.randperm(width, generator=generator)[:n].sort().values}[side]
+        places = {
+            "left": range(width - n, width),
+            "right": range(n),
+            "holes": torch.randperm(width, generator=generator)[:n].sort().values,
+        }[side]
         ids[i, list(places)] = row[0]
         mask[i, list(places)] = 1
     out = model(ids, attention_mask=mask)
@@ -178,8 +190,14 @@ def test_rule_3_padding_inside_a_continued_row(model):
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
     out = model(padded, attention_mask=mask, state=state)
     assert relative(out.logits[:, 2:], model(ids).logits[:, 6:]) < 1e-5
-    nothing = model(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.zeros(1, 3, dtype=torch.long), state=state)
-    assert all(torch.equal(a, b) for x, y in zip(nothing.state.layers, state.layers, strict=True) for a, b in zip(x, y, strict=True))
+    nothing = model(
+        torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.zeros(1, 3, dtype=torch.long), state=state
+    )
+    assert all(
+        torch.equal(a, b)
+        for x, y in zip(nothing.state.layers, state.layers, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
 
 
 def test_rule_4_a_state_on_disk_continues_bit_exactly(model, tmp_path):
@@ -192,7 +210,11 @@ def test_rule_4_a_state_on_disk_continues_bit_exactly(model, tmp_path):
         loaded = MoaiState.from_tensors(load_file(tmp_path / "state.safetensors"))
         a, b = model(ids[:, 20:], state=state), model(ids[:, 20:], state=loaded)
     assert torch.equal(a.logits, b.logits) and torch.equal(a.state.seen, b.state.seen)
-    assert all(torch.equal(x, y) for p, q in zip(a.state.layers, b.state.layers, strict=True) for x, y in zip(p, q, strict=True))
+    assert all(
+        torch.equal(x, y)
+        for p, q in zip(a.state.layers, b.state.layers, strict=True)
+        for x, y in zip(p, q, strict=True)
+    )
 
 
 def test_a_state_given_is_not_modified(model):
@@ -202,10 +224,14 @@ def test_a_state_given_is_not_modified(model):
         kept = state.clone()
         for chunk in (ids[:, :1], ids):
             model(chunk, state=state)
-    assert all(torch.equal(x, y) for p, q in zip(state.layers, kept.layers, strict=True) for x, y in zip(p, q, strict=True))
+    assert all(
+        torch.equal(x, y) for p, q in zip(state.layers, kept.layers, strict=True) for x, y in zip(p, q, strict=True)
+    )
 
 
-@pytest.mark.parametrize("settings", [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 1, "use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 1, "use_cache": False}], ids=str
+)
 def test_rule_5_generate_of_transformers(model, settings):
     ids = ids_of(model, 2, 9)
     mask = torch.ones_like(ids)
@@ -213,7 +239,9 @@ def test_rule_5_generate_of_transformers(model, settings):
     ids[1, :4] = 0
     got = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, eos_token_id=None, **settings)
     if settings["num_beams"] > 1:
-        uncached = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, eos_token_id=None, use_cache=False, **settings)
+        uncached = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=12, eos_token_id=None, use_cache=False, **settings
+        )
         assert torch.equal(got, uncached)
         return
     for row in range(2):
@@ -239,19 +267,38 @@ def test_equals_transformers_mamba_in_logits_and_gradients(tiny_model):
     c = ours.config
     theirs = MambaForCausalLM(
         MambaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, state_size=c.state_size, num_hidden_layers=c.num_hidden_layers, conv_kernel=c.conv_kernel_size,
-            expand=c.expand_factor, time_step_rank=c.time_step_rank, layer_norm_epsilon=c.rms_norm_eps, residual_in_fp32=False, tie_word_embeddings=True,
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            state_size=c.state_size,
+            num_hidden_layers=c.num_hidden_layers,
+            conv_kernel=c.conv_kernel_size,
+            expand=c.expand_factor,
+            time_step_rank=c.time_step_rank,
+            layer_norm_epsilon=c.rms_norm_eps,
+            residual_in_fp32=False,
+            tie_word_embeddings=True,
         )
     ).eval()
     renamed = {}
     for name, tensor in ours.state_dict().items():
-        name = name.replace("model.layers.", "backbone.layers.").replace("input_layernorm", "norm").replace(".mamba.", ".mixer.")
-        name = name.replace("dt_bias", "dt_proj.bias").replace("model.final_layernorm", "backbone.norm_f").replace("model.embed_tokens", "backbone.embeddings")
+        name = (
+            name.replace("model.layers.", "backbone.layers.")
+            .replace("input_layernorm", "norm")
+            .replace(".mamba.", ".mixer.")
+        )
+        name = (
+            name.replace("dt_bias", "dt_proj.bias")
+            .replace("model.final_layernorm", "backbone.norm_f")
+            .replace("model.embed_tokens", "backbone.embeddings")
+        )
         renamed[name] = tensor
     theirs.load_state_dict(renamed)
     ids = ids_of(ours, 3, 33)
     assert relative(ours(ids).logits, theirs(ids).logits) < 1e-5
-    mine, other = gradients(ours, lambda: ours(ids, labels=ids).loss), gradients(theirs, lambda: theirs(ids, labels=ids).loss)
+    mine, other = (
+        gradients(ours, lambda: ours(ids, labels=ids).loss),
+        gradients(theirs, lambda: theirs(ids, labels=ids).loss),
+    )
     back = {new: old for old, new in zip(ours.state_dict(), renamed, strict=True)}
     assert_same_gradients(mine, {back[name]: g for name, g in other.items()})
 

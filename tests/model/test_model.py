@@ -25,13 +25,29 @@ SPECIFICATION_JSON = {
 def count(H, layers, ffn, R, V=128000, N=16, K=4):
     """The parameter count from the equations alone: untied embeddings and head, a mixer with norms on dt, B, C, SwiGLU."""
     inner = 2 * H
-    mixer = H * 2 * inner + inner * K + inner + inner * (R + 2 * N) + R + 2 * N + R * inner + inner + inner * N + inner + inner * H
+    mixer = (
+        H * 2 * inner
+        + inner * K
+        + inner
+        + inner * (R + 2 * N)
+        + R
+        + 2 * N
+        + R * inner
+        + inner
+        + inner * N
+        + inner
+        + inner * H
+    )
     return 2 * V * H + layers * (mixer + 3 * H * ffn + 2 * H) + H
 
 
 @pytest.mark.parametrize(
     "size, exact, shape",
-    [("2b", 1_989_416_704, (2048, 24, 5632, 128)), ("8b", 8_218_230_016, (4096, 40, 6016, 256)), ("16b", 16_374_846_976, (5120, 48, 9728, 320))],
+    [
+        ("2b", 1_989_416_704, (2048, 24, 5632, 128)),
+        ("8b", 8_218_230_016, (4096, 40, 6016, 256)),
+        ("16b", 16_374_846_976, (5120, 48, 9728, 320)),
+    ],
 )
 def test_presets_have_their_exact_parameter_counts(size, exact, shape):
     with torch.device("meta"):
@@ -43,14 +59,18 @@ def test_presets_have_their_exact_parameter_counts(size, exact, shape):
 @torch.no_grad()
 def test_initialisation_is_the_papers():
     torch.manual_seed(3)
-    model = MoaiMambaForCausalLM(MoaiMambaConfig(vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=8))
+    model = MoaiMambaForCausalLM(
+        MoaiMambaConfig(vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=8)
+    )
     mixer = model.model.layers[3].mamba
     assert torch.equal(mixer.A_log[5], torch.arange(1, 17).float().log())
     assert torch.equal(mixer.D, torch.ones(512))
     dt = F.softplus(mixer.dt_bias).log()
     assert math.log(1e-3) - 1e-3 < dt.min() < math.log(2e-3) and math.log(0.08) < dt.max() < math.log(0.1) + 1e-3
     assert abs(dt.mean() - (math.log(1e-3) + math.log(0.1)) / 2) < 0.25
-    assert mixer.dt_proj.weight.abs().max() <= 16**-0.5 and mixer.dt_proj.weight.std() == pytest.approx(16**-0.5 / 3**0.5, rel=0.05)
+    assert mixer.dt_proj.weight.abs().max() <= 16**-0.5 and mixer.dt_proj.weight.std() == pytest.approx(
+        16**-0.5 / 3**0.5, rel=0.05
+    )
     assert mixer.in_proj.weight.std() == pytest.approx(0.02, rel=0.05)
     assert mixer.out_proj.weight.std() == pytest.approx(0.02 / 4, rel=0.05)
     assert model.model.layers[0].feed_forward.down_proj.weight.std() == pytest.approx(0.02 / 4, rel=0.05)
@@ -77,8 +97,22 @@ def test_the_specifications_json_loads_unchanged(tmp_path):
     file.write_text(json.dumps(SPECIFICATION_JSON), encoding="utf-8")
     config = load_mamba_config(file)
     assert config.numbers() == get_mamba_config("2b").numbers()
-    assert (config.time_step_rank, config.dt_bc_norm, config.tie_word_embeddings, config.mixer, config.ffn) == (128, True, False, "mamba", "swiglu")
-    custom = MoaiMambaConfig(vocab_size=128000, hidden_size=2560, num_hidden_layers=32, state_size=16, conv_kernel_size=4, expand_factor=2, use_fast_scan=True)
+    assert (config.time_step_rank, config.dt_bc_norm, config.tie_word_embeddings, config.mixer, config.ffn) == (
+        128,
+        True,
+        False,
+        "mamba",
+        "swiglu",
+    )
+    custom = MoaiMambaConfig(
+        vocab_size=128000,
+        hidden_size=2560,
+        num_hidden_layers=32,
+        state_size=16,
+        conv_kernel_size=4,
+        expand_factor=2,
+        use_fast_scan=True,
+    )
     assert custom.time_step_rank == 160 and custom.inner_size == 5120
 
 
@@ -99,7 +133,9 @@ def test_bad_configurations_are_one_clear_error(tmp_path, text, error, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(error) as caught:
         load_mamba_config(tmp_path)
-    assert message in caught.value.message and "\n" not in caught.value.message and "config.json" in caught.value.message
+    assert (
+        message in caught.value.message and "\n" not in caught.value.message and "config.json" in caught.value.message
+    )
 
 
 def test_unknown_size_field_and_file():
@@ -122,7 +158,9 @@ def test_chunked_cross_entropy_equals_torch(monkeypatch, tokens, vocabulary, chu
     targets = torch.randint(0, vocabulary, (tokens,))
     targets[torch.rand(tokens) < 0.3] = losses.IGNORED
     counted = int((targets != losses.IGNORED).sum())
-    want = F.cross_entropy(head(hidden), targets, reduction="sum", ignore_index=losses.IGNORED) / (num_items or max(counted, 1))
+    want = F.cross_entropy(head(hidden), targets, reduction="sum", ignore_index=losses.IGNORED) / (
+        num_items or max(counted, 1)
+    )
     want_grads = torch.autograd.grad(want * 3, [hidden, head.weight])
     got = losses.chunked_cross_entropy(hidden, targets, head, num_items)
     got_grads = torch.autograd.grad(got * 3, [hidden, head.weight])
@@ -130,7 +168,9 @@ def test_chunked_cross_entropy_equals_torch(monkeypatch, tokens, vocabulary, chu
     for a, b in zip(got_grads, want_grads, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-12
     with torch.no_grad():
-        assert float(losses.chunked_cross_entropy(hidden, targets, head, num_items)) == pytest.approx(float(want.detach()), rel=1e-6, abs=1e-12)
+        assert float(losses.chunked_cross_entropy(hidden, targets, head, num_items)) == pytest.approx(
+            float(want.detach()), rel=1e-6, abs=1e-12
+        )
 
 
 def test_loss_never_holds_all_logits_at_once(monkeypatch):
