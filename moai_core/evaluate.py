@@ -1,11 +1,11 @@
 """How well a model predicts text: cross-entropy, perplexity and bits per byte, weighted by tokens, summed in float64.
 
-`evaluate` scores packed batches (validation during training). `evaluate_file` scores documents with their whole context however long they are: the
-state is carried over chunks, which costs a fixed amount of memory. So a document of a million tokens is read once, from its beginning, and no
-window slides. Bits per byte = nats / (ln 2 x UTF-8 bytes of the predicted tokens); special tokens such as `</s>` are predicted, and cost nats,
-but stand for 0 bytes, so models with different tokenizers can be compared. Left out: multiple-choice tasks.
-Source: bits per byte as in The Pile (arXiv 2101.00027, section 3.1).
-"""
+`evaluate` scores packed batches (validation during training). `evaluate_file` scores documents with their whole
+context however long they are: the state is carried over chunks, which costs a fixed amount of memory. So a document
+of a million tokens is read once, from its beginning, and no window slides. Bits per byte = nats / (ln 2 x UTF-8 bytes
+of the predicted tokens); special tokens such as `</s>` are predicted, and cost nats, but stand for 0 bytes, so models
+with different tokenizers can be compared. Left out: multiple-choice tasks. Source: bits per byte as in The Pile
+(arXiv 2101.00027, section 3.1)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def summary(nats: float, tokens: int, size: int) -> dict[str, Any]:
-    """The figures for `nats` summed over `tokens` predicted tokens that stand for `size` bytes; NaN where there is nothing to divide by."""
+    """The figures for `nats` summed over `tokens` predicted tokens that stand for `size` bytes; NaN where there is
+    nothing to divide by.
+    """
     loss = nats / tokens if tokens else math.nan
     perplexity = math.exp(loss) if loss < 700 else math.inf if tokens else math.nan
     bits = nats / (math.log(2) * size) if size else math.nan
@@ -53,8 +55,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores batches of a loader: `summary`'s figures, and `nats`, their sum, for adding up over ranks.
 
-    The model is in eval mode meanwhile, and in the mode it was in afterwards. Events: {"event": "progress", "task": "evaluate", "done": batches}.
-    """
+    The model is in eval mode meanwhile, and in the mode it was in afterwards. Events: {"event": "progress", "task":
+    "evaluate", "done": batches}."""
     device = torch.device(device) if device is not None else next(model.parameters()).device
     training = model.training
     model.eval()
@@ -78,7 +80,9 @@ def evaluate(
 
 
 class _Lane:
-    """One row of the batch: documents one after the other, cut every `length` tokens. Knows the token after each cut."""
+    """One row of the batch: documents one after the other, cut every `length` tokens. Knows the token after each
+    cut.
+    """
 
     def __init__(self) -> None:
         self.queue: deque[tuple[np.ndarray, np.ndarray]] = deque()
@@ -129,9 +133,9 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """Scores the documents of a file, folder or glob (at most `limit`), each with its whole context.
 
-    `max_length` is the chunk that is read at once and changes speed and memory, not the result (up to rounding). Of chats the assistant's turns are scored
-    unless `train_on` is "all". Returns `summary`'s figures, `nats`, `documents`, `skipped` and `empty`. Raises DataError, UsageError.
-    """
+    `max_length` is the chunk that is read at once and changes speed and memory, not the result (up to rounding). Of
+    chats the assistant's turns are scored unless `train_on` is "all". Returns `summary`'s figures, `nats`,
+    `documents`, `skipped` and `empty`. Raises DataError, UsageError."""
     if max_length < 1 or batch_size < 1 or (limit is not None and limit < 1):
         name, value = next(
             (n, v)

@@ -1,4 +1,6 @@
-"""Loss, perplexity and bits per byte against a token-by-token float64 sum, and against each document scored alone in one piece."""
+"""Loss, perplexity and bits per byte against a token-by-token float64 sum, and against each document scored alone
+in one piece.
+"""
 
 import json
 import math
@@ -97,8 +99,8 @@ def test_packed_batches_give_the_same_sum(model, tokenizer, data, tmp_path, monk
 
     monkeypatch.setenv("MOAI_CACHE", str(tmp_path / "cache"))
     section = SimpleNamespace(
-        train=str(data), valid=None, valid_fraction=0.0, max_length=512, format="auto", on_error="stop", train_on="assistant",
-        streaming="auto", shuffle=True, workers=0, cache=None,
+        train=str(data), valid=None, valid_fraction=0.0, max_length=512, format="auto", on_error="stop",
+        train_on="assistant", streaming="auto", shuffle=True, workers=0, cache=None,
     )  # fmt: skip
     loader = make_loader(section, tokenizer, batch_size=2)
     nats, tokens, _ = by_hand(model, tokenizer, TEXTS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -29,9 +29,7 @@ def evaluate(
         ),
     ] = 2048,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Documents read side by side.")] = 8,
-    limit: Annotated[
-        Optional[int], typer.Option("--limit", help="At most so many documents.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="At most so many documents.", show_default=False)] = None,
     format: Annotated[
         str, typer.Option("--format", help="Kind of records: auto, text, messages, conversations, instruction, prompt.")
     ] = "auto",
@@ -40,7 +38,7 @@ def evaluate(
     ] = "assistant",
     on_error: Annotated[str, typer.Option("--on-error", help="A bad line: stop, or skip and count it.")] = "stop",
     tokenizer: Annotated[
-        Optional[str], typer.Option("--tokenizer", help="Folder or name; default: the model's own.", show_default=False)
+        str | None, typer.Option("--tokenizer", help="Folder or name; default: the model's own.", show_default=False)
     ] = None,
     device: Device = "auto",
     scan: Scan = "auto",
@@ -48,8 +46,8 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity and bits per byte on a file.
 
-    Every document is scored with its whole context: the state is carried over chunks, so documents may be longer than memory would
-    allow a transformer.
+    Every document is scored with its whole context: the state is carried over chunks, so documents may be longer than
+    memory would allow a transformer.
 
     Examples:
 

@@ -6,10 +6,10 @@ A folder `tokens/KEY/`, KEY from the files' contents, the tokenizer and the form
     hashes.bin   uint64: a hash of each document's text (decides train or valid, whatever the tokenizer)
     mask.bin     one bit a token: the loss may count it (missing when it may count all)
     meta.json    counts, dtype, what was skipped
-It is written whole or not at all, with sizes and SHA-256 checked at every opening (storage.py); a damaged one is made again with a warning. A second
-process that wants the same source waits for the first. Contents are hashed once a file: size, time and inode tell whether it changed since.
-Left out: removal of old entries (delete the folder; all of it can be made again).
-"""
+It is written whole or not at all, with sizes and SHA-256 checked at every opening (storage.py); a damaged one is made
+again with a warning. A second process that wants the same source waits for the first. Contents are hashed once a
+file: size, time and inode tell whether it changed since. Left out: removal of old entries (delete the folder; all of
+it can be made again)."""
 
 from __future__ import annotations
 
@@ -123,18 +123,14 @@ def tokenized(
 ) -> Tokens:
     """The tokenized source for `path` (file, folder, glob), from the cache or made now.
 
-    Raises DataError (missing, empty or bad data), StorageError (cache can't be written). Events: progress, note, warning.
-    """
+    Raises DataError (missing, empty or bad data), StorageError (cache can't be written). Events: progress, note,
+    warning."""
     tell = on_event or (lambda event: None)
     files, passed = find_files(path)
     if passed:
-        names = ", ".join(file.name for file in passed[:3])
-        tell(
-            {
-                "event": "note",
-                "message": f"{path}: {len(passed)} files of other kinds passed over ({names}{', …' if len(passed) > 3 else ''})",
-            }
-        )
+        names = ", ".join(file.name for file in passed[:3]) + (", …" if len(passed) > 3 else "")
+        message = f"{path}: {len(passed)} file{'s' * (len(passed) != 1)} of other kinds passed over ({names})"
+        tell({"event": "note", "message": message})
     root = Path(cache).expanduser() if cache else cache_dir()
     contents = _contents(files, root, tell)
     key = hashlib.sha256(json.dumps([VERSION, fingerprint(tokenizer), format, contents]).encode()).hexdigest()[:40]
@@ -169,7 +165,9 @@ def _open(folder: Path, tell: OnEvent) -> Tokens | None:
 
 @contextmanager
 def _alone(folder: Path, tell: OnEvent) -> Iterator[None]:
-    """Holds the entry's lock, waiting for whoever makes it now; the system frees it when a process ends, however it ends."""
+    """Holds the entry's lock, waiting for whoever makes it now; the system frees it when a process ends, however it
+    ends.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_suffix(".lock"), "w") as file:
@@ -183,7 +181,7 @@ def _alone(folder: Path, tell: OnEvent) -> Iterator[None]:
         raise storage_error(exc, folder) from exc
 
 
-# ---- what the files hold --------------------------------------------------------------------------------------------
+# ---- what the files hold -------------------------------------------------------------------------------------------
 
 
 def _contents(files: list[Path], root: Path, tell: OnEvent) -> list[list[str]]:
@@ -232,7 +230,7 @@ def _digest(file: Any) -> str:
     return digest.hexdigest()
 
 
-# ---- making an entry ------------------------------------------------------------------------------------------------
+# ---- making an entry -----------------------------------------------------------------------------------------------
 
 
 def batches_of(documents: Iterable[Document]) -> Iterator[list[Document]]:

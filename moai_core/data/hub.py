@@ -1,9 +1,9 @@
-"""`hf://name[:config][/split]`: datasets of the Hugging Face hub, or a local folder laid out like one, streamed through the datasets library.
+"""`hf://name[:config][/split]`: datasets of the Hugging Face hub, or a local folder laid out like one, streamed
+through the datasets library.
 
-The name is `dataset`, `user/dataset` or an absolute folder (`hf:///data/my set`); the split is train unless named. A second component that is a
-usual split's name is the split (`hf://squad/validation`); `hf://name:/split` says it for any name. Datasets that need code of their own are refused by
-the library itself.
-"""
+The name is `dataset`, `user/dataset` or an absolute folder (`hf:///data/my set`); the split is train unless named. A
+second component that is a usual split's name is the split (`hf://squad/validation`); `hf://name:/split` says it for
+any name. Datasets that need code of their own are refused by the library itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def parse_hub(path: str) -> tuple[str, str | None, str]:
 
 
 def open_hub(path: str) -> Any:
-    """The `datasets.IterableDataset` behind an `hf://` path; nothing is downloaded ahead. Raises DataError with the library's reason."""
+    """The `datasets.IterableDataset` behind an `hf://` path; nothing is downloaded ahead. Raises DataError with the
+    library's reason.
+    """
     import datasets
 
     name, config, split = parse_hub(path)

@@ -1,14 +1,16 @@
 """Batches for training and validation: packed rows, mixtures, shards, and a position small enough for a checkpoint.
 
-Every source is an endless sequence of rows: its rows once, permuted by (seed, epoch), then again with the next epoch's permutation. The loader is one
-global sequence of rows over all sources; mixtures take turns by a fixed pattern with exact proportions (a weight is a share of the rows, hence of
-the tokens up to padding). Rank r of W takes the rows g·W + r, so the sequence doesn't depend on the number of ranks, workers or batches, and the
-position of a cached source is ONE number, the rows consumed: resuming is exact and O(1). A last batch that an epoch can't fill goes on with the next.
+Every source is an endless sequence of rows: its rows once, permuted by (seed, epoch), then again with the next
+epoch's permutation. The loader is one global sequence of rows over all sources; mixtures take turns by a fixed
+pattern with exact proportions (a weight is a share of the rows, hence of the tokens up to padding). Rank r of W takes
+the rows g·W + r, so the sequence doesn't depend on the number of ranks, workers or batches, and the position of a
+cached source is ONE number, the rows consumed: resuming is exact and O(1). A last batch that an epoch can't fill goes
+on with the next.
 
-Streams (`hf://`, or `streaming: true`) are packed a window of documents at a time; their position is the reader's position at the start of the
-window and the row inside it. Each rank reads the whole stream and builds its own rows, which keeps the sequence the same at any world size.
-Left out: shuffling of streams beyond a window; several worker processes for one stream (one prefetches).
-"""
+Streams (`hf://`, or `streaming: true`) are packed a window of documents at a time; their position is the reader's
+position at the start of the window and the row inside it. Each rank reads the whole stream and builds its own rows,
+which keeps the sequence the same at any world size. Left out: shuffling of streams beyond a window; several worker
+processes for one stream (one prefetches)."""
 
 from __future__ import annotations
 
@@ -17,15 +19,14 @@ import itertools
 import json
 import signal
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from moai_core.data.cache import Tokens, tokenized
-from moai_core.data.pack import Pieces, held_out, pack, split_documents
+from moai_core.data.cache import tokenized
+from moai_core.data.pack import held_out, split_documents
+from moai_core.data.rows import CachedRows, Collate, Row, Turns, permutation
 from moai_core.data.stream import StreamRows
 from moai_core.data.tokenize import token_bytes
 from moai_core.errors import DataError, UsageError
@@ -34,148 +35,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 OnEvent = Callable[[dict[str, Any]], None]
-Row = list[tuple[np.ndarray, np.ndarray]]
-_PERIOD = 10_000
 _VALID_SEED = 0x5EED
-
-
-def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    """(length,) int64: a permutation fixed by (seed, epoch), from raw Philox bits, which no numpy release may change."""
-    words = np.random.Philox(key=[seed & (2**64 - 1), epoch]).random_raw(length)
-    return np.argsort(words, kind="stable")
-
-
-# ---- cached sources -------------------------------------------------------------------------------------------------
-
-
-class CachedRows:
-    """The rows of one tokenized source. `rows` of them make an epoch; `row(n)` is the n-th of the endless sequence."""
-
-    def __init__(
-        self, tokens: Tokens, pieces: Pieces, max_length: int, *, all_turns: bool, seed: int, shuffle: bool
-    ) -> None:
-        self.tokens, self.all_turns, self.seed, self.shuffle, self.max_length = (
-            tokens,
-            all_turns,
-            seed,
-            shuffle,
-            max_length,
-        )
-        # Mixed once, before packing, so that rows hold pieces from all over the source; epochs then permute the rows.
-        self.pieces = pieces.take(permutation(len(pieces.lengths), seed, 2**63)) if shuffle else pieces
-        self.order, self.bounds = pack(self.pieces.lengths, max_length)
-        self.rows = len(self.bounds) - 1
-        self._permuted: tuple[int, np.ndarray] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_permuted": None}
-
-    def row(self, n: int) -> Row:
-        """The pieces of row n as (ids int64, trainable bool)."""
-        epoch, index = divmod(n, self.rows)
-        if self.shuffle:
-            if self._permuted is None or self._permuted[0] != epoch:
-                self._permuted = epoch, permutation(self.rows, self.seed, epoch)
-            index = int(self._permuted[1][index])
-        made = []
-        for piece in self.order[self.bounds[index] : self.bounds[index + 1]]:
-            start, length = int(self.pieces.starts[piece]), int(self.pieces.lengths[piece])
-            flags = np.ones(length, dtype=bool) if self.all_turns else self.tokens.trainable(start, length)
-            made.append((self.tokens.read(start, length), flags))
-        return made
-
-    def account(self) -> dict[str, int]:
-        """Exact counts of one epoch: pack.py says what they mean."""
-        total, first = int(self.pieces.lengths.sum(dtype=np.int64)), len(self.pieces.lengths)
-        masked = 0
-        if not self.all_turns and self.tokens.mask is not None:
-            ends = self.pieces.starts + self.pieces.lengths
-            masked = int((self.tokens.masked_before(ends) - self.tokens.masked_before(self.pieces.starts + 1)).sum())
-        counts = {
-            "documents": self.tokens.documents,
-            "pieces": first,
-            "rows": self.rows,
-            "tokens": total,
-            "trained": total - first - masked,
-        }
-        counts |= {"first": first, "masked": masked, "padding": self.rows * self.max_length - total}
-        return counts | {"skipped": self.tokens.skipped, "empty": self.tokens.empty}
-
-
-class Turns:
-    """Which source gives global row n, and its how-manieth row that is: a pattern of at most 10 000 rows that holds the weights exactly, repeated."""
-
-    def __init__(self, weights: list[float]) -> None:
-        shares = [Fraction(str(weight)) for weight in weights]
-        total = sum(shares)
-        period = 1
-        for share in shares:
-            period = int(np.lcm(period, (share / total).denominator)) if period <= _PERIOD else period
-        period = min(period, _PERIOD)
-        exact = [share / total * period for share in shares]
-        counts = [int(part) for part in exact]
-        # Largest remainder; a source never gets less than one turn.
-        for index in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: period - sum(counts)]:
-            counts[index] += 1
-        counts = [max(1, count) for count in counts]
-        self.counts, self.period = counts, sum(counts)
-        due = sorted((Fraction(2 * k + 1, 2 * n), source) for source, n in enumerate(counts) for k in range(n))
-        self.source = np.array([source for _, source in due])
-        self.before = np.zeros(self.period, dtype=np.int64)
-        for source in range(len(counts)):
-            mine = self.source == source
-            self.before[mine] = np.arange(mine.sum())
-
-    def pick(self, n: int) -> tuple[int, int]:
-        """(source, row of that source) for global row n."""
-        cycle, slot = divmod(n, self.period)
-        source = int(self.source[slot])
-        return source, cycle * self.counts[source] + int(self.before[slot])
-
-
-# ---- rows to tensors ------------------------------------------------------------------------------------------------
-
-
-class Collate:
-    """Rows to a batch: input_ids (B, L) int64, labels (B, L) int64, seq_idx (B, L) int32, bytes (int)."""
-
-    def __init__(self, max_length: int, pad: int, table: np.ndarray) -> None:
-        self.max_length, self.pad, self.table = max_length, pad, table
-
-    def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        shape = (len(rows), self.max_length)
-        ids = np.full(shape, self.pad, dtype=np.int64)
-        labels = np.full(shape, -100, dtype=np.int64)
-        seq_idx = np.full(shape, -1, dtype=np.int32)
-        for r, row in enumerate(rows):
-            at = 0
-            for number, (tokens, trainable) in enumerate(row):
-                end = at + len(tokens)
-                ids[r, at:end] = tokens
-                # The first token of a piece has nothing before it that could predict it.
-                labels[r, at + 1 : end] = np.where(trainable[1:], tokens[1:], -100)
-                seq_idx[r, at:end] = number
-                at = end
-        size = int(self.table[labels[labels >= 0]].sum(dtype=np.int64))
-        tensors = {
-            "input_ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(labels),
-            "seq_idx": torch.from_numpy(seq_idx),
-        }
-        return tensors | {"bytes": size}
 
 
 class _Batches(torch.utils.data.Dataset):
     """Batch k counted from `begin`: a pure function of k, so any worker may make it."""
 
     def __init__(self, loader: Loader, begin: int) -> None:
-        self.sources, self.turns, self.collate = loader.sources, loader.turns, loader.collate
-        self.batch_size, self.rank, self.world_size, self.begin = (
-            loader.batch_size,
-            loader.rank,
-            loader.world_size,
-            begin,
-        )
+        self.sources, self.turns, self.collate = loader.cached, loader.turns, loader.collate
+        self.batch_size, self.rank, self.world_size = loader.batch_size, loader.rank, loader.world_size
+        self.begin = begin
 
     def __getitem__(self, k: int) -> dict[str, Any]:
         first = self.begin + k * self.batch_size * self.world_size + self.rank
@@ -188,12 +57,8 @@ class _Streamed(torch.utils.data.IterableDataset):
 
     def __init__(self, loader: Loader, state: dict[str, Any]) -> None:
         self.sources, self.turns, self.collate = loader.sources, loader.turns, loader.collate
-        self.batch_size, self.rank, self.world_size, self.state = (
-            loader.batch_size,
-            loader.rank,
-            loader.world_size,
-            state,
-        )
+        self.batch_size, self.rank, self.world_size = loader.batch_size, loader.rank, loader.world_size
+        self.state = state
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         streams = {i: source for i, source in enumerate(self.sources) if isinstance(source, StreamRows)}
@@ -205,30 +70,31 @@ class _Streamed(torch.utils.data.IterableDataset):
             # All ranks' rows pass by, so that the state after a batch is the same on every rank.
             for step in range(self.batch_size * self.world_size):
                 source, index = self.turns.pick(n)
+                place = self.sources[source]
                 mine = step % self.world_size == self.rank
-                if source in streams:
-                    row = streams[source].next()
+                if isinstance(place, StreamRows):
+                    row = place.next()
+                    rows += [row] if mine else []
                 elif mine:
-                    row = self.sources[source].row(index)
-                if mine:
-                    rows.append(row)
+                    rows.append(place.row(index))
                 n += 1
             state = {"rows": n, "streams": {str(i): stream.state() for i, stream in streams.items()}}
             yield self.collate(rows), state
 
 
 def _quiet_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; only the trainer decides what it means. A worker whose parent died leaves by itself.
+    # Ctrl-C reaches the whole process group; only the trainer decides what it means. A worker whose parent died
+    # leaves by itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Loader:
-    """Iterating yields batches without end; `state_dict` tells what was consumed, and `once` makes one pass (validation).
+    """Iterating yields batches without end; `state_dict` tells what was consumed, and `once` makes one pass
+    (validation).
 
-    `len_rows`: rows an epoch, over all ranks (None with streams). `epoch`: epochs begun and finished so far, counted in rows. `account`: exact
-    counts of one epoch of the cached sources and of what was read of streams.
-    """
+    `len_rows`: rows an epoch, over all ranks (None with streams). `epoch`: epochs begun and finished so far, counted
+    in rows. `account`: exact counts of one epoch of the cached sources and of what was read of streams."""
 
     def __init__(
         self, sources: list[CachedRows | StreamRows], weights: list[float], collate: Collate, *,
@@ -238,9 +104,8 @@ class Loader:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.turns = Turns(weights)
         self.streaming = any(isinstance(source, StreamRows) for source in sources)
-        self.len_rows = (
-            None if self.streaming else sum(source.rows for source in sources if isinstance(source, CachedRows))
-        )
+        self.cached = [source for source in sources if isinstance(source, CachedRows)]
+        self.len_rows = None if self.streaming else sum(source.rows for source in self.cached)
         self._key = key
         self._state: dict[str, Any] = {"rows": 0}
 
@@ -273,8 +138,8 @@ class Loader:
         """Continue after `state`. Raises DataError when it belongs to other data or another way of packing it."""
         if state.get("version") != 1 or state.get("key") != self._key:
             raise DataError(
-                "the data, its order or max_length differ from what this checkpoint was training on, so its position means nothing here",
-                hint="restore the files and the recipe's data section, or start a new run from the weights with --model and --resume never",
+                "the data, its order or max_length differ from the checkpoint's, so its position means nothing",
+                hint="restore the files and the recipe's data section, or start a new run from the weights (--model)",
             )
         rows = state.get("rows")
         if (
@@ -303,7 +168,8 @@ class Loader:
 
     def _worker(self, dataset: Any, workers: int) -> Any:
         options: dict[str, Any] = {} if self.streaming else {"sampler": _Count()}
-        # A generator of its own: DataLoader would otherwise draw from torch's global one and change what a resumed run draws.
+        # A generator of its own: DataLoader would otherwise draw from torch's global one and change what a resumed
+        # run draws.
         return torch.utils.data.DataLoader(
             dataset,
             batch_size=None,
@@ -316,8 +182,8 @@ class Loader:
     def once(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """One pass over this rank's rows from the start, at most `limit` batches; the position is not touched.
 
-        Cached sources: every row exactly once over all ranks, in an order that mixes them; the last batch is filled with empty rows
-        and all ranks get as many batches. Streams: the first `limit` batches (which must be given).
+        Cached sources: every row exactly once over all ranks, in an order that mixes them; the last batch is filled
+        with empty rows and all ranks get as many batches. Streams: the first `limit` batches (which must be given).
         """
         if self.streaming:
             if limit is None:
@@ -326,13 +192,13 @@ class Loader:
                 )
             yield from (batch for batch, _ in itertools.islice(iter(_Streamed(self, {"rows": 0})), limit))
             return
-        every = [(source, row) for source, rows in enumerate(self.sources) for row in range(rows.rows)]  # type: ignore[union-attr]
+        every = [(source, row) for source, rows in enumerate(self.cached) for row in range(rows.rows)]
         if len(self.sources) > 1:
             every = [every[i] for i in permutation(len(every), _VALID_SEED, 0)]
         step = self.batch_size * self.world_size
         for first in itertools.islice(range(0, len(every), step), limit):
             mine = every[first : first + step][self.rank :: self.world_size]
-            rows = [self.sources[source].row(row) for source, row in mine]  # type: ignore[union-attr]
+            rows = [self.cached[source].row(row) for source, row in mine]
             yield self.collate(rows + [[] for _ in range(self.batch_size - len(rows))])
 
 
@@ -344,7 +210,7 @@ class _Count(torch.utils.data.Sampler):
         return itertools.count()
 
 
-# ---- from a recipe --------------------------------------------------------------------------------------------------
+# ---- from a recipe -------------------------------------------------------------------------------------------------
 
 
 def make_loader(
@@ -360,9 +226,9 @@ def make_loader(
 ) -> Loader | None:
     """The loader for `split` ("train" or "valid") of a recipe's data section.
 
-    valid comes from data.valid, else the share data.valid_fraction of train's pieces, which train then leaves out. None: there is no validation
-    data (fraction 0, or, with a warning, too little text to hold any out). Raises DataError, UsageError, StorageError.
-    """
+    valid comes from data.valid, else the share data.valid_fraction of train's pieces, which train then leaves out.
+    None: there is no validation data (fraction 0, or, with a warning, too little text to hold any out). Raises
+    DataError, UsageError, StorageError."""
     tell = on_event or (lambda event: None)
     own = bool(data.valid)
     fraction = 0.0 if own else float(data.valid_fraction)
@@ -421,9 +287,15 @@ def make_loader(
     ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     loader = Loader(
-        sources, weights, Collate(data.max_length, pad, token_bytes(tokenizer)), batch_size=batch_size, rank=rank, world_size=world_size,
-        workers=int(data.workers) if split == "train" else 0, key=hashlib.sha256(json.dumps(order).encode()).hexdigest()[:32],
-    )  # fmt: skip
+        sources,
+        weights,
+        Collate(data.max_length, pad, token_bytes(tokenizer)),
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        workers=int(data.workers) if split == "train" else 0,
+        key=hashlib.sha256(json.dumps(order).encode()).hexdigest()[:32],
+    )
     if split == "train" and not loader.streaming and not loader.account["trained"]:
         raise DataError(
             "the training data has no token that the loss counts",

@@ -1,8 +1,9 @@
 """Documents to rows of a fixed length: no token is lost, none is seen twice, and `seq_idx` keeps documents apart.
 
-A document longer than a row is split into pieces of exactly one row and a rest; a shorter one is never split. Pieces are packed best fit decreasing
-inside windows of consecutive pieces, so packing is deterministic, needs bounded memory and fills rows to about 99 % on real text. Every piece is a document
-of its own to the model (its state starts at zero; the rest of a split document gets no `<s>`).
+A document longer than a row is split into pieces of exactly one row and a rest; a shorter one is never split. Pieces
+are packed best fit decreasing inside windows of consecutive pieces, so packing is deterministic, needs bounded memory
+and fills rows to about 99 % on real text. Every piece is a document of its own to the model (its state starts at
+zero; the rest of a split document gets no `<s>`).
 
 Accounting, exact for any set of pieces:  tokens = trained + first + masked
     first    tokens that begin a piece: nothing comes before them that could predict them (one a piece)
@@ -22,7 +23,9 @@ WINDOW = 4096
 
 
 class Pieces(NamedTuple):
-    """Pieces of documents: `starts` (int64) in the token file, `lengths` (int32), `hashes` (uint64) that decide train or valid."""
+    """Pieces of documents: `starts` (int64) in the token file, `lengths` (int32), `hashes` (uint64) that decide
+    train or valid.
+    """
 
     starts: np.ndarray
     lengths: np.ndarray
@@ -34,7 +37,9 @@ class Pieces(NamedTuple):
 
 
 def split_documents(ends: np.ndarray, hashes: np.ndarray, max_length: int) -> Pieces:
-    """The pieces of documents that end at `ends` (int64, ascending) in one run of tokens, each at most `max_length` tokens, in order."""
+    """The pieces of documents that end at `ends` (int64, ascending) in one run of tokens, each at most `max_length`
+    tokens, in order.
+    """
     ends = np.asarray(ends, dtype=np.int64)
     starts = np.concatenate([np.zeros(min(1, len(ends)), dtype=np.int64), ends[:-1]])
     counts = -((starts - ends) // max_length)
@@ -64,8 +69,10 @@ def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
 def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """(pieces,) bool: which pieces are for validation: those whose hash falls into the lowest `fraction`.
 
-    A piece's side depends on its own text only, so equal texts are on the same side and more data moves nothing. Only where that would leave one
-    side empty, the piece with the lowest (highest) hash changes sides, unless all hashes are equal."""
+    A piece's side depends on its own text only, so equal texts are on the same side and more data moves nothing. Only
+    where that would leave one side empty, the piece with the lowest (highest) hash changes sides, unless all hashes
+    are equal.
+    """
     chosen = below(hashes, fraction)
     if fraction <= 0 or not len(hashes) or hashes.min() == hashes.max():
         return np.zeros(len(hashes), dtype=bool)
@@ -77,9 +84,9 @@ def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
 def pack(lengths: np.ndarray, max_length: int, *, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray]:
     """Packs pieces of `lengths` (each 1..max_length) into rows.
 
-    Returns `order` (int64, a permutation of the pieces) and `bounds` (int64, rows + 1): row r holds the pieces order[bounds[r] : bounds[r + 1]].
-    Rows come in the order of the earliest piece they hold, and pieces in a row in their own order.
-    """
+    Returns `order` (int64, a permutation of the pieces) and `bounds` (int64, rows + 1): row r holds the pieces
+    order[bounds[r] : bounds[r + 1]]. Rows come in the order of the earliest piece they hold, and pieces in a row in
+    their own order."""
     order: list[int] = []
     bounds = [0]
     for first in range(0, len(lengths), window):
@@ -92,7 +99,8 @@ def pack(lengths: np.ndarray, max_length: int, *, window: int = WINDOW) -> tuple
 def _best_fit(lengths: list[int], max_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
     by_space: dict[int, list[int]] = {}
-    spaces = 0  # bit s is set while some row has exactly s tokens of space left: the best fit is its lowest bit at or above the length
+    # Bit s is set while some row has exactly s tokens of space left: the best fit is the lowest bit from a length on.
+    spaces = 0
     for piece in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[piece]
         fitting = spaces >> length

@@ -1,21 +1,25 @@
-"""What a record means: text, a chat, an instruction, a prompt with its completion; each becomes ordered segments (text, trainable, role).
+"""What a record means: text, a chat, an instruction, a prompt with its completion; each becomes ordered segments
+(text, trainable, role).
 
 | kind | keys | becomes |
 |---|---|---|
 | `text` | `text` | one trainable segment |
 | `messages` | `messages`: [{role, content}] (OpenAI; content a string or a list of text parts) | a chat |
 | `conversations` | `conversations`: [{from, value}] (ShareGPT: human/gpt/system/tool) | a chat |
-| `instruction` | `instruction`, `input`, `output`, optional `system` (Alpaca) | a chat: instruction, blank line, input -> output |
-| `prompt` | `prompt`, `completion` (strings, or lists of messages) | plain text, only the completion trainable; or a chat |
+| `instruction` | `instruction`, `input`, `output`, optional `system` (Alpaca) | a chat: instruction + input -> output |
+| `prompt` | `prompt`, `completion` (strings or messages) | plain text, only the completion trainable; or a chat |
 
-Chat segments carry a role and get the tokenizer's chat template later (tokenize.py); plain segments don't. Roles must alternate: an optional system
-message first, then user, assistant, user, …; `tool` results may follow an assistant's message. An empty system message counts as none.
-Left out: tool calls, images, per-message weights. Sources: the record formats of OpenAI fine-tuning, ShareGPT, Stanford Alpaca and TRL.
-"""
+Chat segments carry a role and get the tokenizer's chat template later (tokenize.py); plain segments don't. Roles must
+alternate: an optional system message first, then user, assistant, user, …; `tool` results may follow an assistant's
+message. An empty system message counts as none. Left out: tool calls, images, per-message weights. Sources: the
+record formats of OpenAI fine-tuning, ShareGPT, Stanford Alpaca and TRL."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from moai_core.errors import DataError
 
 KINDS = ("text", "messages", "conversations", "instruction", "prompt")
 ALIASES = {
@@ -36,13 +40,16 @@ _KEYS = {
 # Asked in this order, so that a chat with a `text` column beside it is a chat.
 _DETECT = ("messages", "conversations", "prompt", "instruction", "text")
 _ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "bot": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 
 
 class Segment(NamedTuple):
-    """A piece of a document: its text, whether the loss counts it (`train_on: assistant`), and the chat role or None for plain text."""
+    """A piece of a document: its text, whether the loss counts it (`train_on: assistant`), and the chat role or
+    None for plain text.
+    """
 
     text: str
     trainable: bool
@@ -50,7 +57,9 @@ class Segment(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One document, or a part of a very long one (`first`/`last` say which); `file` and `line` (1-based) say where it began."""
+    """One document, or a part of a very long one (`first`/`last` say which); `file` and `line` (1-based) say where
+    it began.
+    """
 
     segments: list[Segment]
     file: str
@@ -63,6 +72,37 @@ class BadRecord(ValueError):
     """Why a record can't be used; the reader adds `file:line:`."""
 
 
+@dataclass
+class Problems:
+    """What `on_error` decides, the exact count of what was left out, and how far the reader is.
+
+    skipped: bad records; empty: valid records without text; examples: the first messages; consumed: bytes read from
+    the disk; kind: what the last file's records are; origin: bytes of its byte order mark."""
+
+    on_error: str = "stop"
+    skipped: int = 0
+    empty: int = 0
+    examples: list[str] = field(default_factory=list)
+    consumed: int = 0
+    kind: str = "auto"
+    origin: int = 0
+
+    def bad(self, file: str, line: int, why: str) -> None:
+        message = f"{file}:{line}: {why}"
+        if self.on_error != "skip":
+            raise DataError(
+                message, hint="mend the line, or set data.on_error=skip to leave such lines out and count them"
+            )
+        self.skipped += 1
+        if len(self.examples) < 20:
+            self.examples.append(message)
+
+
+def left_out(skipped: int, examples: list[str]) -> str:
+    """`3 bad lines left out, the first: file:line: why`; empty for none."""
+    return f"{skipped} bad line{'s' * (skipped != 1)} left out, the first: {examples[0]}" if skipped else ""
+
+
 def kind_of(record: Any) -> str:
     """The kind of a record, by its keys. Raises BadRecord naming the keys that were found."""
     fields = _object(record)
@@ -71,12 +111,15 @@ def kind_of(record: Any) -> str:
             return kind
     found = ", ".join(repr(str(key))[:40] for key in list(fields)[:6]) or "no keys"
     raise BadRecord(
-        f"unknown kind of record (keys: {found}); expected 'text', 'messages', 'conversations', 'instruction' with 'output', or 'prompt' with 'completion'"
+        f"unknown kind of record (keys: {found}); expected 'text', 'messages', 'conversations', "
+        "'instruction' with 'output', or 'prompt' with 'completion'"
     )
 
 
 def segments_of(record: Any, kind: str) -> list[Segment]:
-    """The segments of one record of a known kind; empty when the record is valid and holds no text. Raises BadRecord saying what is wrong."""
+    """The segments of one record of a known kind; empty when the record is valid and holds no text. Raises
+    BadRecord saying what is wrong.
+    """
     fields = _object(record)
     for key in _KEYS[kind]:
         if key not in fields:
@@ -118,9 +161,7 @@ def _prompt(fields: dict[str, Any]) -> list[Segment]:
 
 def _chat(turns: Any, where: str) -> list[Segment]:
     if not isinstance(turns, list) or not turns:
-        raise BadRecord(
-            f"{where!r} must be a list of messages, got {_name(turns) if not isinstance(turns, list) else 'an empty list'}"
-        )
+        raise BadRecord(f"{where!r} must be a list of messages, got {'an empty list' if turns == [] else _name(turns)}")
     made: list[Segment] = []
     for number, turn in enumerate(turns, 1):
         role, content = _turn(turn, f"{where}[{number}]")
@@ -176,7 +217,7 @@ def _text(value: Any, where: str) -> str:
             value.encode()
         except UnicodeEncodeError as exc:
             raise BadRecord(
-                f"{where!r} has half a surrogate pair (\\u{ord(value[exc.start]):04x}) at character {exc.start}, which is not valid Unicode"
+                f"{where!r} has half a surrogate pair (\\u{ord(value[exc.start]):04x}) at character {exc.start}"
             ) from exc
     return value
 

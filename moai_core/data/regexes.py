@@ -1,11 +1,11 @@
 """Refuses patterns in a tokenizer file that could backtrack without end.
 
-Why: tokenizers runs patterns with Oniguruma, which backtracks and has no time limit, so `(a+)+$` in a downloaded tokenizer.json hangs the
-program on the first long word. Two checks: an unbounded repetition inside another one (or an alternation repeated without bound whose
-branches begin alike) is refused from its text; any other pattern that isn't one of the well-known ones is tried in a process of its own,
-with a time limit, on long runs of what the pattern itself mentions. Left out: proof; this refuses the families that occur in practice.
-Source: OWASP, Regular expression denial of service.
-"""
+Why: tokenizers runs patterns with Oniguruma, which backtracks and has no time limit, so `(a+)+$` in a downloaded
+tokenizer.json hangs the program on the first long word. Two checks: an unbounded repetition inside another one (or an
+alternation repeated without bound whose branches begin alike) is refused from its text; any other pattern that isn't
+one of the well-known ones is tried in a process of its own, with a time limit, on long runs of what the pattern
+itself mentions. Left out: proof; this refuses the families that occur in practice. Source: OWASP, Regular expression
+denial of service."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ from moai_core.errors import CheckpointError
 
 _LONGEST = 8192
 _SECONDS = 3.0
-# Letters, contractions and digits as GPT-2, cl100k (GPT-4, Llama 3, Qwen 2) and o200k split them: linear, and most tokenizers have one of them.
+# Letters, contractions and digits as GPT-2, cl100k (GPT-4, Llama 3, Qwen 2) and o200k split them: linear, and most
+# tokenizers have one of them.
 KNOWN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    *(
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"""
+        + digits
+        + r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+        for digits in (r"\p{N}{1,3}", r"\p{N}")
+    ),
 )
 _TRY = """
 import json, sys
@@ -73,7 +78,9 @@ def _patterns(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def nested(pattern: str) -> bool:
-    """Whether a group that can repeat without bound holds an unbounded repetition, or branches that may begin with the same character."""
+    """Whether a group that can repeat without bound holds an unbounded repetition, or branches that may begin with
+    the same character.
+    """
     groups: list[dict[str, Any]] = [{"loop": False, "heads": [""], "atomic": False}]
     at = 0
     while at < len(pattern):

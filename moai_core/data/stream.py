@@ -1,10 +1,10 @@
 """Rows from a source that is read while training: a window of documents at a time is tokenized, packed and used up.
 
-A window is 1024 documents or 4 million characters, whichever comes first; its rows are permuted by (seed, epoch, window). The position is what the reader
-needs to stand at the window's start (the state of a `datasets.IterableDataset`, or file and document for local files), the rows used of the
-window, and the counts so far. Restoring local files reads over the documents before it in that one file.
-A text longer than a part (read.py) is a document a part here.
-"""
+A window is 1024 documents or 4 million characters, whichever comes first; its rows are permuted by (seed, epoch,
+window). The position is what the reader needs to stand at the window's start (the state of a
+`datasets.IterableDataset`, or file and document for local files), the rows used of the window, and the counts so far.
+Restoring local files reads over the documents before it in that one file. A text longer than a part (formats.py) is a
+document a part here."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ Row = list[tuple[np.ndarray, np.ndarray]]
 
 
 class StreamRows:
-    """The rows of a stream: `next()` gives one after the other, without end; `state()` and `restore()` as small JSON."""
+    """The rows of a stream: `next()` gives one after the other, without end; `state()` and `restore()` as small
+    JSON.
+    """
 
     def __init__(
-        self, path: str, tokenizer: PreTrainedTokenizerFast, max_length: int, *, all_turns: bool, seed: int, shuffle: bool,
-        part: str | None, fraction: float, format: str, on_error: str,
+        self, path: str, tokenizer: PreTrainedTokenizerFast, max_length: int, *, all_turns: bool, seed: int,
+        shuffle: bool, part: str | None, fraction: float, format: str, on_error: str,
     ) -> None:  # fmt: skip
         self.path, self.tokenizer, self.max_length, self.all_turns = path, tokenizer, max_length, all_turns
         self.seed, self.shuffle, self.part, self.fraction = seed, shuffle, part, fraction
@@ -76,7 +78,9 @@ class StreamRows:
         return {**self._at, "account": dict(self._at["account"])}
 
     def next(self) -> Row:
-        """The next row as its pieces (ids int64, trainable bool). Raises DataError for bad data or a stream without text."""
+        """The next row as its pieces (ids int64, trainable bool). Raises DataError for bad data or a stream without
+        text.
+        """
         while self._at["row"] >= len(self._rows):
             if self._loaded:
                 self._at |= {"position": self._after, "window": self._at["window"] + 1, "row": 0, "counted": False}
@@ -140,10 +144,9 @@ class StreamRows:
             ).random_raw(len(rows))
             rows = [rows[i] for i in np.argsort(words, kind="stable")]
         tokens, firsts = int(pieces.lengths.sum(dtype=np.int64)), len(pieces.lengths)
-        return rows, {
-            "documents": sum(document.last for document in documents), "pieces": firsts, "rows": len(rows), "tokens": tokens,
-            "trained": tokens - firsts - masked, "first": firsts, "masked": masked, "padding": len(rows) * self.max_length - tokens,
-        }  # fmt: skip
+        counts = {"documents": sum(document.last for document in documents), "pieces": firsts, "rows": len(rows)}
+        counts |= {"tokens": tokens, "trained": tokens - firsts - masked, "first": firsts, "masked": masked}
+        return rows, counts | {"padding": len(rows) * self.max_length - tokens}
 
 
 def _local(path: str, format: str, position: Any, problems: Problems) -> Iterator[tuple[list[Document], Any]]:
@@ -167,7 +170,9 @@ def _local(path: str, format: str, position: Any, problems: Problems) -> Iterato
 
 
 def _hub(path: str, format: str, position: Any, problems: Problems) -> Iterator[tuple[list[Document], Any]]:
-    """Windows of an `hf://` dataset, each with the position after it: the library's state, the row, and the kind its records have."""
+    """Windows of an `hf://` dataset, each with the position after it: the library's state, the row, and the kind
+    its records have.
+    """
     dataset = open_hub(path)
     row = 0
     if position is not None:

@@ -1,13 +1,14 @@
 """Tokenizers and what they make of a document: ids, and which of them the loss counts.
 
-Text becomes [what the tokenizer puts before a text, `<s>` for moai's own] + tokens + `</s>`. A chat becomes what the tokenizer's chat template
-(ChatML for moai's own) renders, + `</s>` unless it ends so; trainable are each assistant's content and the token that ends its turn (`<|im_end|>`).
-Text of users never becomes a special token: the template's own text and the messages are tokenized apart, the latter as plain text. So the
-borders are the same in training and generation (`encode_chat`), and `<|im_end|>` inside a message stays the eleven characters that it is.
+Text becomes what the tokenizer's post-processor puts before it (`<s>` or nothing) + tokens + `</s>`. A chat becomes
+what the tokenizer's chat template (ChatML for moai's own) renders, + `</s>` unless it ends so; trainable are each
+assistant's content and the token that ends its turn (`<|im_end|>`). Text of users never becomes a special token: the
+template's own text and the messages are tokenized apart, the latter as plain text. So the borders are the same in
+training and generation (`encode_chat`), and `<|im_end|>` inside a message stays the ten characters that it is.
 
-Safety: only tokenizer.json (data) is read, never code; `auto_map` is refused, and so are oversized files and patterns that can backtrack without
-end (Oniguruma has no time limit). Templates render in transformers' sandbox. Left out: slow (Python, sentencepiece) tokenizers.
-Source: tokenizers' file format; Hugging Face chat templates.
+Safety: only tokenizer.json (data) is read, never code; `auto_map` is refused, and so are oversized files and patterns
+that can backtrack without end (Oniguruma has no time limit). Templates render in transformers' sandbox. Left out:
+slow (Python, sentencepiece) tokenizers. Source: tokenizers' file format; Hugging Face chat templates.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 _MARK = "\uf8ff"
 
 
-# ---- loading --------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
@@ -135,13 +136,15 @@ def _content(token: Any) -> str:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """Raises UsageError unless every id of `tokenizer` fits a model with `vocab_size` rows (more rows than ids are fine)."""
+    """Raises UsageError unless every id of `tokenizer` fits a model with `vocab_size` rows (more rows than ids are
+    fine).
+    """
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:
         name = tokenizer.name_or_path or "the tokenizer"
         raise UsageError(
             f"{name} has ids up to {highest}, but the model's vocab_size is {vocab_size}",
-            hint=f"use the tokenizer that the model was trained with, or set model.vocab_size to at least {highest + 1}",
+            hint=f"use the model's own tokenizer, or set model.vocab_size to at least {highest + 1}",
         )
 
 
@@ -155,9 +158,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """(ids,) int32: the UTF-8 bytes of text each token stands for; special tokens 0.
 
-    Exact for byte-level tokenizers (a token is a string of bytes; what the normalizer changed counts as changed) and for byte fallback;
-    for others the length of the token's text, with a word border counted as one space.
-    """
+    Exact for byte-level tokenizers (a token is a string of bytes; what the normalizer changed counts as changed) and
+    for byte fallback; for others the length of the token's text, with a word border counted as one space."""
     vocab = tokenizer.get_vocab()
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     table = np.zeros(max(vocab.values()) + 1, dtype=np.int32)
@@ -175,7 +177,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return table
 
 
-# ---- encoding -------------------------------------------------------------------------------------------------------
+# ---- encoding ------------------------------------------------------------------------------------------------------
 
 
 class Encoded(NamedTuple):
@@ -186,7 +188,9 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Documents to ids, a batch at a time on all threads that the tokenizers library takes. Holds its own copy of the backend."""
+    """Documents to ids, a batch at a time on all threads that the tokenizers library takes. Holds its own copy of
+    the backend.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -197,7 +201,9 @@ class Encoder:
         self._layout = lru_cache(4096)(self._render)
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
-        """One `Encoded` a document (or part). Raises UsageError when a chat needs a template that the tokenizer lacks."""
+        """One `Encoded` a document (or part). Raises UsageError when a chat needs a template that the tokenizer
+        lacks.
+        """
         texts = [segment.text for document in documents for segment in document.segments]
         ids = iter(self.plain.encode_batch_fast(texts, add_special_tokens=False))
         return [self._assemble(document, [next(ids).ids for _ in document.segments]) for document in documents]
@@ -230,7 +236,8 @@ class Encoder:
         return _encoded(ids, runs)
 
     def _render(self, roles: tuple[str, ...], prompt: bool) -> list[tuple[list[int], int]]:
-        """The template's own text before, between and after the messages, as (ids, how many of them end the turn before).
+        """The template's own text before, between and after the messages, as (ids, how many of them end the turn
+        before).
 
         The template sees a mark in place of each content, so nothing that a user wrote can steer it.
         """
@@ -252,7 +259,7 @@ class Encoder:
             piece, found, rest = rest.partition(mark)
             if not found:
                 raise UsageError(
-                    "the tokenizer's chat template leaves out or reorders messages, so what an assistant said can't be told apart"
+                    "the tokenizer's chat template leaves out or reorders messages, so answers can't be told apart"
                 )
             pieces.append(piece)
         backend, special = self.tokenizer.backend_tokenizer, set(self.tokenizer.all_special_ids)
@@ -264,7 +271,9 @@ class Encoder:
         return fixed
 
     def encode_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        """The ids of a chat as training sees them, without the final `</s>`; with the start of the assistant's turn if asked."""
+        """The ids of a chat as training sees them, without the final `</s>`; with the start of the assistant's turn
+        if asked.
+        """
         fixed = self._layout(tuple(message["role"] for message in messages), add_generation_prompt)
         contents = self.plain.encode_batch_fast([message["content"] for message in messages], add_special_tokens=False)
         ids = list(fixed[0][0])

@@ -1,4 +1,6 @@
-"""A small byte-level BPE tokenizer with moai's special tokens, trained once a session, and the mixed text that the tests write."""
+"""A small byte-level BPE tokenizer with moai's special tokens, trained once a session, and the mixed text that the
+tests write.
+"""
 
 import json
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ TEXTS = [
 ]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -60,8 +63,8 @@ def section(tmp_path):
 
     def make(**values):
         made = {
-            "train": None, "valid": None, "valid_fraction": 0.0, "max_length": 32, "format": "auto", "on_error": "stop", "train_on": "assistant",
-            "streaming": "auto", "shuffle": True, "workers": 0, "cache": None,
+            "train": None, "valid": None, "valid_fraction": 0.0, "max_length": 32, "format": "auto", "on_error": "stop",
+            "train_on": "assistant", "streaming": "auto", "shuffle": True, "workers": 0, "cache": None,
         }  # fmt: skip
         return SimpleNamespace(**(made | values))
 

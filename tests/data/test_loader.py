@@ -1,13 +1,17 @@
-"""Batches: the accounting identity, masks, exact resuming at any worker count and world size, mixtures, shards, streams, held-out text."""
+"""Batches: the accounting identity, masks, exact resuming at any worker count and world size, mixtures, shards,
+streams, held-out text.
+"""
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from moai_core.data.loader import Turns, make_loader, permutation
+from moai_core.data.loader import make_loader
+from moai_core.data.rows import Turns, permutation
 from moai_core.data.tokenize import Encoder, token_bytes
 from moai_core.errors import DataError, UsageError
 
@@ -52,7 +56,7 @@ def saved(loader):
     return json.loads(json.dumps(loader.state_dict()))
 
 
-# ---- what a batch is ------------------------------------------------------------------------------------------------
+# ---- what a batch is -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
@@ -129,15 +133,16 @@ def test_each_row_is_read_back_as_the_documents_it_holds(text, tokenizer, sectio
     assert found == documents
 
 
-# ---- resuming -------------------------------------------------------------------------------------------------------
+# ---- resuming ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0), (2, 2)])
 def test_resuming_is_exact_across_epochs_and_workers(text, tokenizer, section, workers, streaming):
-    make = lambda n: make_loader(
-        section(train=text, workers=n, streaming=streaming, max_length=1024), tokenizer, batch_size=4, seed=3
-    )  # noqa: E731
+    def make(workers):
+        data = section(train=text, workers=workers, streaming=streaming, max_length=1024)
+        return make_loader(data, tokenizer, batch_size=4, seed=3)
+
     whole = take(make(0), 30)
     loader = make(workers[0])
     assert take(loader, 7) == whole[:7]
@@ -174,7 +179,7 @@ def test_epochs_differ_and_hold_the_same_rows(text, tokenizer, section):
 
 def test_without_shuffling_rows_come_in_the_files_order(text, tokenizer, section):
     loader = make_loader(section(train=text, shuffle=False, max_length=8), tokenizer, batch_size=1)
-    first = tokenizer(json.loads(open(text, encoding="utf-8").readline())["text"])["input_ids"]
+    first = tokenizer(json.loads(Path(text).read_text(encoding="utf-8").splitlines()[0])["text"])["input_ids"]
     assert take(loader, 1)[0][0][0] == first[:8]
     assert take(loader, 1)[0][0][0] == first[8:16]
 
@@ -216,7 +221,7 @@ def test_another_position_is_refused(text, tmp_path, tokenizer, section):
         {"valid_fraction": 0.5},
     ):
         other = make_loader(section(**({"train": text} | values)), tokenizer, batch_size=2)
-        with pytest.raises(DataError, match="its position means nothing here"):
+        with pytest.raises(DataError, match="its position means nothing"):
             other.load_state_dict(state)
     for bad in ({}, {"version": 9}, {**state, "rows": -1}, {**state, "rows": "x"}):
         with pytest.raises(DataError):
@@ -241,7 +246,7 @@ def test_permutations_are_fixed_for_ever():
 FIXED = permutation(10, 1, 0).tolist()
 
 
-# ---- mixtures -------------------------------------------------------------------------------------------------------
+# ---- mixtures ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [0.7, 0.3], [3, 1, 2], [0.333, 0.667], [1e-9, 1], [1 / 3, 2 / 3], [5.0]])
@@ -294,7 +299,7 @@ def test_a_mixture_of_a_stream_and_a_file_resumes(tmp_path, text, tokenizer, sec
     assert loader.len_rows is None
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------------------------
 
 
 def test_a_stream_gives_each_document_once_an_epoch(text, tokenizer, section, monkeypatch):
@@ -381,7 +386,7 @@ def test_hub_paths(path, parts):
     assert parse_hub(path) == parts
 
 
-# ---- validation -----------------------------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -439,7 +444,7 @@ def test_a_single_long_text_is_held_out_by_pieces(tmp_path, tokenizer, section):
     assert 0.05 < valid["tokens"] / (train["tokens"] + valid["tokens"]) < 0.2
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_train_on(tmp_path, tokenizer, section):

@@ -1,4 +1,8 @@
-"""Packing: every token exactly once, no document across a border, deterministic, full rows; the held-out share is stable."""
+"""Packing: every token exactly once, no document across a border, deterministic, full rows; the held-out share is
+stable.
+"""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,11 +22,11 @@ def pieces_of(lengths, max_length):
 @settings(max_examples=300, deadline=None)
 @given(LENGTHS, st.integers(1, 64), st.integers(1, 50))
 def test_every_token_exactly_once(lengths, max_length, window):
-    pieces, ends = pieces_of(lengths, max_length)
+    pieces, _ = pieces_of(lengths, max_length)
     order, bounds = pack(pieces.lengths, max_length, window=window)
     seen = np.zeros(sum(lengths), dtype=int)
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, last in pairwise(bounds):
         assert 0 < pieces.lengths[order[first:last]].sum() <= max_length
         for piece in order[first:last]:
             span = slice(pieces.starts[piece], pieces.starts[piece] + pieces.lengths[piece])
@@ -54,7 +58,9 @@ def test_only_long_documents_are_split_and_into_full_pieces(lengths, max_length)
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60))
 def test_best_fit_is_within_its_proven_bound(lengths):
-    """Best fit decreasing needs at most 11/9 of the optimum + 1 rows (Johnson 1974); the optimum is at least the sum over the length."""
+    """Best fit decreasing needs at most 11/9 of the optimum + 1 rows (Johnson 1974); the optimum is at least the
+    sum over the length.
+    """
     _, bounds = pack(np.array(lengths), 30)
     optimum = -(-sum(lengths) // 30)
     large = sum(n > 15 for n in lengths)

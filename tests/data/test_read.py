@@ -1,4 +1,6 @@
-"""Every format with good and bad input; a bad line names file, line and reason, and nothing else ever escapes the reader."""
+"""Every format with good and bad input; a bad line names file, line and reason, and nothing else ever escapes the
+reader.
+"""
 
 import gzip
 import json
@@ -10,7 +12,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moai_core.data import read
+from moai_core.data import formats
 from moai_core.data.read import Problems, find_files, read_documents
 from moai_core.errors import DataError, UsageError
 
@@ -51,7 +53,7 @@ def refuses(path, *words, **options):
     assert "\n" not in caught.value.message
 
 
-# ---- good input -----------------------------------------------------------------------------------------------------
+# ---- good input ----------------------------------------------------------------------------------------------------
 
 
 def zst(data):
@@ -110,7 +112,7 @@ def test_endoftext_lines_separate_text_documents(tmp_path):
 
 
 def test_long_texts_come_in_parts_and_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "TEXT_PART", 1000)
+    monkeypatch.setattr(formats, "TEXT_PART", 1000)
     lines = [f"{i} 문장입니다. 吾輩は猫。\n" + "\n" * (i % 5) for i in range(3000)]
     text = "".join(lines) + "x" * 100_000 + "가" * 30_000
     documents = load(write(tmp_path, "long.txt", text))[0]
@@ -127,7 +129,7 @@ def test_cutting_a_text_does_not_change_its_tokens(tmp_path, monkeypatch, tokeni
     path = write(tmp_path, "a.txt", text)
     encoder = Encoder(tokenizer)
     whole = [int(i) for e in encoder.encode(load(path)[0]) for i in e.ids]
-    monkeypatch.setattr(read, "TEXT_PART", 500)
+    monkeypatch.setattr(formats, "TEXT_PART", 500)
     parts = load(path)[0]
     assert len(parts) > 20
     assert [int(i) for e in encoder.encode(parts) for i in e.ids] == whole
@@ -156,7 +158,7 @@ def test_links_are_followed_and_loops_cut(tmp_path):
     assert [f.name for f in find_files(f"{tmp_path}/d/**/*.txt")[0]] == ["a.txt", "b.txt"]
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------------------------
 
 
 def test_missing_empty_and_foreign(tmp_path):
@@ -327,7 +329,7 @@ def test_a_parquet_without_a_known_column(tmp_path):
 
 
 def test_huge_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "MAX_RECORD", 1 << 20)
+    monkeypatch.setattr(formats, "MAX_RECORD", 1 << 20)
     refuses(
         write(tmp_path, "a.jsonl", JSONL + b'{"text": "' + b"x" * (3 << 20)), "a.jsonl:4: the line is longer than 1 MiB"
     )
@@ -354,7 +356,7 @@ def test_no_permission(tmp_path):
         load(path)
 
 
-# ---- fuzz -----------------------------------------------------------------------------------------------------------
+# ---- fuzz ----------------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
