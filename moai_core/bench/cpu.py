@@ -184,12 +184,14 @@ def show(environment: dict[str, Any]) -> None:
     """Prints what the figures depend on and the table's head."""
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "numba"))
     print(f"{environment['processor']}, {environment['threads']} threads; {versions}")
+    if (environment["load"] or 0) > 0.5:
+        load = f"load {environment['load']:.1f}"
+        print(f"warning: other programs are running ({load}): figures are noisy (OMP_WAIT_POLICY=PASSIVE helps)")
     print(
         "MambaForCausalLM of transformers against moai: same weights, taking turns; medians, quartiles of the ratio\n"
     )
-    print(
-        f"{'width, work':24}{'layers, rows x tokens':>24}{'transformers':>14}{'moai':>10}{'ratio':>8}  quartiles   goal"
-    )
+    columns = f"{'width, work':24}{'layers, rows x tokens':>24}{'transformers':>14}{'moai':>10}{'ratio':>8}"
+    print(f"{columns}  {'quartiles':15}goal")
 
 
 def show_result(result: dict[str, Any]) -> None:
@@ -200,7 +202,7 @@ def show_result(result: dict[str, Any]) -> None:
         seconds = f"{timing['transformers_median']:>12.3f} s{timing['moai_median']:>8.3f} s"
         quartiles = f"{timing['ratio_low']:.2f} - {timing['ratio_high']:.2f}"
         name = f"{result['hidden']}, {what}"
-        print(f"{name:24}{shape:>24}{seconds}{timing['ratio']:>8.2f}  {quartiles:12}{goal}")
+        print(f"{name:24}{shape:>24}{seconds}{timing['ratio']:>8.2f}  {quartiles:15}{goal}")
     agreement = result["agreement"]
     print(f"  agreement: loss {agreement['loss']:.1e}, logits {agreement['logits']:.1e} relative\n", flush=True)
 
