@@ -159,14 +159,17 @@ def kill(folder: Path, count: int, seed: int) -> dict:
         overrides = ["data.workers=1"] if dice.random() < 0.1 else []
         code = None
         while code is None:
+            fresh, began, left_alone = not run.exists(), time.monotonic(), dice.random() < 0.3
             pid = start(recipe, run, *overrides)
-            if dice.random() < 0.6:
+            if not left_alone:
                 time.sleep(dice.uniform(0, length))
                 os.kill(pid, signal.SIGKILL)
             if (ended := wait(pid)) == -signal.SIGKILL:
                 moments[max((row["step"] for row in rows(run)), default=0)] += 1
             else:
                 code = ended
+            if fresh and left_alone:  # what else the machine does changes with time
+                length = time.monotonic() - began
         if code != 0:
             failures.append([trial, f"exit {code}", log_tail(run)])
         elif wrong := differences(quiet, outcome(run)):
@@ -187,7 +190,7 @@ def signals(folder: Path, count: int, seed: int) -> dict:
         trial += 1
         run, signum = folder / f"run-{trial}", dice.choice([signal.SIGTERM, signal.SIGINT])
         pid = start(recipe, run)
-        time.sleep(dice.uniform(0, length))
+        time.sleep(dice.uniform(0, 0.8 * length))  # the end draws a picture and has nothing left to save
         os.kill(pid, signum)
         code = wait(pid)
         code = 128 - code if code < 0 else code  # before the command caught signals
