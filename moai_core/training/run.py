@@ -59,7 +59,7 @@ class Run:
     ) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop, self.stack = recipe, run_dir, ranks, stop, stack
         self.on_event: OnEvent = on_event if ranks.main else lambda event: None
-        self.accumulation = recipe.accumulation(ranks.world)
+        self.accumulation = ranks.main_first(lambda: recipe.accumulation(ranks.world))
         self.rows = recipe.train.batch_size * self.accumulation * ranks.world
         self.progress = Progress()
         self.saved: Path | None = None
@@ -68,38 +68,51 @@ class Run:
         self.timed = [0.0, 0.0]
 
     def open(self, resume: str, model_path: Path | None, dtype: torch.dtype) -> None:
-        """Takes the run folder, then builds or restores everything."""
+        """Takes the run folder, then builds or restores everything. Rank 0 goes first, so that what is wrong for all is
+        said once.
+        """
         ranks, recipe = self.ranks, self.recipe
         ranks.on_main(lambda: self._take_folder(resume))
         start = ranks.main_first(lambda: resuming.find_start(self.run_dir, resume, self.on_event))
-        saved = None if start.step_dir is None else checkpoint.load_training(start.step_dir, verified=True)
+        saved = ranks.main_first(lambda: self._open_model(start.step_dir, model_path, dtype, resume))
+        self.loader = ranks.main_first(lambda: self._loader("train"))
+        self.valid_loader = ranks.main_first(lambda: self._loader("valid")) if recipe.train.eval_every else None
+        self.steps = ranks.main_first(lambda: setup.total_steps(recipe, self.loader.len_rows, self.rows))
+        self.parallel = ranks.prepare(self.model)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        tuned = self.model_path is not None and recipe.optim.finetune_lr is not None
+        self.peak_lr = recipe.optim.finetune_lr if tuned and recipe.optim.finetune_lr else recipe.optim.lr
+        self.optimizer = ranks.main_first(
+            lambda: optim.make_optimizer(self.model, recipe.optim, lr=self.peak_lr, seed=recipe.train.seed)
+        )
+        if saved is not None:
+            ranks.main_first(lambda: self._restore(*saved))
+        self.consumed = self.loader.state_dict()
+        self.batches = iter(self.loader)
+        self.ahead: Fetched | None = None
+        ranks.on_main(lambda: self._open_files(start.step_dir))
+        # Known to every rank: they must agree on whether a checkpoint is due.
+        if start.step_dir is not None and start.step_dir.parent.resolve() == self.run_dir.resolve():
+            self.saved = start.step_dir
+
+    def _open_model(
+        self, step_dir: Path | None, model_path: Path | None, dtype: torch.dtype, resume: str
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]] | None:
+        """Tokenizer and model, checked against the recipe and each other; the other state of a checkpoint."""
+        recipe, saved = self.recipe, None
         self.model_path = None if model_path is None else str(model_path.resolve())
-        if saved is not None and start.step_dir is not None:
-            self._agree(saved[1], start.step_dir, explicit=resume not in ("auto", "never"))
+        if step_dir is not None:
+            saved = checkpoint.load_training(step_dir, verified=True)
+            self._agree(saved[1], step_dir, explicit=resume not in ("auto", "never"))
             self.model_path = saved[1].get("model_path")
-        source = start.step_dir or (None if model_path is None else setup.model_folder(model_path, self.on_event))
+        source = step_dir or (None if model_path is None else setup.model_folder(model_path, self.on_event))
         self.tokenizer = setup.load_tokenizer(recipe, source)
         if source is None:
             self.model = setup.new_model(recipe, self.tokenizer)
         else:
             self.model = setup.load_model(source, recipe, self.tokenizer, dtype, self.on_event)
         setup.make_ready(self.model, recipe, dtype)
-        self.loader = ranks.main_first(lambda: self._loader("train"))
-        self.valid_loader = ranks.main_first(lambda: self._loader("valid")) if recipe.train.eval_every else None
-        self.steps = setup.total_steps(recipe, self.loader.len_rows, self.rows)
-        self.parallel = ranks.prepare(self.model)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        tuned = self.model_path is not None and recipe.optim.finetune_lr is not None
-        self.peak_lr = recipe.optim.finetune_lr if tuned and recipe.optim.finetune_lr else recipe.optim.lr
-        self.optimizer = optim.make_optimizer(self.model, recipe.optim, lr=self.peak_lr, seed=recipe.train.seed)
-        if saved is not None:
-            self._restore(*saved)
-        self.consumed = self.loader.state_dict()
-        self.batches = iter(self.loader)
-        self.ahead: Fetched | None = None
-        ranks.on_main(lambda: self._open_files(start.step_dir))
-        if start.step_dir is not None and start.step_dir.parent.resolve() == self.run_dir.resolve():
-            self.saved = start.step_dir
+        return saved
 
     def _take_folder(self, resume: str) -> None:
         resuming.check_output(self.run_dir, resume)

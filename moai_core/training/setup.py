@@ -56,7 +56,7 @@ def precision_name(recipe: Recipe) -> str:
 
 def device_name(device: torch.device) -> str:
     """The product name of a GPU, else the device's."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 # Dense bf16 FLOPs a second with fp32 accumulation, from the data sheets; the first name found in the device's name

@@ -95,7 +95,7 @@ def gradients(recipe, monkeypatch, tmp_path, name):
 
 
 def test_accumulation_is_one_large_batch(tiny, monkeypatch, tmp_path):
-    base = ["train.steps=1", "train.eval_every=0", "optim.clip=null"]
+    base = ["train.steps=1", "train.eval_every=0", "optim.clip=null", "data.max_length=48"]
     large, first = gradients(tiny(*base, "train.batch_size=4"), monkeypatch, tmp_path, "large")
     split = tiny(*base, "train.batch_size=1", "train.accumulation=4")
     small, second = gradients(split, monkeypatch, tmp_path, "small")
