@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that spin while they wait cost other processes their core (tests start many).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Compiled kernels outlive a test session; numba rebuilds them when their source changes.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "kernels"))
 
 import pytest
 

@@ -66,8 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, targets: Tensor, head: nn.Module, *parameters: Tensor) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         d_hidden: list[Tensor] = []
-        # Sums over many chunks: fp32 even where the weights are not.
-        d_parameters = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        d_parameters: list[Tensor] = []
         for rows, labels in _chunks(hidden.detach(), targets, head):
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
@@ -75,9 +74,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_rows, *d_chunk = torch.autograd.grad(loss, [rows, *parameters])
             total = total + loss.detach()
             d_hidden.append(d_rows)
-            for grad, part in zip(d_parameters, d_chunk, strict=True):
-                grad.add_(part)
+            if not d_parameters:
+                # Sums over many chunks: fp32 even where the weights are not. The first chunk's gradients become the sums.
+                d_parameters = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in d_chunk]
+            else:
+                for grad, part in zip(d_parameters, d_chunk, strict=True):
+                    grad.add_(part)
         d_all = torch.cat(d_hidden) if d_hidden else torch.zeros_like(hidden)
+        d_parameters = d_parameters or [torch.zeros_like(p) for p in parameters]
         ctx.save_for_backward(d_all, *(g.to(p.dtype) for g, p in zip(d_parameters, parameters, strict=True)))
         return total
 
