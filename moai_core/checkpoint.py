@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from moai_core import storage, tensors, weights
-from moai_core.errors import CheckpointError, StorageError, storage_error
+from moai_core.errors import CheckpointError, StorageError, UsageError, storage_error
 from moai_core.storage import lock, verify
 
 if TYPE_CHECKING:
@@ -100,10 +100,14 @@ def save(
 def save_model(
     folder: str | os.PathLike[str], model: torch.nn.Module, tokenizer: Any = None, *, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Write the model (and tokenizer) alone into `folder`, as a whole, with a manifest; replaces a folder of that name.
+    """Write the model (and tokenizer) alone into `folder`, as a whole, with a manifest.
 
-    Raises StorageError.
+    A folder that was written so before is replaced. Raises UsageError if `folder` holds anything else, StorageError.
     """
+    if os.path.lexists(folder) and not (Path(folder) / storage.MANIFEST).is_file():
+        raise UsageError(
+            f"{folder}: exists and is no saved model", hint="choose another folder, nothing is overwritten"
+        )
     with storage.new_folder(Path(folder)) as writer:
         weights.write(writer, model, max_shard_size=max_shard_size)
         if tokenizer is not None:

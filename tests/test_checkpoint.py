@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moai_core import checkpoint, storage, tensors
-from moai_core.errors import CheckpointError, LockedError, StorageError
+from moai_core.errors import CheckpointError, LockedError, StorageError, UsageError
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -89,6 +89,19 @@ def test_cast_keeps_the_recurrence_in_fp32(tiny_model, tmp_path):
     save_file(half, tmp_path / "m" / "model.safetensors")
     foreign = checkpoint.load_model(tmp_path / "m")
     assert foreign.model.layers[1].mamba.D.dtype == torch.float32 and foreign.lm_head.weight.dtype == torch.float16
+
+
+def test_a_model_is_never_saved_over_something_else(tiny_model, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter-1.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name in ("thesis", "file"):
+        with pytest.raises(UsageError, match="exists and is no saved model"):
+            checkpoint.save_model(tmp_path / name, tiny_model())
+    assert (tmp_path / "thesis" / "chapter-1.tex").read_text() == (tmp_path / "file").read_text() == "x"
+    for seed in (1, 2):
+        checkpoint.save_model(tmp_path / "new", tiny_model(seed=seed))
+    assert equal(checkpoint.load_model(tmp_path / "new").state_dict(), tiny_model(seed=2).state_dict())
 
 
 def test_run_folder_loads_the_latest_step_and_the_scan_is_picked(tiny_model, tmp_path, tokenizer):
