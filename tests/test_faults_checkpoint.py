@@ -29,9 +29,8 @@ CALLS = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "replac
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from transformers import PreTrainedTokenizerFast
-
     import tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "말": 1}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
