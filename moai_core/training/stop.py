@@ -46,6 +46,11 @@ class StopFlag:
         self._at_once = True
         try:
             yield
+        except Exception:
+            # Whoever catches every exception of a library takes Interrupted for one of them.
+            if self.signum:
+                raise Interrupted(self.signum) from None
+            raise
         finally:
             self._at_once = False
 

@@ -82,6 +82,18 @@ def test_with_nothing_to_save_a_signal_raises_at_once():
         raise AssertionError("not reached: the flag is up already")
 
 
+def test_a_signal_is_not_mistaken_for_an_error_of_a_library():
+    with StopFlag().catching() as flag, pytest.raises(Interrupted) as caught, flag.at_once():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Exception as exc:
+            raise ValueError("the file is broken") from exc
+    assert caught.value.exit_code == 143
+    with pytest.raises(ValueError), StopFlag().at_once():
+        raise ValueError("nobody asked to stop")
+
+
 def test_the_first_request_counts():
     flag = StopFlag()
     assert not flag
