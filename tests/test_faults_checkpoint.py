@@ -333,6 +333,12 @@ def test_one_file_is_written_whole_or_not(tmp_path, monkeypatch):
     assert path.read_bytes() == b"newer"
     with pytest.raises(StorageError, match="nowhere"):
         storage.write_file(tmp_path / "nowhere" / "x", b"")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StorageError, match="pipe: is not a regular file"):
+        storage.write_file(tmp_path / "pipe", b"")
+    (tmp_path / "link").symlink_to(path)
+    storage.write_file(tmp_path / "link", b"through")
+    assert (tmp_path / "link").is_symlink() and path.read_bytes() == b"through"
 
 
 # ---- damage --------------------------------------------------------------------------------------
