@@ -153,8 +153,11 @@ def _replace(tmp: Path, final: Path) -> None:
 
 
 def write_file(path: str | os.PathLike[str], chunks: Iterable[Any] | bytes) -> None:
-    """Write one file atomically (temporary name, flush, rename). Raises StorageError; nothing temporary is left."""
-    path = Path(os.path.abspath(path))
+    """Write one file atomically (temporary name, flush, rename); a link's target is written, and the link stays.
+    Raises StorageError, also for a device, pipe or folder, which is never replaced; nothing temporary is left."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path}: is not a regular file", hint="give the name of a file")
     tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         tmp.unlink(missing_ok=True)
