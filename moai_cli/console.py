@@ -52,6 +52,18 @@ def warn(text: str) -> None:
     err.print(f"[yellow]warning:[/] {escape(clean(text))}")
 
 
+def on_event(event: dict[str, Any]) -> None:
+    """Warnings of the core, on stderr."""
+    if event.get("event") == "warning":
+        warn(str(event.get("message")))
+
+
+def show(text: str) -> None:
+    """Generated text on stdout at once, without what could steer a terminal."""
+    sys.stdout.write(clean(text))
+    sys.stdout.flush()
+
+
 def print_json(value: Any) -> None:
     """`value` as one JSON document on stdout; text stays readable (no \\u escapes), NaN is refused by the JSON standard
     and becomes null.
@@ -96,3 +108,30 @@ def progress(*fields: str) -> Progress:
     ]
     columns += [TextColumn("{task.fields[" + name + "]}") for name in fields]
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+class ReadingBar:
+    """A bar on stderr while a long prompt is read; gone before the first word of the answer."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        from moai_core.generation.engine import CHUNK
+
+        if event["event"] != "prefill" or event["total"] <= CHUNK:
+            return
+        if self._bar is None:
+            self._bar = progress()
+            self._task = self._bar.add_task("reading the prompt", total=event["total"])
+            self._bar.start()
+        self._bar.update(self._task, completed=event["done"])
+        if event["done"] >= event["total"]:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

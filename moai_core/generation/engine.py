@@ -5,8 +5,7 @@ and near 6, 11 and 16; on GPUs with the tile), the difference of 1e-7 sooner or 
 the row goes another way. So a row's numbers must not depend on its company:
 - a prompt is read alone, in chunks of `CHUNK` tokens (memory stays constant, whatever its length);
 - decoding runs at widths whose results were found bit-identical to those of a row alone (`Widths`); a row alone is
-decoded at width 2, beside
-  a copy of itself, which costs a CPU no more than width 1 and agrees with more widths;
+decoded at width 2, beside a copy of itself, which costs a CPU no more than width 1 and agrees with more widths;
 - settings, random numbers and stop strings belong to the row.
 Rows join when there is room and leave when they are done. What is left out: speculative decoding, beam search,
 prefix sharing.
@@ -57,6 +56,12 @@ class Completion:
     logprobs: list[dict[str, Any]] | None = None
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+    def summary(self) -> str:
+        """Counts, speed, how the answer ended and its seed, in one line."""
+        speed = f"{len(self.tokens) / self.decode_seconds:.0f} tokens/s, " if self.decode_seconds else ""
+        counts = f"{self.prompt_tokens} + {len(self.tokens)} tokens"
+        return f"{counts}, {speed}ended by {self.finish_reason}, seed {self.seed}"
 
 
 class Row:

@@ -218,6 +218,8 @@ def check_output(path: Path, *, force: bool) -> None:
     work is done."""
     if path.is_dir():
         raise UsageError(f"--output-file {path}: is a folder")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--output-file {path}: is not a regular file", hint="without --output-file, stdout gets it")
     if not path.parent.is_dir():
         raise UsageError(f"--output-file {path}: the folder {path.parent} doesn't exist")
     if path.exists() and not force:

@@ -142,6 +142,7 @@ def test_no_control_character_reaches_the_terminal(moai, folder, tmp_path, monke
         (["-m", "MODEL", "-p", "x", "-o", "there.txt"], 2, "there.txt: exists already"),
         (["-m", "MODEL", "-p", "x", "-o", "no/dir/x.txt"], 2, "the folder no/dir doesn't exist"),
         (["-m", "MODEL", "-p", "x", "-o", "."], 2, "is a folder"),
+        (["-m", "MODEL", "-p", "x", "-o", "/dev/null", "--force"], 2, "/dev/null: is not a regular file"),
         (["-m", "MODEL", "-p", "x", "--sead", "1"], 2, "No such option: --sead"),
     ],
 )
