@@ -145,6 +145,8 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         """As MoaiMambaForCausalLM.forward, without head and loss."""
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None and input_ids.dim() != 2:
+            raise UsageError(f"input_ids must have the shape (rows, tokens) (got {tuple(input_ids.shape)})")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.residual_in_fp32:
             x = x.float()
@@ -294,6 +296,10 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         hidden = out.last_hidden_state
         loss = logits = None
         if labels is not None:
+            if labels.shape != hidden.shape[:2]:
+                raise UsageError(
+                    f"labels must have the shape of input_ids {tuple(hidden.shape[:2])} (got {tuple(labels.shape)})"
+                )
             targets = losses.shift_labels(labels, _numbered(attention_mask, seq_idx))
             loss = losses.chunked_cross_entropy(hidden, targets, self.lm_head, num_items)
         if return_logits if return_logits is not None else labels is None:

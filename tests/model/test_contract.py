@@ -328,6 +328,10 @@ def test_bad_calls_are_named(tiny_model):
     ids = ids_of(model, 2, 6)
     with pytest.raises(UsageError, match=r"seq_idx must not decrease.*row 1 has 3 before 2"):
         model(ids, seq_idx=torch.tensor([[0] * 6, [0, 0, 3, 2, 2, 2]]))
+    with pytest.raises(UsageError, match=r"input_ids must have the shape \(rows, tokens\) \(got \(6,\)\)"):
+        model(ids[0])
+    with pytest.raises(UsageError, match=r"labels must have the shape of input_ids \(2, 6\) \(got \(2, 5\)\)"):
+        model(ids, labels=ids[:, 1:])
     with pytest.raises(UsageError, match=r"attention_mask must have the shape of input_ids \(2, 6\) \(got \(2, 5\)\)"):
         model(ids, attention_mask=torch.ones(2, 5))
     with pytest.raises(UsageError, match="the state has 2 rows"):
