@@ -7,8 +7,9 @@ template's own text and the messages are tokenized apart, the latter as plain te
 training and generation (`encode_chat`), and `<|im_end|>` inside a message stays the ten characters that it is.
 
 Safety: only tokenizer.json (data) is read, never code; `auto_map` is refused, and so are oversized files and patterns
-that can backtrack without end (Oniguruma has no time limit). Templates render in transformers' sandbox. Left out:
-slow (Python, sentencepiece) tokenizers. Source: tokenizers' file format; Hugging Face chat templates.
+that can backtrack without end (Oniguruma has no time limit). Templates render in transformers' sandbox, and are tried
+first with limits of time and memory. Left out: slow (Python, sentencepiece) tokenizers. Source: tokenizers' file
+format; Hugging Face chat templates.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     from moai_core.data.regexes import check_patterns
+    from moai_core.data.templates import check_template
 
     folder = _folder(path_or_name)
     raw, config = _read(folder / "tokenizer.json"), {}
@@ -56,14 +58,17 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
             f"{folder / 'tokenizer_config.json'}: has auto_map: it wants to run code of its own, which moai never does"
         )
     check_patterns(backend, folder / "tokenizer.json")
-    template = config.get("chat_template")
+    template, source = config.get("chat_template"), folder / "tokenizer_config.json"
     if (folder / "chat_template.jinja").exists():
-        template = _read(folder / "chat_template.jinja").decode()
+        source = folder / "chat_template.jinja"
+        template = _text(_read(source), source)
     if isinstance(template, list):  # several by name; the default one is the chat's
         template = next(
             (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
         )
     special = {key: _content(config[key]) for key in _SPECIAL if config.get(key)}
+    if template:
+        check_template(str(template), special, source)
     extra = {key: config[key] for key in ("model_max_length", "padding_side") if key in config}
     try:
         tokenizer = PreTrainedTokenizerFast(
@@ -119,6 +124,14 @@ def _read(path: Path) -> bytes:
     if len(raw) > limit:
         raise CheckpointError(f"{path}: larger than the {limit >> 20} MiB such a file may have")
     return raw
+
+
+def _text(raw: bytes, path: Path) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as exc:
+        wrong = f"byte {exc.start} (0x{raw[exc.start]:02x})"
+        raise CheckpointError(f"{path}: {wrong} is not valid UTF-8", hint="save the file as UTF-8") from exc
 
 
 def _json(raw: bytes, path: Path) -> dict[str, Any]:

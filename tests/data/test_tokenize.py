@@ -240,11 +240,12 @@ def test_a_vocabulary_too_large_for_the_model(tokenizer):
         ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["x.Evil", null]}}', "auto_map"),
         ("tokenizer_config.json", "x", "not valid JSON"),
         ("chat_template.jinja", "x" * ((1 << 20) + 1), "larger than the 1 MiB"),
+        ("chat_template.jinja", b"\xff{{ messages }}", r"chat_template.jinja: byte 0 \(0xff\) is not valid UTF-8"),
     ],
 )
 def test_files_that_are_refused(tokenizer_folder, tmp_path, file, content, why):
     folder = copy(tokenizer_folder, tmp_path)
-    (folder / file).write_text(content)
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CheckpointError, match=why) as caught:
         load_tokenizer(folder)
     assert caught.value.exit_code == 3
@@ -307,6 +308,52 @@ def test_shipped_tokenizers_need_no_trial():
     for file in TOKENIZERS.glob("*/tokenizer.json"):
         for pattern in _patterns(json.loads(file.read_text())):
             assert not nested(pattern)
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LOOPS,
+        "{% if messages|length == 9 %}" + LOOPS + "{% endif %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+    ],
+)
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_hostile_templates_are_refused_in_time(tokenizer_folder, tmp_path, template, file):
+    folder = copy(tokenizer_folder, tmp_path)
+    if file == "tokenizer_config.json":
+        (folder / "chat_template.jinja").unlink()
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**config, "chat_template": template}))
+    else:
+        (folder / file).write_text(template)
+    begin = time.perf_counter()
+    with pytest.raises(CheckpointError, match=f"{file}: the chat template needs more than 3 s or 256 MB") as caught:
+        load_tokenizer(folder)
+    assert caught.value.exit_code == 3 and caught.value.hint
+    assert time.perf_counter() - begin < 15  # 3 s of the processor, however many share it
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
+        "{% endif %}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ m.content | tojson }}{% endfor %}"
+        "{{ strftime_now('%Y') }}",
+        "{{ broken",  # told when it is used
+    ],
+)
+def test_templates_of_real_tokenizers_pass_their_trial(tokenizer_folder, tmp_path, template):
+    folder = copy(tokenizer_folder, tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    assert load_tokenizer(folder).chat_template == template
 
 
 def test_ids_are_unsigned_and_flags_boolean(tokenizer):
