@@ -39,9 +39,9 @@ Run these in this folder.
 |---|---|
 | `moai train --recipe recipe.yaml --dry-run` | parameters, memory and steps, before anything runs |
 | `moai train --recipe recipe.yaml` | trains; run it again to go on where it stopped |
-| `moai generate --model runs/{name} --prompt "..."` | continues a text |
-| `moai chat --model runs/{name}` | talks to the model |
-| `moai eval --model runs/{name} data/valid` | perplexity and bits per byte |
+| `moai generate --model {run} --prompt "..."` | continues a text |
+| `moai chat --model {run}` | talks to the model |
+| `moai eval --model {run} --data data/valid` | perplexity and bits per byte |
 | `moai doctor` | versions, devices, and which scan runs |
 
 Change a value for one run with `key=value` at the end of the command, for good in `recipe.yaml`.
@@ -84,7 +84,7 @@ def init(
     _check_folder(folder, force)
     ask = not yes and not json and sys.stdin.isatty() and sys.stdout.isatty()
     name = _chosen("name", name, folder.absolute().name or "moai", ask)
-    if name in (".", "..") or any(c in name for c in '/\\:"\0') or not name.isprintable():
+    if name in (".", "..") or any(c in name for c in '/\\:"|`\0') or not name.isprintable():
         raise UsageError(f"--name must be usable as a folder's name (got {clean(name)!r})")
     recipe = _chosen(
         f"recipe ({', '.join(recipes.names())})", recipe, _for_this_machine() if recipe is None else "", ask
@@ -155,7 +155,9 @@ def _write(folder: Path, values: dict[str, object]) -> list[str]:
         temporary.mkdir()
         quoted = {k: yaml.safe_dump(v, allow_unicode=True, width=10**6).splitlines()[0] for k, v in values.items()}
         (temporary / "recipe.yaml").write_text(_RECIPE.format(**quoted), encoding="utf-8")
-        (temporary / "NOTES.md").write_text(_NOTES.format(**values), encoding="utf-8")
+        (temporary / "NOTES.md").write_text(
+            _NOTES.format(name=values["name"], run=shlex.quote(f"runs/{values['name']}")), encoding="utf-8"
+        )
         (temporary / ".gitignore").write_text("runs/\n", encoding="utf-8")
         shutil.copytree(paths.RECIPES / "sample", temporary / "data")
         recipes.load(temporary / "recipe.yaml")

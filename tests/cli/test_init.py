@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 
 import pytest
+from typer.exceptions import TyperException
+from typer.main import get_command
 
+from moai_cli import main
 from moai_core import device, paths
 from moai_core import recipe as recipes
 
@@ -42,6 +47,20 @@ def test_the_project_resolves_and_its_data_is_in_four_languages(moai, tmp_path):
     assert sum("messages" in row for row in rows) >= 8
     notes = (tmp_path / "proj/NOTES.md").read_text()
     assert "moai train --recipe recipe.yaml" in notes and "runs/proj" in notes
+
+
+def test_the_notes_can_be_pasted(moai, tmp_path):
+    """Each command of the notes, as a shell splits it, is one that `moai` takes."""
+    assert moai("init", "내 프로젝트")[0] == 0
+    notes = (tmp_path / "내 프로젝트/NOTES.md").read_text(encoding="utf-8")
+    commands = [shlex.split(c) for c in re.findall(r"^\| `moai (.*?)` \|", notes, re.M)]
+    assert [c[0] for c in commands] == ["train", "train", "generate", "chat", "eval", "doctor"]
+    assert all(c[c.index("--model") + 1] == "runs/내 프로젝트" for c in commands if "--model" in c)
+    app = get_command(main.app)
+    for name, *args in commands:
+        app.commands[name].make_context(name, args)
+    with pytest.raises(TyperException):
+        app.commands["eval"].make_context("eval", ["data/valid"])
 
 
 def test_it_trains_really(moai, tmp_path, monkeypatch):
@@ -94,6 +113,7 @@ def test_the_recipe_fits_the_gpu_found(moai, tmp_path, monkeypatch, kind):
         (("new", "--recipe", "bad.yaml"), "bad.yaml:1: unknown key 'tarin'", None),
         (("new", "--tokenizer", "moai"), "no tokenizer 'moai'", "moai_tiny"),
         (("new", "--name", "a/b"), "--name must be usable as a folder's name", None),
+        (("new", "--name", "a|b"), "--name must be usable as a folder's name", None),
         (("new", "--name", "a\x1b[2J"), "--name must be usable as a folder's name", None),
     ],
 )
