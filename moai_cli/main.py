@@ -5,6 +5,8 @@ Commands import the core inside their functions, so that `moai --help` loads nei
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -62,9 +64,15 @@ def _error(exc: BaseException) -> MoaiError | None:
         return exc
     if isinstance(exc, (KeyboardInterrupt, typer.Abort)):
         return Interrupted(2)
-    if isinstance(exc, OSError) and exc.filename is not None:
-        return storage_error(exc, exc.filename)
+    if isinstance(exc, OSError) and (exc.filename is not None or exc.errno == errno.ENOSPC):
+        # Without a name it was the result on its way out (`moai ... > file`).
+        return storage_error(exc, exc.filename or "stdout")
     return None
+
+
+def _drop_stdout() -> None:
+    """What is still buffered can't be written: nothing more to flush at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -86,9 +94,8 @@ def run(argv: list[str] | None = None) -> int:
         return exc.exit_code
     except BaseException as exc:
         if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):
-            # The reader of our pipe left (`moai ... | head`): nothing to say, and nothing more to flush. (Typer makes
-            # SystemExit of it.)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader of our pipe left (`moai ... | head`): nothing to say. (Typer makes SystemExit of it.)
+            _drop_stdout()
             return 0
         if os.environ.get("MOAI_DEBUG") or isinstance(exc, SystemExit):
             raise
@@ -98,6 +105,8 @@ def run(argv: list[str] | None = None) -> int:
                 f"internal: {type(exc).__name__}: {exc}",
                 hint="run again with `moai --debug ...` and report the traceback",
             )
+        elif isinstance(exc, OSError) and exc.filename is None:
+            _drop_stdout()
         return console.fail(error)
 
 
@@ -105,5 +114,12 @@ _register()
 
 
 def main() -> NoReturn:
-    """Entry point of the `moai` executable."""
+    """Entry point of the `moai` executable. Pipes and files get UTF-8 whatever the locale; a terminal gets its own
+    encoding, with `?` for what it can't show; what was closed (`>&-`) takes everything in silence.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     raise SystemExit(run())

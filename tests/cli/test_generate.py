@@ -271,6 +271,27 @@ def test_text_streams_through_a_pipe_and_ends_with_its_reader(folder):
     assert process.wait(timeout=60) == 0 and b"Traceback" not in process.stderr.read()
 
 
+@pytest.mark.parametrize(
+    ("redirect", "code", "message"),
+    [
+        ("> /dev/full", 4, b"error: stdout: disk full (No space left on device)\nhint: free some space"),
+        ("--json > /dev/full", 4, b"error: stdout: disk full"),
+        (">&-", 0, b"seed 1"),
+        ("| cat", 0, b"seed 1"),
+    ],
+)
+def test_where_stdout_leads(redirect, code, message, folder):
+    command = (
+        f"set -o pipefail; '{sys.executable}' -m moai_cli generate -m '{folder}' -p 옛날 -n 40 --seed 1 {redirect}"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, env=environment)
+    assert done.returncode == code and message in done.stderr and b"Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    if redirect == "| cat":
+        assert not done.stdout.decode().isascii()
+
+
 @pytest.mark.slow
 def test_a_million_characters_from_a_pipe(moai, folder):
     text = ("The quick brown fox jumps over the lazy dog. " * 23_000)[:1_000_000].encode()
