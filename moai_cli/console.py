@@ -7,6 +7,7 @@ C0 and C1 can move the cursor, retitle the window or worse (ECMA-48).
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,8 +20,17 @@ from rich.table import Table
 
 from moai_core.errors import MoaiError
 
+
+class _Err(Console):
+    """stderr. When its reader leaves (`moai train 2>&1 | head`), the work goes on unseen: a note is no result."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 console = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = _Err(stderr=True, highlight=False, soft_wrap=True)
 
 # C0 without tab and newline, DEL, C1; and the bidirectional overrides that can make a line read as another.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -293,7 +293,10 @@ class Plan:
     def rows(self) -> list[tuple[str, str, str]]:
         """(group, name, value) lines to look at; a group is named on its first line."""
         lines = [("parameters", part, f"{n:,}") for part, n in self.parameters.items()]
-        lines += [("FLOPs a token", kind, f"{n / 1e9:,.2f} G") for kind, n in self.flops.items()]
+        lines += [
+            ("FLOPs a token", kind, f"{n / 1e9:,.2f} G" if n >= 1e8 else f"{n / 1e6:,.2f} M")
+            for kind, n in self.flops.items()
+        ]
         lines += [(f"memory, {self.precision}", kind, _gib(n)) for kind, n in self.memory.items()]
         lines.append((f"memory, {self.precision}", f"peak (in the {self.phase})", _gib(self.peak)))
         if self.capacity is not None:

@@ -146,6 +146,7 @@ def _write(folder: Path, values: dict[str, object]) -> list[str]:
 
     from moai_core import paths
     from moai_core import recipe as recipes
+    from moai_core.errors import storage_error
 
     target = folder.absolute()
     existed = target.is_dir()
@@ -159,16 +160,22 @@ def _write(folder: Path, values: dict[str, object]) -> list[str]:
             _NOTES.format(name=values["name"], run=shlex.quote(f"runs/{values['name']}")), encoding="utf-8"
         )
         (temporary / ".gitignore").write_text("runs/\n", encoding="utf-8")
-        shutil.copytree(paths.RECIPES / "sample", temporary / "data")
+        sample = paths.RECIPES / "sample"
+        for source in sorted(sample.rglob("*.jsonl")):
+            file = temporary / "data" / source.relative_to(sample)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(source.read_bytes())
         recipes.load(temporary / "recipe.yaml")
         files = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
-        for file in files:
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary / file, target / file)
+        for name in files:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / name, target / name)
         return files
-    except BaseException:
+    except BaseException as exc:
         if not existed:
             shutil.rmtree(target, ignore_errors=True)
+        if isinstance(exc, OSError):  # a write that fails doesn't name its file
+            raise storage_error(exc, target) from exc
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

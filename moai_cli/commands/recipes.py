@@ -100,7 +100,7 @@ def cp(
 ) -> None:
     """Copy a recipe, to change it. The copy still extends the packaged bases."""
     from moai_core import recipe
-    from moai_core.errors import UsageError
+    from moai_core.errors import UsageError, storage_error
 
     source = recipe.find(name)
     target = to / source.name if to.is_dir() or to.suffix not in (".yaml", ".yml") else to
@@ -111,6 +111,8 @@ def cp(
     try:
         temporary.write_bytes(source.read_bytes())
         temporary.replace(target)
+    except OSError as exc:  # a write that fails doesn't name its file
+        raise storage_error(exc, target) from exc
     finally:
         temporary.unlink(missing_ok=True)
     if json:

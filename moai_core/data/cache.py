@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moai_core.data.read import Problems, find_files, left_out, read_documents, suffix
-from moai_core.data.records import Document
+from moai_core.data.records import BAD_LINE, Document
 from moai_core.data.tokenize import Encoded, Encoder, fingerprint
 from moai_core.errors import CheckpointError, DataError, storage_error
 from moai_core.paths import cache_dir
@@ -143,9 +143,7 @@ def tokenized(
                 _build(folder, key, files, tokenizer, format, on_error, path, tell)
                 found = Tokens(folder)
     if found.skipped and on_error != "skip":
-        raise DataError(
-            found.examples[0], hint="mend the line, or set data.on_error=skip to leave such lines out and count them"
-        )
+        raise DataError(found.examples[0], hint=BAD_LINE)
     if found.skipped:
         tell({"event": "warning", "message": f"{path}: {left_out(found.skipped, found.examples)}"})
     return found

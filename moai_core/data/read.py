@@ -64,7 +64,7 @@ def find_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
     else:
         raise DataError(
             f"{where}: no such file or folder",
-            hint="check data.train and data.valid; relative paths start from the current folder",
+            hint="on the command line relative paths start from the current folder, in a recipe from the recipe's",
         )
     files = [file for file in found if suffix(file)]
     if not files:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from moai_core.errors import DataError
 
+BAD_LINE = "mend the line, or leave such lines out and count them: data.on_error=skip (moai eval: --on-error skip)"
 KINDS = ("text", "messages", "conversations", "instruction", "prompt")
 ALIASES = {
     "chat": "messages",
@@ -90,9 +91,7 @@ class Problems:
     def bad(self, file: str, line: int, why: str) -> None:
         message = f"{file}:{line}: {why}"
         if self.on_error != "skip":
-            raise DataError(
-                message, hint="mend the line, or set data.on_error=skip to leave such lines out and count them"
-            )
+            raise DataError(message, hint=BAD_LINE)
         self.skipped += 1
         if len(self.examples) < 20:
             self.examples.append(message)

@@ -321,7 +321,8 @@ def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:
     """What no single value shows."""
     steps, epochs = recipe.train.steps, recipe.train.epochs
     if steps is None and epochs is None:
-        where = recipe.origin("train.batch_size") or next(iter(recipe.origins.values()), Origin("recipe"))
+        files = (origin for origin in recipe.origins.values() if origin.line is not None)
+        where = next(files, None) or next(iter(recipe.origins.values()), Origin("recipe"))
         yield RecipeError(f"{where}: train.steps or train.epochs must be set", hint="for example train.epochs=1")
     elif steps is not None and epochs is not None:
         yield recipe.error("train.epochs", "and train.steps are both set; keep one")

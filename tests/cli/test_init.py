@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from typer.exceptions import TyperException
@@ -141,12 +142,12 @@ def test_a_full_disk_leaves_nothing(moai, tmp_path, monkeypatch, existed):
     if existed:
         (tmp_path / "p").mkdir()
 
-    def full(source, target, **_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write(2) says it, without a name
 
-    monkeypatch.setattr(shutil, "copytree", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     code, _, err = moai("init", "p")
-    assert code == 4 and "disk full" in err
+    assert code == 4 and f"error: {tmp_path / 'p'}: disk full" in err
     assert [p.name for p in tmp_path.rglob("*")] == (["p"] if existed else [])
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import yaml
 
@@ -42,6 +45,15 @@ def test_show_without_or_with_a_wrong_name(moai):
     assert code == 2 and "name a recipe" in err and "a100-2b" in err
     code, _, err = moai("recipes", "show", "a100-3b")
     assert code == 2 and "error: no recipe 'a100-3b'" in err and "did you mean a100-2b" in err
+
+
+def test_cp_to_a_full_disk(moai, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write(2) says it, without a name
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, _, err = moai("recipes", "cp", "cpu-tiny", "mine.yaml")
+    assert code == 4 and "error: mine.yaml: disk full" in err and not list(tmp_path.iterdir())
 
 
 def test_cp(moai, tmp_path):
