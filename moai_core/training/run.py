@@ -120,10 +120,14 @@ class Run:
         self.stack.enter_context(checkpoint.lock(self.run_dir))
 
     def _leave_nothing(self) -> None:
-        """A run that failed before it wrote anything leaves no folder."""
-        if self.run_dir.is_dir() and {path.name for path in self.run_dir.iterdir()} <= {".lock"}:
-            (self.run_dir / ".lock").unlink(missing_ok=True)
-            self.run_dir.rmdir()
+        """A run that ended before its first record or checkpoint leaves no folder."""
+        inside = list(self.run_dir.iterdir()) if self.run_dir.is_dir() else []
+        names = {".lock", resuming.RECIPE, metrics.METRICS, metrics.SAMPLES}
+        if all(path.name in names and (path.name == resuming.RECIPE or not path.stat().st_size) for path in inside):
+            for path in sorted(inside, reverse=True):
+                path.unlink()
+            if self.run_dir.is_dir():
+                self.run_dir.rmdir()
 
     def _agree(self, trainer: dict[str, Any], step_dir: Path, *, explicit: bool) -> None:
         differ = resuming.check_agreement(

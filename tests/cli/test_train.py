@@ -32,6 +32,30 @@ def command(text, *more):
     return ["train", "--recipe", "cpu-tiny", *TINY, f"data.train={text}", *more]
 
 
+def test_a_run_that_never_began_leaves_no_folder(moai, text, tmp_path):
+    code, _, err = moai(*command(text, "model.scan=mamba_ssm"))
+    assert code == 2 and "error: scan backend 'mamba_ssm' can't be used here" in err
+    assert not (tmp_path / "runs/cpu-tiny").exists()
+
+
+def test_sizes_that_the_weights_overrule_are_told(moai, text, tmp_path):
+    assert moai(*command(text, "train.steps=1", "-o", "a"))[0] == 0
+    code, _, err = moai(*command(text, "train.steps=1", "-o", "b", "--model", "a", "model.hidden_size=64"))
+    assert code == 0 and "a/step-1 keeps its own hidden_size: weights come with their sizes" in err
+    code, _, err = moai(*command(text, "train.steps=1", "-o", "c", "--model", "a"))
+    assert code == 0 and "keeps its own" not in err
+
+
+def test_the_reader_of_the_notes_may_leave(text, tmp_path):
+    """`moai train ... 2>&1 | head -1` trains to the end."""
+    line = [sys.executable, "-m", "moai_cli", *command(text, "train.save_every=1")]
+    with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        process.stderr.readline()
+        process.stderr.close()
+        assert process.wait(120) == 0
+    assert (tmp_path / "runs/cpu-tiny/step-4/manifest.json").is_file()
+
+
 def test_a_run_ends_with_a_summary_a_sample_and_the_picture(moai, text, tmp_path):
     code, out, err = moai(*command(text))
     assert code == 0, err
