@@ -39,6 +39,7 @@ __all__ = [
     "load_training",
     "lock",
     "optimizer_state",
+    "purge",
     "rng_state",
     "save",
     "save_model",
@@ -88,13 +89,24 @@ def save(
         folder.write(
             "trainer.json", storage.json_bytes({"format": FORMAT, "step": step, **(trainer or {}), "recipe": recipe})
         )
-    if keep_last is not None:
-        try:
-            storage.purge(run_dir, newest=step, keep_last=keep_last)
-        except StorageError as exc:  # the new checkpoint is safe: an old one that can't be deleted is no reason to stop
-            _tell(on_event, event="warning", message=f"old checkpoints could not be deleted: {exc}")
+    purge(run_dir, newest=step, keep_last=keep_last, on_event=on_event)
     _tell(on_event, event="checkpoint", step=step, path=str(final))
     return final
+
+
+def purge(
+    run_dir: str | os.PathLike[str], *, newest: int, keep_last: int | None, on_event: OnEvent | None = None
+) -> None:
+    """Delete the oldest complete steps up to `newest`, which was verified, until `keep_last` remain (None: keep all).
+
+    A failure is a warning: the newest step is safe, and an old one that can't be deleted is no reason to stop.
+    """
+    if keep_last is None:
+        return
+    try:
+        storage.purge(Path(run_dir), newest=newest, keep_last=keep_last)
+    except StorageError as exc:
+        _tell(on_event, event="warning", message=f"old checkpoints could not be deleted: {exc}")
 
 
 def save_model(

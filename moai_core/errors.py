@@ -68,7 +68,7 @@ class RankError(MoaiError):
 
 
 class Interrupted(MoaiError):
-    """SIGINT or SIGTERM ended the work after everything worth keeping was saved; exit code 128 + the signal's number."""
+    """SIGINT or SIGTERM ended the work, after saving what is worth keeping; exit code 128 + the signal's number."""
 
     def __init__(self, signum: int, message: str = "interrupted", *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)

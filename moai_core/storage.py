@@ -197,6 +197,10 @@ def sha256(path: Path) -> str:
 
 def read_json(path: Path, *, limit: int = _MANIFEST_LIMIT) -> Any:
     """JSON from a file that nobody vouches for: at most `limit` bytes, UTF-8, no key twice. Raises CheckpointError."""
+    return parse_json(_read_limited(path, limit), str(path))
+
+
+def _read_limited(path: Path, limit: int = _MANIFEST_LIMIT) -> bytes:
     try:
         with open(path, "rb") as file:
             raw = file.read(limit + 1)
@@ -204,7 +208,7 @@ def read_json(path: Path, *, limit: int = _MANIFEST_LIMIT) -> Any:
         raise CheckpointError(f"{path}: can't be read ({exc.strerror})") from exc
     if len(raw) > limit:
         raise CheckpointError(f"{path}: larger than the {limit >> 20} MB such a file may have")
-    return parse_json(raw, str(path))
+    return raw
 
 
 def parse_json(raw: bytes, where: str) -> Any:
@@ -230,9 +234,10 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: incomplete ({MANIFEST} is missing)")
-    body = read_json(path)
+    raw = _read_limited(path)
+    body = parse_json(raw, str(path))
     files = body.get("files") if isinstance(body, dict) else None
-    if not isinstance(files, dict) or path.read_bytes() != _manifest_bytes(files):
+    if not isinstance(files, dict) or raw != _manifest_bytes(files):
         raise CheckpointError(f"{path}: damaged (it doesn't match its own checksum)")
     for name, entry in files.items():
         if not plain_name(name) or not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:

@@ -75,7 +75,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = total + loss.detach()
             d_hidden.append(d_rows)
             if not d_parameters:
-                # Sums over many chunks: fp32 even where the weights are not. The first chunk's gradients become the sums.
+                # Sums over many chunks: fp32 even where the weights are not. They begin as the first chunk's.
                 d_parameters = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in d_chunk]
             else:
                 for grad, part in zip(d_parameters, d_chunk, strict=True):

@@ -94,6 +94,12 @@ class Run:
         # Known to every rank: they must agree on whether a checkpoint is due.
         if start.step_dir is not None and start.step_dir.parent.resolve() == self.run_dir.resolve():
             self.saved = start.step_dir
+            ranks.on_main(self._purge)
+
+    def _purge(self) -> None:
+        """A run killed between a save and the purge that follows it left one checkpoint too many."""
+        keep = self.recipe.train.keep_last
+        checkpoint.purge(self.run_dir, newest=self.progress.step, keep_last=keep, on_event=self.on_event)
 
     def _open_model(
         self, step_dir: Path | None, model_path: Path | None, dtype: torch.dtype, resume: str

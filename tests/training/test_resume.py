@@ -62,3 +62,21 @@ def test_signals_save_and_exit(folder, count):
 def test_resume_matrix(folder):
     (report,) = trials("matrix", folder, 1)
     assert not report["failures"] and len(report["done"]) == 4
+
+
+def test_a_kill_between_save_and_purge_leaves_nothing_for_ever(tmp_path):
+    """The step that the purge didn't come to goes when the run is opened again."""
+    import shutil
+
+    from moai_core import recipe
+    from moai_core.training.loop import train
+
+    (tmp_path / "text.txt").write_text("상태는 커지지 않는다. " * 40, encoding="utf-8")
+    shape = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "data.max_length=16"]
+    data = [f"data.train={tmp_path / 'text.txt'}", "~data.valid", "data.valid_fraction=0"]
+    every = ["train.steps=3", "train.save_every=1", "train.keep_last=2", "train.sample_every=0", "train.threads=1"]
+    made = recipe.load("cpu-tiny", [*shape, *data, *every])
+    train(made, output=tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "step-2", tmp_path / "run" / "step-1")
+    train(made, output=tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-2", "step-3"]
