@@ -112,7 +112,7 @@ def progress(*fields: str) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        *([TimeElapsedColumn()] if err.width >= 100 else []),  # else the ETA would be cut off
         TextColumn("ETA"),
         TimeRemainingColumn(),
     ]

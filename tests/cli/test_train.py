@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -241,3 +243,18 @@ def test_a_killed_worker_and_a_signal_to_the_launcher(text, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and "Traceback" not in err and "saved run/step-" in err, err
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_shows_its_whole_eta(monkeypatch, width):
+    from rich.console import Console
+
+    from moai_cli import console
+
+    screen = Console(file=io.StringIO(), force_terminal=True, width=width)
+    monkeypatch.setattr(console, "err", screen)
+    bar = console.progress("a", "b", "c", "d")
+    bar.add_task("train", total=1000, completed=1000, a="loss 0.0108", b="lr 3.00e-04", c="15.0k tok/s", d="0.5 GB")
+    screen.print(bar.get_renderable())
+    shown = screen.file.getvalue()
+    assert "…" not in shown and "0.5 GB" in shown and re.search(r"ETA\S* .*[\d-]:[\d-]{2}:[\d-]{2}", shown)
