@@ -117,8 +117,9 @@ def main() -> NoReturn:
     """Entry point of the `moai` executable. Pipes and files get UTF-8 whatever the locale; a terminal gets its own
     encoding, with `?` for what it can't show; what was closed (`>&-`) takes everything in silence.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout, sys.stderr = (
+        stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") for stream in (sys.stdout, sys.stderr)
+    )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from moai_cli import console, options
-from moai_core.errors import UsageError
 
 
 def chat(
@@ -47,12 +46,12 @@ def chat(
     flags = locals()
     path = options.required_model(model)
     given = options.sampling(flags)
-    if session is not None and not session.parent.is_dir():
-        raise UsageError(f"--session {session}: the folder {session.parent} doesn't exist")
     from moai_cli.talk import Talk
     from moai_core import checkpoint
     from moai_core.generation import Session, Settings, files
 
+    if session is not None:
+        files.check_output(session, "--session", force=True)
     network, words, folder = files.open_model(
         path, tokenizer=tokenizer, device=device, dtype=dtype, scan=scan, on_event=console.on_event
     )

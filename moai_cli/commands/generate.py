@@ -75,7 +75,7 @@ def generate(
     from moai_core.training.stop import StopFlag
 
     if output_file is not None:
-        files.check_output(output_file, force=force)
+        files.check_output(output_file, "--output-file", force=force)
     requests = _requests(prompt, input_file, Settings(**given))
     if chat or system is not None:
         head = [] if system is None else [{"role": "system", "content": system}]

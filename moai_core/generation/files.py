@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from moai_core import storage, tensors
-from moai_core.errors import CheckpointError, DataError, UsageError, storage_error
+from moai_core.errors import CheckpointError, DataError, StorageError, UsageError, storage_error
 from moai_core.generation.sampling import SETTINGS, Settings, check_settings
 from moai_core.generation.text import check_messages, check_text
 
@@ -213,17 +214,19 @@ def write_completions(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     storage.write_file(path, text.encode())
 
 
-def check_output(path: Path, *, force: bool) -> None:
-    """Raise UsageError if a result can't be written to `path` or would replace something (unless force), before any
-    work is done."""
+def check_output(path: Path, flag: str, *, force: bool) -> None:
+    """Raise UsageError if a result can't be written to `path`, which the user gave with `flag`, or would replace
+    something (unless force), StorageError if its folder refuses files: all before any work is done."""
     if path.is_dir():
-        raise UsageError(f"--output-file {path}: is a folder")
+        raise UsageError(f"{flag} {path}: is a folder")
     if path.exists() and not path.is_file():
-        raise UsageError(f"--output-file {path}: is not a regular file", hint="without --output-file, stdout gets it")
+        raise UsageError(f"{flag} {path}: is not a regular file", hint="give the name of a file")
     if not path.parent.is_dir():
-        raise UsageError(f"--output-file {path}: the folder {path.parent} doesn't exist")
+        raise UsageError(f"{flag} {path}: the folder {path.parent} doesn't exist")
+    if not os.access(path.parent, os.W_OK):
+        raise StorageError(f"{flag} {path}: no permission to write to {path.parent}", hint="choose another folder")
     if path.exists() and not force:
-        raise UsageError(f"--output-file {path}: exists already", hint="choose another name, or --force to replace it")
+        raise UsageError(f"{flag} {path}: exists already", hint="choose another name, or --force to replace it")
 
 
 # ---- chat sessions --------------------------------------------------------------------------------------------------

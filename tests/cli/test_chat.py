@@ -135,6 +135,8 @@ def test_a_pipe_ends_at_the_first_error(lines, code, message, moai, folder, tmp_
         ([], 2, "no model given"),
         (["-m", "MODEL", "--top-p", "2"], 2, "--top-p must be"),
         (["-m", "MODEL", "--session", "no/folder/x"], 2, "the folder no/folder doesn't exist"),
+        (["-m", "MODEL", "--session", "."], 2, "--session .: is a folder"),
+        (["-m", "MODEL", "--session", "/dev/null"], 2, "--session /dev/null: is not a regular file"),
         (["-m", "MODEL", "--session", "there"], 3, "there: truncated or not a safetensors file"),
     ],
 )
@@ -143,6 +145,15 @@ def test_wrong_use_gets_one_line_and_an_exit_code(flags, code, message, moai, fo
     result = moai("chat", *(folder if flag == "MODEL" else flag for flag in flags), stdin=say("hello"))
     assert (result[0], result[1]) == (code, "") and message in result[2] and len(result[2].splitlines()) <= 2
     assert (tmp_path / "there").read_text() == "x"
+
+
+def test_a_folder_that_refuses_files_is_named_before_the_first_message(moai, folder, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != Path() and access(path, mode))
+    code, out, err = moai("chat", "-m", folder, "--session", "a.session", stdin=say("hello"))
+    assert (code, out) == (4, "") and "--session a.session: no permission to write to ." in err
+    code, out, err = moai("generate", "-m", folder, "-p", "hello", "-o", "a.txt")
+    assert (code, out) == (4, "") and "--output-file a.txt: no permission to write to ." in err
 
 
 def test_another_models_session_is_refused(moai, folder, tmp_path):
