@@ -14,6 +14,7 @@ processes for one stream (one prefetches)."""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import itertools
 import json
@@ -166,18 +167,31 @@ class Loader:
             self._state = {"rows": self._state["rows"] + self.batch_size * self.world_size}
             yield batch
 
-    def _worker(self, dataset: Any, workers: int) -> Any:
+    def _worker(self, dataset: Any, workers: int) -> Iterator[Any]:
+        """What worker processes make of `dataset`; they end with this generator, however it ends.
+
+        Left to torch, a worker that is still there when the interpreter exits is sent SIGTERM, which ours ignore, and
+        waited for: the process would hang.
+        """
         options: dict[str, Any] = {} if self.streaming else {"sampler": _Count()}
         # A generator of its own: DataLoader would otherwise draw from torch's global one and change what a resumed
         # run draws.
-        return torch.utils.data.DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=_quiet_worker,
-            generator=torch.Generator(),
-            **options,
+        batches: Any = iter(
+            torch.utils.data.DataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=_quiet_worker,
+                generator=torch.Generator(),
+                **options,
+            )
         )
+        atexit.register(batches._shutdown_workers)
+        try:
+            yield from batches
+        finally:
+            atexit.unregister(batches._shutdown_workers)
+            batches._shutdown_workers()
 
     def once(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """One pass over this rank's rows from the start, at most `limit` batches; the position is not touched.

@@ -4,6 +4,8 @@ streams, held-out text.
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +340,28 @@ def test_hub_streams_resume_exactly(tmp_path, tokenizer, section, monkeypatch):
         again = make()
         again.load_state_dict(saved(loader))
         assert take(again, 8) == whole[stop : stop + 8]
+
+
+@pytest.mark.parametrize("end", ["raise", "leave"])
+def test_workers_end_with_the_process(tmp_path, end):
+    """A run that ends by an error, or just ends, must not wait for workers that ignore SIGTERM."""
+    text = tmp_path / "text.txt"
+    text.write_text("상태는 커지지 않는다. " * 40, encoding="utf-8")
+    code = (
+        "import sys\n"
+        "from moai_core import recipe\n"
+        "from moai_core.data.loader import make_loader\n"
+        "from moai_core.data.tokenize import load_tokenizer\n"
+        f"made = recipe.load('cpu-tiny', ['data.train={text}', '~data.valid', 'data.valid_fraction=0', "
+        f"'data.max_length=16', 'data.workers=2', 'data.cache={tmp_path / 'cache'}'])\n"
+        "loader = make_loader(made.data, load_tokenizer('moai_tiny'), batch_size=2)\n"
+        "batches = iter(loader)\n"
+        "next(batches)\n"
+        "print('one')\n"
+        f"{'raise SystemExit(3)' if end == 'raise' else 'keep = batches'}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3 if end == "raise" else 0, "one\n"), done.stderr
 
 
 def test_bad_streams(tmp_path, tokenizer, section):

@@ -177,9 +177,8 @@ def test_bytes_of_tokens_add_up_to_the_text(tokenizer, name):
 
 
 def test_bytes_with_byte_fallback(tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     vocab = {
         "<unk>": 0,
