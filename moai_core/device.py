@@ -59,7 +59,9 @@ def gpus() -> list[Device]:
 def require(recipe: Recipe) -> None:
     """Raises UsageError, in one line, when this machine lacks the devices that the recipe is made for."""
     kind, count = recipe.hardware.gpu, recipe.hardware.count
-    if kind is None or kind == "cpu":
+    if kind == "cpu" or (kind is None and not gpus()):
+        return _require_memory(recipe)
+    if kind is None:
         return
     needed, have = plan.GPUS[kind], gpus()
     memory_needed = int(recipe.hardware.memory_gb * 1e9) if recipe.hardware.memory_gb else needed.memory
@@ -72,6 +74,16 @@ def require(recipe: Recipe) -> None:
         names = ", ".join(f"{one.label} ({one.memory / 1e9:.0f} GB)" for one in have)
         raise UsageError(
             f"{what}; this machine has {names}", hint="--dry-run shows the plan; hardware.gpu=null tries anyway"
+        )
+
+
+def _require_memory(recipe: Recipe) -> None:
+    """On a processor there is no error to catch: a process that asks for too much is killed by the system."""
+    peak, have = plan.plan(recipe).peak, memory()[0]
+    if have and peak > have:
+        raise UsageError(
+            f"this recipe needs {peak / 2**30:.1f} GiB by its plan; this machine has {have / 2**30:.1f} GiB",
+            hint="lower train.batch_size or data.max_length, or set train.checkpointing=full; --dry-run shows the plan",
         )
 
 

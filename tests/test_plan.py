@@ -241,8 +241,14 @@ def fake(monkeypatch, *gpus: tuple[str, float, bool]) -> None:
 
 def test_require_explains_itself_in_one_line(monkeypatch):
     fake(monkeypatch)
+    monkeypatch.setattr(device, "memory", lambda: (200 << 30, 200 << 30))
     device.require(recipes.load("cpu-tiny"))
     device.require(recipes.load("a100-2b", ["hardware.gpu=null"]))
+    monkeypatch.setattr(device, "memory", lambda: (8 << 30, 8 << 30))
+    device.require(recipes.load("cpu-tiny"))
+    for name, extra in (("a100-2b", "hardware.gpu=null"), ("cpu-tiny", "train.batch_size=1000000")):
+        with pytest.raises(UsageError, match=r"needs [\d.]+ GiB by its plan; this machine has 8.0 GiB"):
+            device.require(recipes.load(name, [extra]))
     with pytest.raises(UsageError) as caught:
         device.require(recipes.load("a100-2b"))
     assert caught.value.message == "this recipe needs an NVIDIA A100 (80 GB); this machine has no CUDA GPU"
