@@ -105,8 +105,9 @@ def test_chunks_equal_the_whole(backend, oracle, seed, length, width, cuts):
         loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() + state.sin().sum()
         return y, state, *torch.autograd.grad(loss, list(leaves.values()))
 
+    # Two fp32 sums in another order: the gradient of the bias may cancel to a fraction of what it sums.
     for a, b in zip(chain(edges), chain([0, length]), strict=True):
-        assert oracle.relative(a, b) < 3 * TIGHT
+        assert oracle.relative(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("backend", HERE)
