@@ -90,11 +90,6 @@ def _failure(exc: Any) -> BaseException:
     return SystemExit(code if code > 0 else 128 - code)
 
 
-def is_worker() -> bool:
-    """Whether this process was started by torchrun or `accelerate launch` as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def is_first() -> bool:
     """Whether this process speaks for all."""
     return os.environ.get("RANK", "0") == "0"
