@@ -1,0 +1,202 @@
+// What every kernel of moai shares: number types, 16-byte vectors, asynchronous copies, tensor-core products.
+//
+// No other header is included, so that a user needs NVRTC and nothing else. Every instruction that C++ can't spell
+// stands here once, beside a portable twin (MOAI_HOST) with which the kernels run on a processor, for tests.
+#pragma once
+
+#ifdef MOAI_HOST
+#define DEVICE inline
+#else
+#define DEVICE __device__ __forceinline__
+#endif
+
+using int64 = long long;
+using uint32 = unsigned int;
+using uint16 = unsigned short;
+
+// ---- Numbers. 16-bit types are bit patterns; arithmetic is always fp32.
+
+struct __nv_bfloat16 {
+  uint16 bits;
+};
+struct __half {
+  uint16 bits;
+};
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+DEVICE uint32 float_bits(float x) {
+#ifdef MOAI_HOST
+  uint32 u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+#else
+  return __float_as_uint(x);
+#endif
+}
+
+DEVICE float bits_float(uint32 u) {
+#ifdef MOAI_HOST
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+#else
+  return __uint_as_float(u);
+#endif
+}
+
+DEVICE float to_float(float x) { return x; }
+DEVICE float to_float(bf16 x) { return bits_float((uint32)x.bits << 16); }
+DEVICE float to_float(fp16 x) {
+  float y;
+#ifdef MOAI_HOST
+  _Float16 h;
+  __builtin_memcpy(&h, &x.bits, 2);
+  y = (float)h;
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+#endif
+  return y;
+}
+
+template <class T>
+DEVICE T from_float(float x);
+template <>
+DEVICE float from_float<float>(float x) {
+  return x;
+}
+template <>
+DEVICE bf16 from_float<bf16>(float x) {
+  bf16 y;
+#ifdef MOAI_HOST
+  uint32 u = float_bits(x);
+  y.bits = (x != x) ? 0x7fff : (uint16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#endif
+  return y;
+}
+template <>
+DEVICE fp16 from_float<fp16>(float x) {
+  fp16 y;
+#ifdef MOAI_HOST
+  _Float16 h = (_Float16)x;
+  __builtin_memcpy(&y.bits, &h, 2);
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#endif
+  return y;
+}
+
+// n values that travel together: 16 bytes is what one thread loads or stores at once.
+template <class T, int n>
+struct alignas(sizeof(T) * n) Vec {
+  T at[n];
+};
+template <class T>
+constexpr int per_16_bytes = 16 / sizeof(T);
+
+template <class T, int n>
+DEVICE Vec<T, n> load_vec(const T* p) {
+  return *reinterpret_cast<const Vec<T, n>*>(p);
+}
+template <class T, int n>
+DEVICE void store_vec(T* p, const Vec<T, n>& v) {
+  *reinterpret_cast<Vec<T, n>*>(p) = v;
+}
+
+// ---- Elementary functions. The approximations are within 2 units of the last fp32 place; denormals are zero.
+
+DEVICE float exp2_approx(float x) {
+#ifdef MOAI_HOST
+  return __builtin_exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+DEVICE float log2_approx(float x) {
+#ifdef MOAI_HOST
+  return __builtin_log2f(x);
+#else
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+DEVICE float reciprocal_approx(float x) {
+#ifdef MOAI_HOST
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
+// 1 / (1 + e^-x)
+DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-LOG2E * x)); }
+
+// log(1 + e^x). Above 20 it is x; where e^x is small the logarithm of 1 + e^x would lose it, so the series answers.
+DEVICE float softplus(float x) {
+  float e = exp2_approx(LOG2E * x);
+  float small = e * (1.0f - e * (0.5f - e * 0.33333334f));
+  float y = e < 0.01f ? small : LN2 * log2_approx(1.0f + e);
+  return x > 20.0f ? x : y;
+}
+
+// ---- Asynchronous copies from global to shared memory, 16 bytes each; zeros where `valid` is false.
+
+DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
+#ifdef MOAI_HOST
+  if (valid) __builtin_memcpy(shared, global, 16);
+  else __builtin_memset(shared, 0, 16);
+#else
+  uint32 to = (uint32)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+#endif
+}
+
+DEVICE void copy_async_commit() {
+#ifndef MOAI_HOST
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `pending` groups of this thread are still under way.
+template <int pending>
+DEVICE void copy_async_wait() {
+#ifndef MOAI_HOST
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// ---- Tensor cores: d += a b with a (16, 8), b (8, 8), tf32 inputs (the low 13 bits of an fp32 are dropped), fp32 sums.
+// Lane l of the warp, g = l / 4, t = l % 4, holds a = {(g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)},
+// b = {(t, g), (t + 4, g)}, d = {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}, each as (row, column).
+
+#ifdef MOAI_HOST
+void host_mma_tf32(float* d, const uint32* a, const uint32* b);  // the emulator's, collective over the warp
+#endif
+
+DEVICE void mma_tf32(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+#ifdef MOAI_HOST
+  host_mma_tf32(d, a, b);
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// ---- Sums over the 32 lanes of a warp, the same bits in every lane.
+DEVICE float warp_sum(float x) {
+  for (int other = 16; other > 0; other /= 2) x += __shfl_xor_sync(0xffffffffu, x, other);
+  return x;
+}
