@@ -1,0 +1,1 @@
+"""In and out of the formats that Mamba users have; see source.py for how they meet."""
