@@ -15,6 +15,7 @@ LAYERS = [
     {"config", "storage"},
     {"recipe"},
     {"plan"},
+    {"cuda"},
     {"device", "tensors", "scan"},
     {"model", "data"},
     {"weights"},
