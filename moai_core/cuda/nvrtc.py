@@ -128,7 +128,7 @@ def install_hint() -> str:
 
 
 def _candidates() -> Iterator[str]:
-    """Paths or names of the library, the likeliest first: torch's CUDA version before others, wheels before the rest."""
+    """Paths or names of the library, the likeliest first: that of torch's CUDA version, those in wheels."""
     wheels = importlib.util.find_spec("nvidia")
     roots = [Path(root) for root in (wheels.submodule_search_locations or ()) if root] if wheels else []
     found = [path for root in roots for folder in _IN_WHEELS for path in root.glob(f"{folder}/{_LIBRARY}")]
