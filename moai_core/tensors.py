@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,23 +53,33 @@ class TensorInfo(NamedTuple):
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
     """The bytes of a safetensors file in pieces: the header, then each tensor (of any device), widest types first."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    infos = {name: TensorInfo(t.dtype, tuple(t.shape), t.numel() * t.element_size()) for name, t in tensors.items()}
+    return stream(infos, tensors.__getitem__, metadata)
+
+
+def stream(
+    infos: Mapping[str, TensorInfo], load: Callable[[str], torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[Any]:
+    """As `encode`, of tensors that `load` gives by name when their turn comes: one at a time is in memory."""
+    order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
+        dtype, shape, nbytes = infos[name]
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > HEADER_LIMIT:
         raise ValueError(
-            f"{len(tensors)} tensors need a header of {len(raw)} bytes, more than {HEADER_LIMIT}: use several files"
+            f"{len(infos)} tensors need a header of {len(raw)} bytes, more than {HEADER_LIMIT}: use several files"
         )
     yield struct.pack("<Q", len(raw)) + raw
     for name in order:
-        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        tensor = load(name)
+        assert (tensor.dtype, tuple(tensor.shape)) == infos[name][:2], f"{name}: not what was announced"
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        del tensor
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
