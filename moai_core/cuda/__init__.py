@@ -9,6 +9,7 @@ a `float`. Leaves out PTX (a driver would compile it again at every start) and A
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def _refusal(index: int) -> str | None:
     return None
 
 
+def defines(macros: Mapping[str, str | int]) -> tuple[str, ...]:
+    """`NAME=VALUE` each, in one order; the short names of number types become those of CUDA."""
+    return tuple(f"{key}={_TYPES.get(str(value), value)}" for key, value in sorted(macros.items()))
+
+
 @lru_cache(maxsize=1024)
 def kernel(file: str, name: str, device: torch.device, **macros: str | int) -> Kernel:
     """The kernel `name` of `file` (in this folder, or an absolute path), ready to be launched on `device`.
@@ -72,10 +78,10 @@ def kernel(file: str, name: str, device: torch.device, **macros: str | int) -> K
     kernel.
     """
     assert device.type == "cuda" and device.index is not None, f"{name}: no CUDA device with its index: {device}"
-    defines = tuple(f"{key}={_TYPES.get(str(value), value)}" for key, value in sorted(macros.items()))
-    key = (file, defines, device.index)
+    chosen = defines(macros)
+    key = (file, chosen, device.index)
     with _lock:  # the backward pass runs in a thread of its own
         if key not in _modules:
             arch = nvrtc.load().architecture(torch.cuda.get_device_capability(device))
-            _modules[key] = driver.Module(nvrtc.cubin(FOLDER / file, defines, arch), device.index)
+            _modules[key] = driver.Module(nvrtc.cubin(FOLDER / file, chosen, arch), device.index)
         return _modules[key].kernel(name)

@@ -20,15 +20,14 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moai_core.paths import cache_dir
-
-OPTIONS = ("--std=c++17",)
 
 _log = logging.getLogger("moai.cuda")
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
@@ -78,19 +77,17 @@ class Compiler:
             raise TooOld(f"{mine} is too old for compute capability {major}.{minor}: install a torch of a newer CUDA")
         return fit[-1]
 
-    def compile(self, name: str, source: str, headers: dict[str, str], options: list[str]) -> tuple[bytes, str]:
-        """(cubin, log) of `source`, whose includes are the texts of `headers`. Raises CompileError."""
+    def compile(self, name: str, source: str, includes: dict[str, str], flags: list[str]) -> tuple[bytes, str]:
+        """(cubin, log) of `source`, whose headers are the texts of `includes`. Raises CompileError."""
         program = ctypes.c_void_p()
-        texts = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
-        names = (ctypes.c_char_p * len(headers))(*(key.encode() for key in headers))
-        flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        args = (source.encode(), name.encode(), len(headers), texts, names)
+        texts, names, chosen = _strings(includes.values()), _strings(includes), _strings(flags)
+        args = (source.encode(), name.encode(), len(includes), texts, names)
         self._call("nvrtcCreateProgram", ctypes.byref(program), *args)
         try:
-            status = self._library.nvrtcCompileProgram(program, len(options), flags)
+            status = self._library.nvrtcCompileProgram(program, len(flags), chosen)
             log = self._read(program, "nvrtcGetProgramLog").rstrip(b"\0").decode(errors="replace")
             if status:
-                raise CompileError(f"{name} doesn't compile with {' '.join(options)}:\n{log or self._name(status)}")
+                raise CompileError(f"{name} doesn't compile with {' '.join(flags)}:\n{log or self._name(status)}")
             return self._read(program, "nvrtcGetCUBIN"), log
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -109,6 +106,11 @@ class Compiler:
 
     def _name(self, status: int) -> str:
         return self._library.nvrtcGetErrorString(status).decode()
+
+
+def _strings(texts: Iterable[str]) -> Any:
+    encoded = [text.encode() for text in texts]
+    return (ctypes.c_char_p * len(encoded))(*encoded)
 
 
 @lru_cache(maxsize=1)
@@ -153,22 +155,30 @@ def _major(path: Path) -> int | None:
     return int(match[1] or match[3]) if match else None
 
 
+def headers() -> dict[str, str]:
+    """What a kernel may include: the `.cuh` files of this folder, by name."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.cuh"))}
+
+
+def options(defines: tuple[str, ...], arch: int) -> list[str]:
+    """The compiler's options. No --use_fast_math: a kernel that can afford an approximation names it."""
+    return ["--std=c++17", f"--gpu-architecture=sm_{arch}", *(f"-D{define}" for define in defines)]
+
+
 def cubin(path: Path, defines: tuple[str, ...], arch: int) -> bytes:
     """Machine code of the CUDA file at `path` for sm_`arch`, from the disk if it was compiled before.
 
     defines: "NAME=VALUE" each. Includes are the `.cuh` files of this folder. Raises CompileError.
     """
     compiler = load()
-    source = path.read_text(encoding="utf-8")
-    headers = {p.name: p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("*.cuh"))}
-    options = [*OPTIONS, f"--gpu-architecture=sm_{arch}", *(f"-D{define}" for define in defines)]
-    key = hashlib.sha256(repr((source, headers, options, compiler.version)).encode()).hexdigest()
+    source, included, flags = path.read_text(encoding="utf-8"), headers(), options(defines, arch)
+    key = hashlib.sha256(repr((source, included, flags, compiler.version)).encode()).hexdigest()
     kept = cache_dir() / "cubin" / f"{path.stem}-{key}"
     code = _read(kept)
     if code is None:
         what = " ".join((path.stem, *defines))
         _log.info("compiling GPU kernels for sm_%d (once): %s", arch, what)
-        code, _ = compiler.compile(path.name, source, headers, options)
+        code, _ = compiler.compile(path.name, source, included, flags)
         _write(kept, code)
     return code
 

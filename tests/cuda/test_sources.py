@@ -1,0 +1,76 @@
+"""Every CUDA file compiles for every architecture that moai names, without a GPU and without spilling registers.
+
+A file's first line (or lines, each with `// moai: `) lists its kernels and the sets of macros that stand for all in
+use: `// moai: kernels NAME, NAME; macros T=bf16 K=4 | T=float K=4`.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from moai_core import cuda
+from moai_core.cuda import nvrtc
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SOURCES = sorted(cuda.FOLDER.glob("*.cu"))
+
+
+def header(path: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Kernels of a file and its sets of macros, from its first lines; no kernels where they say none."""
+    lines = takewhile(lambda line: line.startswith("// moai: "), path.read_text(encoding="utf-8").split("\n"))
+    parts = [part.strip().partition(" ") for line in lines for part in line.removeprefix("// moai: ").split(";")]
+    kernels = [name.strip() for key, _, rest in parts if key == "kernels" for name in rest.split(",")]
+    sets = [tuple(one.split()) for key, _, rest in parts if key == "macros" for one in rest.split("|")]
+    return kernels, sets or [()]
+
+
+CASES = [(path, i, arch) for path in SOURCES for i in range(len(header(path)[1])) for arch in ARCHITECTURES]
+
+
+def cases(quick: bool):
+    """One architecture of each set of macros and each architecture once a file is quick; the rest is not."""
+    for path, i, arch in CASES:
+        if (i == 0 or arch == 90) == quick:
+            yield pytest.param(path, header(path)[1][i], arch, id=f"{path.stem}-{i}-sm_{arch}")
+
+
+def compile_and_check(path: Path, macros: tuple[str, ...], arch: int) -> None:
+    try:
+        compiler = nvrtc.load()
+    except nvrtc.NotFound as exc:
+        pytest.skip(str(exc))
+    if arch not in compiler.architectures:
+        pytest.skip(f"NVRTC {compiler.version} doesn't know sm_{arch}")
+    options = [*nvrtc.options(cuda.defines(dict(one.split("=") for one in macros)), arch), "--ptxas-options=-v"]
+    code, log = compiler.compile(path.name, path.read_text(encoding="utf-8"), nvrtc.headers(), options)
+    assert code[:4] == b"\x7fELF"
+    found = dict.fromkeys(re.findall(r"Compiling entry function '(\w+)'", log))
+    assert list(found) and set(found) == set(header(path)[0]), log
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(spills) >= len(found) and all(set(one) == {"0"} for one in spills), log
+
+
+@pytest.mark.parametrize("path, macros, arch", cases(quick=True))
+def test_compiles_without_spills(path, macros, arch):
+    compile_and_check(path, macros, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path, macros, arch", cases(quick=False))
+def test_compiles_without_spills_everywhere(path, macros, arch):
+    compile_and_check(path, macros, arch)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_names_its_kernels(path):
+    kernels, _ = header(path)
+    text = path.read_text(encoding="utf-8")
+    includes = re.findall(r"^#include (\S+)", text, re.MULTILINE)
+    assert all((cuda.FOLDER / name.strip('"')).suffix == ".cuh" for name in includes), "only headers of this folder"
+    assert sorted(re.findall(r'extern "C" __global__ void[^;{]*?(\w+)\(', text)) == sorted(kernels), (
+        "see this file's top"
+    )
