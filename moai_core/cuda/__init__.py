@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent
 MIN_CAPABILITY = (8, 0)
 
 _TYPES = {"bf16": "__nv_bfloat16", "fp16": "__half", "float": "float"}
-_modules: dict[tuple[str, tuple[str, ...], int], driver.Module] = {}
+_modules: dict[tuple[str, tuple[tuple[str, str], ...], int], driver.Module] = {}
 _lock = threading.Lock()
 
 
@@ -63,9 +63,9 @@ def _refusal(index: int) -> str | None:
     return None
 
 
-def defines(macros: Mapping[str, str | int]) -> tuple[str, ...]:
-    """`NAME=VALUE` each, in one order; the short names of number types become those of CUDA."""
-    return tuple(f"{key}={_TYPES.get(str(value), value)}" for key, value in sorted(macros.items()))
+def defines(macros: Mapping[str, str | int]) -> dict[str, str]:
+    """What each macro stands for: the short names of number types become those of CUDA."""
+    return {key: _TYPES.get(str(value), str(value)) for key, value in sorted(macros.items())}
 
 
 @lru_cache(maxsize=1024)
@@ -79,7 +79,7 @@ def kernel(file: str, name: str, device: torch.device, **macros: str | int) -> K
     """
     assert device.type == "cuda" and device.index is not None, f"{name}: no CUDA device with its index: {device}"
     chosen = defines(macros)
-    key = (file, chosen, device.index)
+    key = (file, tuple(chosen.items()), device.index)
     with _lock:  # the backward pass runs in a thread of its own
         if key not in _modules:
             arch = nvrtc.load().architecture(torch.cuda.get_device_capability(device))

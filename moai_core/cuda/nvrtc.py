@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,11 @@ class Compiler:
             raise TooOld(f"{mine} is too old for compute capability {major}.{minor}: install a torch of a newer CUDA")
         return fit[-1]
 
-    def compile(self, name: str, source: str, includes: dict[str, str], flags: list[str]) -> tuple[bytes, str]:
-        """(cubin, log) of `source`, whose headers are the texts of `includes`. Raises CompileError."""
+    def compile(self, name: str, text: str, includes: dict[str, str], flags: list[str]) -> tuple[bytes, str]:
+        """(cubin, log) of `text`, whose headers are the texts of `includes`. Raises CompileError."""
         program = ctypes.c_void_p()
         texts, names, chosen = _strings(includes.values()), _strings(includes), _strings(flags)
-        args = (source.encode(), name.encode(), len(includes), texts, names)
+        args = (text.encode(), name.encode(), len(includes), texts, names)
         self._call("nvrtcCreateProgram", ctypes.byref(program), *args)
         try:
             status = self._library.nvrtcCompileProgram(program, len(flags), chosen)
@@ -160,25 +160,32 @@ def headers() -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.cuh"))}
 
 
-def options(defines: tuple[str, ...], arch: int) -> list[str]:
+def source(path: Path, defines: Mapping[str, str]) -> str:
+    """The text of a CUDA file behind its macros. They come after `common.cuh` and not as options -D, for a template
+    there or in NVRTC's own header may have a parameter named `T`.
+    """
+    lines = ['#include "common.cuh"', *(f"#define {key} {value}" for key, value in defines.items())]
+    return "\n".join([*lines, f'#line 1 "{path.name}"', path.read_text(encoding="utf-8")])
+
+
+def options(arch: int) -> list[str]:
     """The compiler's options. No --use_fast_math: a kernel that can afford an approximation names it."""
-    return ["--std=c++17", f"--gpu-architecture=sm_{arch}", *(f"-D{define}" for define in defines)]
+    return ["--std=c++17", f"--gpu-architecture=sm_{arch}"]
 
 
-def cubin(path: Path, defines: tuple[str, ...], arch: int) -> bytes:
-    """Machine code of the CUDA file at `path` for sm_`arch`, from the disk if it was compiled before.
-
-    defines: "NAME=VALUE" each. Includes are the `.cuh` files of this folder. Raises CompileError.
+def cubin(path: Path, defines: Mapping[str, str], arch: int) -> bytes:
+    """Machine code of the CUDA file at `path` for sm_`arch`, from the disk if it was compiled before. Raises
+    CompileError.
     """
     compiler = load()
-    source, included, flags = path.read_text(encoding="utf-8"), headers(), options(defines, arch)
-    key = hashlib.sha256(repr((source, included, flags, compiler.version)).encode()).hexdigest()
+    text, included, flags = source(path, defines), headers(), options(arch)
+    key = hashlib.sha256(repr((text, included, flags, compiler.version)).encode()).hexdigest()
     kept = cache_dir() / "cubin" / f"{path.stem}-{key}"
     code = _read(kept)
     if code is None:
-        what = " ".join((path.stem, *defines))
+        what = " ".join((path.stem, *(f"{name}={value}" for name, value in defines.items())))
         _log.info("compiling GPU kernels for sm_%d (once): %s", arch, what)
-        code, _ = compiler.compile(path.name, source, included, flags)
+        code, _ = compiler.compile(path.name, text, included, flags)
         _write(kept, code)
     return code
 

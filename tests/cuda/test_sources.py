@@ -45,8 +45,9 @@ def compile_and_check(path: Path, macros: tuple[str, ...], arch: int) -> None:
         pytest.skip(str(exc))
     if arch not in compiler.architectures:
         pytest.skip(f"NVRTC {compiler.version} doesn't know sm_{arch}")
-    options = [*nvrtc.options(cuda.defines(dict(one.split("=") for one in macros)), arch), "--ptxas-options=-v"]
-    code, log = compiler.compile(path.name, path.read_text(encoding="utf-8"), nvrtc.headers(), options)
+    text = nvrtc.source(path, cuda.defines(dict(one.split("=") for one in macros)))
+    flags = [*nvrtc.options(arch), "--ptxas-options=-v"]
+    code, log = compiler.compile(path.name, text, nvrtc.headers(), flags)
     assert code[:4] == b"\x7fELF"
     found = dict.fromkeys(re.findall(r"Compiling entry function '(\w+)'", log))
     assert list(found) and set(found) == set(header(path)[0]), log
