@@ -5,9 +5,10 @@ beside it.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from moai_core.model import fused
 from moai_core.model.configuration import MoaiMambaConfig
+from moai_core.model.recompute import Recomputed, call, tensor_of
 
 
 class SwiGLU(nn.Module):
@@ -20,6 +21,11 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.down_proj.writes_residual = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, H) -> (B, L, H)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor | Recomputed) -> Tensor:
+        """x (B, L, H) -> (B, L, H). Given a `Recomputed`, keeps only gate and up for the backward pass."""
+        gate, up = call(self.gate_proj, x), call(self.up_proj, x)
+        product: Tensor | Recomputed = fused.swiglu(gate, up)
+        if isinstance(x, Recomputed):
+            gate, up = gate.detach(), up.detach()
+            product = Recomputed(tensor_of(product), lambda: fused.swiglu(gate, up))
+        return call(self.down_proj, product)

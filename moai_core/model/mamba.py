@@ -3,18 +3,23 @@
  Letters: B batch, L tokens, H hidden, I inner width, N state, K convolution width, R time-step rank. dt, B, C, A_log,
 D, z as in the paper. Every projection is called, never read through `.weight`, so that quantized and adapted layers
 work in its place. The bias of dt is a parameter of its own, added inside the scan, and `dt_proj` is a plain matrix.
+Given a `Recomputed` input, the mixer keeps for the backward pass only xz, x_proj's small results, the scan's states and
+y; u and dt are made again (recompute.py).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moai_core import scan as kernels
+from moai_core.model import fused
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.norm import RMSNorm
+from moai_core.model.recompute import Recomputed, call, repeatable, split_halves, tensor_of
 
 LayerState = tuple[Tensor, Tensor]
 
@@ -40,10 +45,9 @@ class MambaMixer(nn.Module):
         self.in_proj = nn.Linear(hidden, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, config.conv_kernel_size, groups=inner)
         self.x_proj = nn.Linear(inner, rank + 2 * state, bias=False)
-        norm, eps = config.dt_bc_norm, float(config.dt_bc_norm_eps or config.rms_norm_eps)
-        self.dt_layernorm = RMSNorm(rank, eps) if norm else nn.Identity()
-        self.b_layernorm = RMSNorm(state, eps) if norm else nn.Identity()
-        self.c_layernorm = RMSNorm(state, eps) if norm else nn.Identity()
+        self.norms, eps = config.dt_bc_norm, float(config.dt_bc_norm_eps or config.rms_norm_eps)
+        if self.norms:
+            self.dt_layernorm, self.b_layernorm, self.c_layernorm = (RMSNorm(n, eps) for n in self.split)
         self.dt_proj = nn.Linear(rank, inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.empty(inner, state))
@@ -52,22 +56,20 @@ class MambaMixer(nn.Module):
         self.out_proj.writes_residual = True  # type: ignore[assignment]
 
     def forward(
-        self, x: Tensor, state: LayerState | None, seq_idx: Tensor | None, backend: str
+        self, x: Tensor | Recomputed, state: LayerState | None, seq_idx: Tensor | None, backend: str
     ) -> tuple[Tensor, LayerState]:
         """x (B, L, H), state as in MoaiState.layers, seq_idx (B, L) int32 with padding (-1) only at the end of a row.
 
         Returns the output (B, L, H) and the state after the last real token.
         """
-        if state is not None and x.shape[1] == 1 and seq_idx is None and not torch.is_grad_enabled():
-            return self._step(x, state, backend)
+        if state is not None and tensor_of(x).shape[1] == 1 and seq_idx is None and not torch.is_grad_enabled():
+            return self._step(tensor_of(x), state, backend)
         conv_state, ssm_state = state if state is not None else (None, None)
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, conv_state = kernels.conv(
-            u, self.conv1d.weight, self.conv1d.bias, state=conv_state, seq_idx=seq_idx, backend=backend
-        )
+        inner, z = split_halves(call(self.in_proj, x))
+        u, conv_state = self._conv(inner, conv_state, seq_idx, backend, keep=not isinstance(x, Recomputed))
         dt, B, C = self._select(u)
-        y, ssm_state = kernels.scan(
-            u, dt, self.A(), B, C, self.D, z, self.dt_bias, state=ssm_state, seq_idx=seq_idx, backend=backend
+        y, ssm_state = call(
+            kernels.scan, u, dt, self.A(), B, C, self.D, z, self.dt_bias, state=ssm_state, seq_idx=seq_idx, backend=backend
         )
         return self.out_proj(y), (conv_state, ssm_state)
 
@@ -78,10 +80,35 @@ class MambaMixer(nn.Module):
         y, ssm_state = kernels.step(u, dt, self.A(), B, C, self.D, z, self.dt_bias, state[1], backend=backend)
         return self.out_proj(y)[:, None], (conv_state, ssm_state)
 
-    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input-dependent parameters: raw dt (..., I), B and C (..., N)."""
-        dt, B, C = self.x_proj(u).split(self.split, dim=-1)
-        return self.dt_proj(self.dt_layernorm(dt)), self.b_layernorm(B), self.c_layernorm(C)
+    def _conv(
+        self, x: Tensor, state: Tensor | None, seq_idx: Tensor | None, backend: str, *, keep: bool
+    ) -> tuple[Tensor | Recomputed, Tensor]:
+        """The convolution's result u (B, L, I) and its new state."""
+
+        def run(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            # Weights are read from the module at each call: a sharded one has others in the backward pass.
+            weight, bias = self.conv1d.weight, self.conv1d.bias
+            return kernels.conv(x, weight, bias, state=state, seq_idx=seq_idx, backend=backend)
+
+        u, new = run(x, state)
+        if keep:
+            return u, new
+        x, state = x.detach(), None if state is None else state.detach()
+        return Recomputed(u, lambda: run(x, state)[0]), new
+
+    def _select(self, u: Tensor | Recomputed) -> tuple[Any, Tensor, Tensor]:
+        """The input-dependent parameters: raw dt (..., I), made again if u is, B and C (..., N)."""
+        mixed = call(self.x_proj, u)
+        if self.norms:
+            weights = [norm.weight for norm in (self.dt_layernorm, self.b_layernorm, self.c_layernorm)]
+            rank, B, C = fused.small_norms(mixed, weights, self.dt_layernorm.eps)
+        else:
+            rank, B, C = mixed.split(self.split, dim=-1)
+        dt = self.dt_proj(rank)
+        if isinstance(u, Recomputed) and repeatable(self.dt_proj):
+            rank = rank.detach()
+            dt = Recomputed(dt, lambda: self.dt_proj(rank))
+        return dt, B, C
 
     def A(self) -> Tensor:
         """(I, N) fp32, negative."""

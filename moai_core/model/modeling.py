@@ -23,12 +23,16 @@ from transformers.utils import ModelOutput
 
 from moai_core import scan as kernels
 from moai_core.errors import UsageError
+from moai_core.model import fused
 from moai_core.model import loss as losses
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.ffn import SwiGLU
 from moai_core.model.mamba import LayerState, MambaMixer, dt_bias_init
 from moai_core.model.norm import RMSNorm
+from moai_core.model.recompute import Recomputed
 from moai_core.model.state import MoaiState
+
+CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass
@@ -61,14 +65,36 @@ class MoaiMambaLayer(nn.Module):
         self.feed_forward = SwiGLU(config) if config.ffn != "none" else None
 
     def forward(
-        self, x: Tensor, state: LayerState | None, seq_idx: Tensor | None, backend: str
-    ) -> tuple[Tensor, LayerState]:
-        """x (B, L, H) residual stream -> the stream after this layer and the layer's new state."""
-        mixed, state = self.mamba(self.input_layernorm(x), state, seq_idx, backend)
-        x = x + mixed
+        self,
+        residual: Tensor,
+        x: Tensor | None,
+        state: LayerState | None,
+        seq_idx: Tensor | None,
+        backend: str,
+        selective: bool = False,
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """residual (B, L, H) the stream without x (B, L, H), the result of the block before (None = nothing) -> the
+        same pair after this layer, whose sum is the stream, and the layer's new state.
+
+        A block's result is added in the norm of the next, which reads both anyway. selective: keep for the backward
+        pass only what takes a large matrix product or the scan to compute (recompute.py).
+        """
+        residual, h = _add_norm(residual, x, self.input_layernorm, selective)
+        x, state = self.mamba(h, state, seq_idx, backend)
         if self.feed_forward is not None and self.pre_ff_layernorm is not None:
-            x = x + self.feed_forward(self.pre_ff_layernorm(x))
-        return x, state
+            residual, h = _add_norm(residual, x, self.pre_ff_layernorm, selective)
+            x = self.feed_forward(h)
+        return residual, x, state
+
+
+def _add_norm(
+    residual: Tensor, x: Tensor | None, norm: RMSNorm, selective: bool
+) -> tuple[Tensor, Tensor | Recomputed]:
+    residual, h = fused.add_rms_norm(residual, x, norm.weight, norm.eps)
+    if not selective:
+        return residual, h
+    kept = residual.detach()
+    return residual, Recomputed(h, lambda: fused.rms_norm(kept, norm.weight, norm.eps))
 
 
 class MoaiPreTrainedModel(PreTrainedModel):
@@ -124,6 +150,7 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         # transformers switches these two (activation_checkpointing_enable); the config gives the start.
         self.gradient_checkpointing = config.use_checkpoint
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        self.selective = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -162,17 +189,24 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         new_layers: list[LayerState] = []
         every: list[Tensor] = []
+        full = self.gradient_checkpointing and self.training
+        selective = self.selective and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        residual, x = x, None
         for index, layer in enumerate(self.layers):
+            if (full or output_hidden_states) and x is not None:
+                # One tensor to keep, or to show, instead of two.
+                residual, x = residual + x, None
             if output_hidden_states:
-                every.append(x)
+                every.append(residual)
             before = state.layers[index] if state is not None else None
-            if self.gradient_checkpointing and self.training:
-                x, after = self._gradient_checkpointing_func(layer.__call__, x, before, seq_idx, self.scan_backend)
+            if full:
+                run = functools.partial(self._gradient_checkpointing_func, layer.__call__)
+                residual, x, after = run(residual, x, before, seq_idx, self.scan_backend)
             else:
-                x, after = layer(x, before, seq_idx, self.scan_backend)
+                residual, x, after = layer(residual, x, before, seq_idx, self.scan_backend, selective)
             if use_cache:
                 new_layers.append(after)
-        x = self.final_layernorm(x)
+        _, x = fused.add_rms_norm(residual, x, self.final_layernorm.weight, self.final_layernorm.eps)
         every.append(x)
         if order is not None:
             back = order.argsort(1)[..., None]
@@ -254,6 +288,14 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         if name != "auto" and name not in kernels.BACKENDS:
             raise UsageError(f"unknown scan backend {name!r}", hint=f"backends: auto, {', '.join(kernels.BACKENDS)}")
         self.model.scan_backend = name
+
+    def set_checkpointing(self, mode: str) -> None:
+        """What a layer keeps for the backward pass when training: `none` keeps everything, `selective` all but what is
+        cheap to compute again (norms, convolution, time steps, SwiGLU's product), `full` its input alone.
+        """
+        if mode not in CHECKPOINTING:
+            raise UsageError(f"unknown checkpointing {mode!r}", hint=f"modes: {', '.join(CHECKPOINTING)}")
+        self.model.gradient_checkpointing, self.model.selective = mode == "full", mode == "selective"
 
     def forward(
         self,
