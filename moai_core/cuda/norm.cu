@@ -1,0 +1,207 @@
+// RMSNorm over rows, alone or of the sum with the residual stream, forward and backward.
+//
+//   total = residual + x;  y = weight * total * rstd,  rstd = 1 / sqrt(mean(total^2) + eps)
+//
+// A team of TEAM threads holds one row in registers, PER vectors of V values a thread, so that memory sees each row once.
+// Teams up to a warp stand side by side in a block of BLOCK threads; a larger team is a block of its own.
+//   R  the residual stream and its sum      X  what is added to it      W  weight and y
+#include "common.cuh"
+
+constexpr int BLOCK = TEAM > 32 ? TEAM : 128;
+constexpr int TEAMS = BLOCK / TEAM;
+
+// V values as they lie in memory. Loading and widening are apart, so that all loads of a thread are under way at once.
+template <class T>
+struct Raw {
+  static constexpr int n = V < per_16_bytes<T> ? V : per_16_bytes<T>;
+  Vec<T, n> part[V / n];
+
+  // Zeros where `inside` is false.
+  DEVICE void load(const T* from, bool inside) {
+#pragma unroll
+    for (int i = 0; i < V / n; i++) part[i] = inside ? load_vec<T, n>(from + i * n) : Vec<T, n>{};
+  }
+  DEVICE void store(T* to) const {
+#pragma unroll
+    for (int i = 0; i < V / n; i++) store_vec<T, n>(to + i * n, part[i]);
+  }
+  DEVICE float get(int i) const { return to_float(part[i / n].at[i % n]); }
+  DEVICE void set(int i, float x) { part[i / n].at[i % n] = from_float<T>(x); }
+};
+
+// The sum over a team, the same bits in each of its threads. Callers alternate between two `scratch`, so that one
+// barrier a call is enough: nobody writes one of them again before all have read it.
+DEVICE float team_sum(float x, float* scratch) {
+#pragma unroll
+  for (int other = (TEAM < 32 ? TEAM : 32) / 2; other > 0; other /= 2) x += __shfl_xor_sync(0xffffffffu, x, other);
+  if (TEAM <= 32) return x;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < TEAM / 32; warp++) x += scratch[warp];
+  return x;
+}
+
+// `adds` is known to the compiler: a branch between the loads would make some wait for others.
+template <bool adds>
+DEVICE void forward(const R* __restrict__ residual, const X* __restrict__ x, const W* __restrict__ weight,
+                    R* __restrict__ total, W* __restrict__ y, float* __restrict__ rstd, int64 rows, int64 size,
+                    int64 residual_stride, int64 x_stride, float eps, float* scratch) {
+  int lane = threadIdx.x % TEAM;
+  int64 row = (int64)blockIdx.x * TEAMS + threadIdx.x / TEAM;
+  bool real = row < rows;
+
+  Raw<R> sum[PER];
+  Raw<X> added[PER];
+  Raw<W> w[PER];
+#pragma unroll
+  for (int i = 0; i < PER; i++) {
+    int column = (i * TEAM + lane) * V;
+    bool inside = real && column < size;
+    sum[i].load(residual + row * residual_stride + column, inside);
+    if (adds) added[i].load(x + row * x_stride + column, inside);
+    w[i].load(weight + column, column < size);
+  }
+  if (adds) {
+    // The norm is that of the sum as it is stored, rounded.
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      int column = (i * TEAM + lane) * V;
+#pragma unroll
+      for (int j = 0; j < V; j++) sum[i].set(j, sum[i].get(j) + added[i].get(j));
+      if (real && column < size) sum[i].store(total + row * size + column);
+    }
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < PER; i++)
+#pragma unroll
+    for (int j = 0; j < V; j++) squares += sum[i].get(j) * sum[i].get(j);
+  float scale = rsqrtf(team_sum(squares, scratch) * reciprocal_approx((float)size) + eps);
+  if (!real) return;
+  if (lane == 0) rstd[row] = scale;
+#pragma unroll
+  for (int i = 0; i < PER; i++) {
+    int column = (i * TEAM + lane) * V;
+#pragma unroll
+    for (int j = 0; j < V; j++) w[i].set(j, sum[i].get(j) * scale * w[i].get(j));
+    if (column < size) w[i].store(y + row * size + column);
+  }
+}
+
+// Without x: y of residual as it is, and no total is written. Strides in values, between rows.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+norm_forward(const R* residual, const X* x, const W* weight, R* total, W* y, float* rstd, int64 rows, int64 size,
+             int64 residual_stride, int64 x_stride, float eps) {
+  __shared__ float scratch[32];
+  if (x) forward<true>(residual, x, weight, total, y, rstd, rows, size, residual_stride, x_stride, eps, scratch);
+  else forward<false>(residual, x, weight, total, y, rstd, rows, size, residual_stride, x_stride, eps, scratch);
+}
+
+// d = d_total + rstd * (g - n * mean(g * n)) with n = total * rstd, g = d_y * weight; d_weight = sum over rows d_y * n.
+// d goes to d_residual and, where that has another dtype, to d_x. d_total, d_x may be null. A block walks over rows and
+// leaves its share of d_weight in partial[block]; norm_sum adds the shares in a fixed order.
+template <bool adds>
+DEVICE void backward(const W* __restrict__ d_y, const R* __restrict__ d_total, const R* __restrict__ total,
+                     const W* __restrict__ weight, const float* __restrict__ rstd, R* __restrict__ d_residual,
+                     X* __restrict__ d_x, float* __restrict__ partial, int64 rows, int64 size, int64 stride,
+                     float (*scratch)[32], float* shares) {
+  int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM, turn = 0;
+  float inverse = reciprocal_approx((float)size);
+
+  Raw<W> w[PER];
+  float d_weight[PER][V];
+#pragma unroll
+  for (int i = 0; i < PER; i++) {
+    int column = (i * TEAM + lane) * V;
+    w[i].load(weight + column, column < size);
+#pragma unroll
+    for (int j = 0; j < V; j++) d_weight[i][j] = 0.0f;
+  }
+
+  // Every thread of a block takes every turn: barriers and shuffles need them all.
+  for (int64 first = (int64)blockIdx.x * TEAMS; first < rows; first += (int64)gridDim.x * TEAMS, turn ^= 1) {
+    int64 row = first + team;
+    bool real = row < rows;
+    Raw<R> n[PER], d[PER];
+    Raw<W> g[PER];
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      int column = (i * TEAM + lane) * V;
+      bool inside = real && column < size;
+      n[i].load(total + row * stride + column, inside);
+      g[i].load(d_y + row * size + column, inside);
+      d[i].load(d_total + row * size + column, adds && inside);
+    }
+    float scale = real ? rstd[row] : 0.0f, both = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER; i++)
+#pragma unroll
+      for (int j = 0; j < V; j++) {
+        float product = g[i].get(j) * (n[i].get(j) * scale);
+        d_weight[i][j] += product;
+        both += product * w[i].get(j);
+      }
+    both = team_sum(both, scratch[turn]) * inverse;
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      int column = (i * TEAM + lane) * V;
+      Raw<X> narrow;
+#pragma unroll
+      for (int j = 0; j < V; j++) {
+        float sum = d[i].get(j) + scale * (g[i].get(j) * w[i].get(j) - n[i].get(j) * scale * both);
+        d[i].set(j, sum);
+        narrow.set(j, sum);
+      }
+      if (real && column < size) {
+        d[i].store(d_residual + row * size + column);
+        if (d_x) narrow.store(d_x + row * size + column);
+      }
+    }
+  }
+
+  float* share = TEAM > 32 ? partial + (int64)blockIdx.x * size : shares + team * (TEAM * PER * V);
+#pragma unroll
+  for (int i = 0; i < PER; i++) {
+    int column = (i * TEAM + lane) * V;
+#pragma unroll
+    for (int j = 0; j < V; j++)
+      if (TEAM <= 32 || column < size) share[column + j] = d_weight[i][j];
+  }
+  if (TEAM > 32) return;
+  __syncthreads();
+  for (int column = threadIdx.x; column < size; column += BLOCK) {
+    float sum = 0.0f;
+    for (int other = 0; other < TEAMS; other++) sum += shares[other * (TEAM * PER * V) + column];
+    partial[(int64)blockIdx.x * size + column] = sum;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+norm_backward(const W* d_y, const R* d_total, const R* total, const W* weight, const float* rstd, R* d_residual, X* d_x,
+              float* partial, int64 rows, int64 size, int64 stride) {
+  __shared__ float scratch[2][32];
+  __shared__ float shares[TEAM > 32 ? 1 : BLOCK * PER * V];
+  if (d_total)
+    backward<true>(d_y, d_total, total, weight, rstd, d_residual, d_x, partial, rows, size, stride, scratch, shares);
+  else
+    backward<false>(d_y, d_total, total, weight, rstd, d_residual, d_x, partial, rows, size, stride, scratch, shares);
+}
+
+// d_weight[column] = the sum of `count` partial rows. A block of 1024 threads takes 32 columns.
+extern "C" __global__ void __launch_bounds__(1024)
+norm_sum(const float* __restrict__ partial, W* __restrict__ d_weight, int64 count, int64 size) {
+  __shared__ float sums[32][33];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int64 column = (int64)blockIdx.x * 32 + lane;
+  float sum = 0.0f;
+  if (column < size)
+#pragma unroll 4
+    for (int64 row = warp; row < count; row += 32) sum += partial[row * size + column];
+  sums[warp][lane] = sum;
+  __syncthreads();
+  sum = warp_sum(sums[lane][warp]);
+  column = (int64)blockIdx.x * 32 + warp;
+  if (lane == 0 && column < size) d_weight[column] = from_float<W>(sum);
+}
