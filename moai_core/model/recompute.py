@@ -95,8 +95,11 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         known.again.use()
         return known.again, known.tensor.stride(), saved.shape, saved.stride(), saved.storage_offset()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-        return function(*tensors, **kwargs)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            return function(*tensors, **kwargs)
+    finally:
+        dropped.clear()  # autograd holds on to the pack hook as long as to what it packed
 
 
 def tensor_of(x: Any) -> Any:
