@@ -7,6 +7,7 @@ C0 and C1 can move the cursor, retitle the window or worse (ECMA-48).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -60,6 +61,19 @@ def note(text: str) -> None:
 def warn(text: str) -> None:
     """A warning line on stderr."""
     err.print(f"[yellow]warning:[/] {escape(clean(text))}")
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def show_log() -> None:
+    """What the core logs of work that happens once (GPU kernels that are compiled) becomes a note."""
+    log = logging.getLogger("moai")
+    if not log.handlers:
+        log.addHandler(_Notes(logging.INFO))
+        log.setLevel(logging.INFO)
 
 
 def on_event(event: dict[str, Any]) -> None:

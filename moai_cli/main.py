@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from moai_cli import console
+from moai_cli import console, launch
 from moai_core import __version__
 from moai_core.errors import Interrupted, MoaiError, UsageError, storage_error
 
@@ -44,6 +44,8 @@ def _global(
 ) -> None:
     if debug:
         os.environ["MOAI_DEBUG"] = "1"
+    if launch.is_first():
+        console.show_log()
 
 
 def _register() -> None:
