@@ -59,8 +59,8 @@ DEVICE float to_float(fp16 x) {
   return y;
 }
 
-template <class T>
-DEVICE T from_float(float x);
+template <class X>
+DEVICE X from_float(float x);
 template <>
 DEVICE float from_float<float>(float x) {
   return x;
@@ -89,20 +89,20 @@ DEVICE fp16 from_float<fp16>(float x) {
 }
 
 // n values that travel together: 16 bytes is what one thread loads or stores at once.
-template <class T, int n>
-struct alignas(sizeof(T) * n) Vec {
-  T at[n];
+template <class X, int n>
+struct alignas(sizeof(X) * n) Vec {
+  X at[n];
 };
-template <class T>
-constexpr int per_16_bytes = 16 / sizeof(T);
+template <class X>
+constexpr int per_16_bytes = 16 / sizeof(X);
 
-template <class T, int n>
-DEVICE Vec<T, n> load_vec(const T* p) {
-  return *reinterpret_cast<const Vec<T, n>*>(p);
+template <class X, int n>
+DEVICE Vec<X, n> load_vec(const X* p) {
+  return *reinterpret_cast<const Vec<X, n>*>(p);
 }
-template <class T, int n>
-DEVICE void store_vec(T* p, const Vec<T, n>& v) {
-  *reinterpret_cast<Vec<T, n>*>(p) = v;
+template <class X, int n>
+DEVICE void store_vec(X* p, const Vec<X, n>& v) {
+  *reinterpret_cast<Vec<X, n>*>(p) = v;
 }
 
 // ---- Elementary functions. The approximations are within 2 units of the last fp32 place; denormals are zero.

@@ -1,0 +1,277 @@
+"""The scan on NVIDIA GPUs: kernels of moai's own, compiled on the user's machine at first use.
+
+bfloat16, float16 and float32 in and out, everything computed in float32; a state to continue and its gradient, packed
+documents and padding at no cost in the recurrence, the same bits every time. For the backward pass the state before
+every tile of 16 steps is kept (2 bytes a step and channel for 16-bit inputs, 4 for float32, at 16 states), nothing
+else. Registered as PyTorch operators, so that `torch.compile`, FSDP and CUDA graphs work. Leaves out second
+derivatives and float64.
+
+How the kernels divide the work: `moai_core/cuda/scan_forward.cu`, `scan_backward.cu`. This file chooses how many
+warps share the states of a channel (from the shape and the GPU alone, so that results are reproducible), reserves
+memory and launches.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moai_core import cuda
+from moai_core.scan import reference
+
+STATES = (8, 16, 32, 64, 128)
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
+
+
+def why_not(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    op: str = "scan",
+    I: int = 64,  # noqa: E741 (the papers' letter)
+    N: int = 16,
+    K: int = 4,
+    state: bool = False,
+    seq_idx: bool = False,
+) -> str | None:
+    """Why these kernels can't do such a call, or None."""
+    if device.type != "cuda":
+        return f"it runs on CUDA GPUs only, not on {device.type}"
+    if dtype not in _NAMES:
+        return f"it computes float32, bfloat16 and float16, not {dtype}"
+    if I % 8:
+        return f"it needs a multiple of 8 channels (this model has {I})"
+    if op in ("scan", "step") and N not in STATES:
+        return f"it needs {', '.join(map(str, STATES[:-1]))} or {STATES[-1]} states a channel (this model has {N})"
+    return cuda.why_not(device)
+
+
+def scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `moai_core.scan.scan`."""
+    if u.numel() == 0:
+        return reference.scan(u, dt, A, B, C, D, z, dt_bias, state=state, seq_idx=seq_idx)
+    dt = dt.to(u.dtype)
+    z = None if z is None else z.to(u.dtype)
+    if B.dtype != C.dtype or B.dtype not in (u.dtype, torch.float32):
+        B, C = B.float(), C.float()
+    A, D, dt_bias, state = (None if x is None else x.float() for x in (A, D, dt_bias, state))
+    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32)
+    inputs = (u, dt, A, B, C, D, z, dt_bias, state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, last, _ = torch.ops.moai.scan_forward(*inputs, seq_idx, keep)
+    return y, last
+
+
+@torch.library.custom_op("moai::scan_forward", mutates_args=())
+def scan_forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y (B, L, I), final state (B, I, N) fp32, kept states (B, tiles, N, I), empty unless `keep`)."""
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    y, last, kept = _outputs(u, A, keep)
+    u, dt, B, C, z = (_rows(x) for x in (u, dt, B, C, z))
+    A, D, dt_bias, state, seq_idx = (_solid(x) for x in (A, D, dt_bias, state, seq_idx))
+    shape = _division(u.device.index, "forward", u.dtype, B.dtype, states, batch, channels)
+    kernel = cuda.kernel("scan_forward.cu", "scan_forward", u.device, **shape.macros(u.dtype, B.dtype, states))
+    kernel(
+        batch * _blocks(channels), 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, state, seq_idx, y, last,
+        kept if keep else None, length, channels, *_strides(u, dt, z, B, C), shared=shape.shared,
+    )  # fmt: skip
+    return y, last, kept
+
+
+@scan_forward.register_fake
+def _(u, dt, A, B, C, D, z, dt_bias, state, seq_idx, keep):  # type: ignore[no-untyped-def]
+    return _outputs(u, A, keep)
+
+
+@torch.library.custom_op("moai::scan_backward", mutates_args=())
+def scan_backward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    kept: Tensor,
+    g_y: Tensor,
+    g_last: Tensor | None,
+    continues: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and the first state; empty where the input was None (the first state:
+    unless `continues`)."""
+    batch, length, channels = u.shape
+    states, blocks = A.shape[1], _blocks(channels)
+    d_u, d_dt, _, d_B, d_C, _, d_z, _, d_first = _gradients(u, A, B, D, z, dt_bias, continues)
+    d_A = A.new_empty(batch, channels, states)
+    d_D, d_bias = (A.new_empty(batch, channels) if x is not None else None for x in (D, dt_bias))
+    parts = A.new_empty(blocks, batch * length, 2 * states)
+    u, dt, B, C, z, g_y = (_rows(x) for x in (u, dt, B, C, z, g_y))
+    A, D, dt_bias, seq_idx, g_last = (_solid(x) for x in (A, D, dt_bias, seq_idx, g_last))
+    shape = _division(u.device.index, "backward", u.dtype, B.dtype, states, batch, channels)
+    macros = shape.macros(u.dtype, B.dtype, states)
+    cuda.kernel("scan_backward.cu", "scan_backward", u.device, **macros)(
+        batch * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, d_u, d_dt,
+        None if z is None else d_z, d_A, parts, d_D, d_bias, d_first if continues else None, length, channels,
+        *_strides(u, dt, z, B, C, g_y), shared=shape.shared,
+    )  # fmt: skip
+    cuda.kernel("scan_backward.cu", "scan_reduce", u.device, **macros)(
+        -(-batch * length * 2 * states // 1024), 256, parts, d_B, d_C, blocks, batch * length
+    )
+    none = A.new_empty(0)
+    sums = (none if x is None else x.sum(0) if batch > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias))
+    d_A, d_D, d_bias = sums
+    return d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first
+
+
+@scan_backward.register_fake
+def _(u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, continues):  # type: ignore[no-untyped-def]
+    return _gradients(u, A, B, D, z, dt_bias, continues)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    u, dt, A, B, C, D, z, dt_bias, state, seq_idx, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.continues = state is not None
+    ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, seq_idx, output[2])
+
+
+def _backward(ctx, g_y: Tensor | None, g_last: Tensor | None, _):  # type: ignore[no-untyped-def]
+    u, dt, A, B, C, D, z, dt_bias, seq_idx, kept = ctx.saved_tensors
+    if g_y is None:
+        g_y = torch.zeros_like(u)
+    grads = torch.ops.moai.scan_backward(
+        u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ctx.continues
+    )
+    present = (True, True, True, True, True, D is not None, z is not None, dt_bias is not None, ctx.continues)
+    return (*(g if there else None for g, there in zip(grads, present, strict=True)), None, None)
+
+
+scan_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    kept = (batch, -(-length // TILE), states, channels) if keep else (0,)
+    return (
+        u.new_empty(batch, length, channels),
+        u.new_empty(batch, channels, states, dtype=torch.float32),
+        u.new_empty(kept, dtype=torch.float32 if u.dtype == torch.float32 else torch.bfloat16),
+    )
+
+
+def _gradients(
+    u: Tensor, A: Tensor, B: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, continues: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    absent = (0,)
+    return (
+        u.new_empty(u.shape), u.new_empty(u.shape), A.new_empty(A.shape), B.new_empty(B.shape), B.new_empty(B.shape),
+        A.new_empty(absent if D is None else D.shape), u.new_empty(absent if z is None else z.shape),
+        A.new_empty(absent if dt_bias is None else dt_bias.shape),
+        A.new_empty((batch, channels, states) if continues else absent),
+    )  # fmt: skip
+
+
+# ---- The division of the work
+
+TILE = 16  # steps; also the distance of the kept states
+
+
+class Division(NamedTuple):
+    """warps that share the states of 32 channels; whether stages overlap; bytes of shared memory a block."""
+
+    warps: int
+    piped: bool
+    shared: int
+
+    def macros(self, dtype: torch.dtype, states_dtype: torch.dtype, states: int) -> dict[str, str | int]:
+        return {
+            "T": _NAMES[dtype], "TB": _NAMES[states_dtype], "N": states, "WARPS": self.warps,
+            "PIPED": int(self.piped), "TILE": TILE, "SHARED": self.shared,
+        }  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _division(
+    index: int, direction: str, dtype: torch.dtype, states_dtype: torch.dtype, states: int, batch: int, channels: int
+) -> Division:
+    """As few warps a block as still fill the GPU, each with as many states as its registers hold."""
+    properties = torch.cuda.get_device_properties(index)
+    limit = properties.shared_memory_per_block_optin
+    blocks = batch * _blocks(channels)
+    most = 32 if direction == "forward" else states  # states of one thread
+    candidates = [w for w in (1, 2, 4, 8, 16) if states % w == 0 and states // w <= most and w <= TILE]
+    enough = [w for w in candidates if blocks * w >= 6 * properties.multi_processor_count]
+    for warps in [*enough[:1], *reversed(candidates)]:
+        for piped in (True, False) if warps >= 8 else (False,):
+            shared = shared_bytes(direction, warps, piped, dtype.itemsize, states_dtype.itemsize, states)
+            if shared <= limit:
+                return Division(warps, piped, shared)
+    raise AssertionError(f"no division of {states} states fits {limit} bytes of shared memory")
+
+
+def shared_bytes(direction: str, warps: int, piped: bool, size: int, states_size: int, states: int) -> int:
+    """sizeof(Pool) of scan_forward.cu or scan_backward.cu, which check that it is enough."""
+    slots, buffers = (4, 2) if piped else (2, 1)
+    row = 32 * (TILE + 4) * 4
+    narrow = TILE * 32 * size
+    states_rows = TILE * (2 * states + 16 // states_size) * states_size
+    if direction == "forward":
+        slot = 3 * narrow + states_rows + TILE * 4
+        return slots * slot + buffers * (2 * row + 2 * states * TILE * 4 + warps * row)
+    kept = states * 32 * (4 if size == 4 else 2)
+    slot = 4 * narrow + states_rows + kept + TILE * 4
+    sums = buffers * (3 * row + 2 * states * TILE * 4 + warps * 3 * row + TILE * (2 * states + 4) * 4)
+    return slots * slot + sums + 3 * states * 32 * 4
+
+
+def _blocks(channels: int) -> int:
+    return -(-channels // 32)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """(B, L, width) whose rows are dense and begin at multiples of 16 bytes: as it is, or a copy."""
+    if x is None:
+        return None
+    fits = all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2]) and x.data_ptr() % 16 == 0
+    return x if fits and x.stride(2) == 1 else x.contiguous()
+
+
+def _solid(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _strides(*rows: Tensor | None) -> list[int]:
+    return [stride for x in rows for stride in ((0, 0) if x is None else x.stride()[:2])]
