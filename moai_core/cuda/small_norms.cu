@@ -1,3 +1,6 @@
+// moai: kernels small_norms_forward, small_norms_backward, small_norms_sum
+// moai: macros X=bf16 W=bf16 V=8 PER=1 | X=bf16 W=float V=8 PER=2 | X=float W=float V=1 PER=4
+//
 // RMSNorm of three adjacent slices of each row, each with its own weight: dt, B and C of a Mamba mixer (Jamba's norms)
 // in one launch, forward and backward. A warp holds one row in registers, PER vectors of V values a lane; no vector
 // reaches over the edge of a slice.
