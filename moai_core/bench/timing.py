@@ -1,0 +1,269 @@
+"""How long a piece of work takes on a device, and what a sample of such times says; every benchmark measures with it.
+
+On a GPU the times are CUDA's: an event before and one after the call. While the host still launches the call, the GPU
+reads a buffer larger than its L2: so the host's time doesn't show in the figure (it is kept apart, as `host`), and no
+call finds what the one before it left in the cache. On a CPU the time is the wall's. Whatever is compared takes turns
+in one process, so that clocks and other programs fall on all alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moai_core import device as devices
+
+Work = Callable[[], object]
+
+# A GPU waits at most so long for the host (seconds): a loop of thousands of launches never gets ahead of it anyway.
+_MAX_LEAD = 0.02
+# What the inputs of a CPU's calls are rotated through: more than a core's share of the last cache.
+_CPU_CACHE = 1 << 25
+# Turns fill about so many seconds a piece of work; slow work gets the fewest turns that have quartiles.
+_SECONDS, _FEWEST, _MOST = 1.0, 3, 50
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and quartiles of the seconds that a call took, over `repeats` calls; `host`: until it had been launched
+    (a GPU's only)."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+    host: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, in milliseconds."""
+        found = {"median_ms": self.median * 1e3, "low_ms": self.low * 1e3, "high_ms": self.high * 1e3}
+        return {**found, "repeats": self.repeats, **({} if self.host is None else {"host_ms": self.host * 1e3})}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """(first quartile, median, third), by linear interpolation between the sorted values; one value is all three."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+class Clock:
+    """Measures single calls on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.cache = _CPU_CACHE
+        if self.cuda:
+            self.cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self._filling = torch.zeros(2 * self.cache // 4, device=device)
+            self._filler = 0.0
+            times = [self(lambda: self._filling.amax())[0] for _ in range(5)]
+            self._filler = statistics.median(times)
+
+    def __call__(self, work: Work, lead: float = 0.0) -> tuple[float, float]:
+        """(seconds on the device, seconds until the call returned to the host). lead: seconds for which a GPU is kept
+        busy before the work, so that it finds all its launches waiting."""
+        if not self.cuda:
+            begin = time.perf_counter()
+            result = work()
+            seconds = time.perf_counter() - begin
+            del result  # what a call makes is freed outside of the measurement
+            return seconds, seconds
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        for _ in range(1 + int(min(lead, _MAX_LEAD) / self._filler) if self._filler else 1):
+            self._filling.amax()
+        first.record()
+        begin = time.perf_counter()
+        result = work()
+        host = time.perf_counter() - begin
+        last.record()
+        last.synchronize()
+        del result
+        return first.elapsed_time(last) / 1e3, host
+
+
+def take_turns(
+    works: Mapping[str, Work],
+    clock: Clock,
+    *,
+    repeats: int | None = None,
+    warmup: int | None = None,
+    on_call: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, host seconds) of every measured call of each, after `warmup` unmeasured calls (None: two on a GPU, one
+    on a CPU). Each takes a turn in every round, in an order drawn anew, so that none always follows the same other.
+
+    repeats: measured calls of each; None lets the time of the last warm-up decide, between 3 and 50. Work that a GPU
+    has no memory for gives an empty list.
+    """
+    warmup = (2 if clock.cuda else 1) if warmup is None else warmup
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    wanted = dict.fromkeys(works, repeats or 1)
+    lead, order = dict.fromkeys(works, 0.0), random.Random(0)
+    with steady():
+        for turn in itertools.count():
+            due = [name for name in works if turn < warmup + wanted[name]]
+            if not due:
+                return found
+            order.shuffle(due)
+            for name in due:
+                gc.collect()
+                on_call(name)
+                try:
+                    seconds, host = clock(works[name], lead[name])
+                except torch.OutOfMemoryError:
+                    found[name], wanted[name] = [], -warmup
+                    torch.cuda.empty_cache()
+                    continue
+                lead[name] = 1.5 * host
+                if turn >= warmup:
+                    found[name].append((seconds, host))
+                elif repeats is None and turn == warmup - 1:
+                    wanted[name] = enough(seconds)
+    raise AssertionError
+
+
+def enough(seconds: float) -> int:
+    """How many calls of such a length are measured."""
+    return int(min(_MOST, max(_FEWEST, _SECONDS / max(seconds, 1e-9))))
+
+
+@contextmanager
+def steady() -> Iterator[None]:
+    """Inside, garbage is collected by hand only, and quickly: what is alive now is left alone."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def summary(calls: Sequence[tuple[float, float]], clock: Clock) -> Timing:
+    """The timing of calls as `take_turns` gives them."""
+    low, median, high = quartiles([seconds for seconds, _ in calls])
+    host = statistics.median(host for _, host in calls) if clock.cuda else None
+    return Timing(median, low, high, len(calls), host)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of several things to compare at a length L.
+
+    make(L) prepares its inputs and returns the call to measure. order: its time grows at most as L to this power.
+    memory: bytes a token that it needs at once, 0 when not known.
+    """
+
+    name: str
+    make: Callable[[int], Work]
+    order: float = 1.0
+    memory: float = 0.0
+
+
+@dataclass
+class Compared:
+    """What `compare` found: name -> timing, or the sentence why that case was left out."""
+
+    timings: dict[str, Timing] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def compare(
+    cases: Sequence[Case],
+    length: int,
+    clock: Clock,
+    *,
+    limit: float,
+    repeats: int | None = None,
+    on_call: Callable[[str], None] = lambda name: None,
+) -> Compared:
+    """Measures all cases at one length, taking turns.
+
+    limit: seconds that all calls of one case may take together; what would take longer (judged by a call at a
+    fraction of the length), or wouldn't fit into memory, is left out with the reason.
+    """
+    result = Compared()
+    works: dict[str, Work] = {}
+    for case in cases:
+        why = too_large(case, length, clock.device)
+        try:
+            why = why or too_slow(case, length, clock, limit, repeats)
+            if why is None:
+                works[case.name] = case.make(length)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            why = "out of memory"
+        if why is not None:
+            result.left_out[case.name] = why
+    for name, calls in take_turns(works, clock, repeats=repeats, on_call=on_call).items():
+        if calls:
+            result.timings[name] = summary(calls, clock)
+        else:
+            result.left_out[name] = "out of memory"
+    return result
+
+
+def too_large(case: Case, length: int, device: torch.device) -> str | None:
+    """Why a case doesn't fit into a CPU's free memory, where the system kills what asks for more."""
+    need, free = case.memory * length, devices.memory()[1]
+    if device.type == "cpu" and free and need > 0.7 * free:
+        return f"would need about {need / 1e9:.1f} GB of memory ({free / 1e9:.1f} GB are free)"
+    return None
+
+
+def too_slow(case: Case, length: int, clock: Clock, limit: float, repeats: int | None = None) -> str | None:
+    """Why a case would take longer than `limit` seconds, judged by a call at a sixteenth of the length."""
+    part = max(16, length // 16)
+    if part >= length:
+        return None
+    work = case.make(part)
+    seconds = clock(work)[0]  # compiles what is compiled at first use
+    if seconds * (length / part) ** case.order < limit / 10:
+        return None
+    estimate = clock(work)[0] * (length / part) ** case.order
+    calls = 1 + (repeats or enough(estimate))
+    if calls * estimate <= limit:
+        return None
+    return f"a call would take about {words(estimate)} ({calls} calls, limit {limit:g} s)"
+
+
+def words(seconds: float) -> str:
+    """0.012 -> 12 ms; 75 -> 75 s; 600 -> 10 min."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 180 else f"{seconds / 60:.3g} min"
+
+
+def sets_of(size: int, clock: Clock, *, most: int = 8) -> int:
+    """How many sets of inputs of `size` bytes are rotated through, so that none is still in the cache when its turn
+    comes again."""
+    return max(1, min(most, -(-2 * clock.cache // max(1, size))))
+
+
+class Rotation:
+    """Sets of inputs, of which every call takes the next, whoever calls: two that are compared never read the same
+    set one after the other, which would give the second a warm cache."""
+
+    def __init__(self, sets: Sequence[Any]) -> None:
+        self.sets = sets
+        self._following = itertools.cycle(sets)
+
+    def calls(self, function: Callable[[Any], object]) -> Work:
+        """The call of `function` on the next set."""
+        return lambda: function(next(self._following))
