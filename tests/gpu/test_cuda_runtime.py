@@ -14,8 +14,8 @@ from moai_core import cuda
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-SOURCE = """// moai: kernels fma, echo, large, spin; macros T=float
-extern "C" __global__ void fma(const T* x, const T* y, T* out, long long n, float scale) {
+SOURCE = """// moai: kernels axpy, echo, large, spin; macros T=float
+extern "C" __global__ void axpy(const T* x, const T* y, T* out, long long n, float scale) {
   int64 i = blockIdx.x * (int64)blockDim.x + threadIdx.x;
   if (i < n) out[i] = from_float<T>(to_float(x[i]) + scale * (y ? to_float(y[i]) : 1.0f));
 }
@@ -62,7 +62,7 @@ def test_this_gpu_is_not_refused():
 )
 @pytest.mark.parametrize("n", [1, 255, 256, 100_003])
 def test_values_arrive(file, name, dtype, n):
-    kernel = cuda.kernel(file, "fma", on(), T=name)
+    kernel = cuda.kernel(file, "axpy", on(), T=name)
     x, y = torch.randn(n, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
     for other in (y, None):
         out = torch.full_like(x, float("nan"))
@@ -82,10 +82,10 @@ def test_every_kind_of_argument(file):
 
 def test_wrong_arguments_are_refused_before_they_reach_the_gpu(file):
     x, n = torch.zeros(8, device="cuda"), 8
-    fresh = cuda.driver.Module(cuda.nvrtc.cubin(cuda.Path(file), {"T": "float"}, arch()), 0).kernel("fma")
-    with pytest.raises(AssertionError, match="fma: arguments of"):
+    fresh = cuda.driver.Module(cuda.nvrtc.cubin(cuda.Path(file), {"T": "float"}, arch()), 0).kernel("axpy")
+    with pytest.raises(AssertionError, match="axpy: arguments of"):
         fresh(1, 32, x, x, x, n)
-    with pytest.raises(AssertionError, match="fma: arguments of"):
+    with pytest.raises(AssertionError, match="axpy: arguments of"):
         fresh(1, 32, x, x, x, n, 1)  # an int where the first launch must see a float
     with pytest.raises(AssertionError, match="is on cpu, not on cuda:0"):
         fresh(1, 32, x.cpu(), x, x, n, 1.0)
@@ -101,11 +101,11 @@ def test_errors_are_named(file):
     with pytest.raises(RuntimeError, match="kernel nowhere: CUDA error 500"):
         cuda.kernel(file, "nowhere", on(), T="float")
     with pytest.raises(cuda.nvrtc.CompileError, match=r"trial\.cu"):
-        cuda.kernel(file, "fma", on(), T="no_such_type")
-    kernel, x = cuda.kernel(file, "fma", on(), T="float"), torch.ones(8, device="cuda")
-    with pytest.raises(RuntimeError, match=r"launch of fma, grid \(1, 1, 1\), block 4096, shared 0: CUDA error 1"):
+        cuda.kernel(file, "axpy", on(), T="no_such_type")
+    kernel, x = cuda.kernel(file, "axpy", on(), T="float"), torch.ones(8, device="cuda")
+    with pytest.raises(RuntimeError, match=r"launch of axpy, grid \(1, 1, 1\), block 4096, shared 0: CUDA error 1"):
         kernel(1, 4096, x, None, x, 8, 1.0)
-    with pytest.raises(RuntimeError, match="bytes of shared memory for fma: CUDA error 1"):
+    with pytest.raises(RuntimeError, match="bytes of shared memory for axpy: CUDA error 1"):
         kernel(1, 32, x, None, x, 8, 1.0, shared=1 << 20)
     kernel(1, 32, x, None, x, 8, 1.0)  # none of this spoils the context
     assert x.tolist() == [2.0] * 8
@@ -123,15 +123,15 @@ def test_much_shared_memory(file):
 def test_runs_on_the_current_stream(file):
     """A kernel of a second waits in one stream; another stream's work isn't held up, its own is."""
     spin = cuda.kernel(file, "spin", on(), T="float")
-    fma = cuda.kernel(file, "fma", on(), T="float")
+    axpy = cuda.kernel(file, "axpy", on(), T="float")
     slow, fast = torch.cuda.Stream(), torch.cuda.Stream()
     x, y = torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(slow):
         spin(1, 1, x, 1_000_000_000)
-        fma(1, 1, x, None, x, 1, 10.0)
+        axpy(1, 1, x, None, x, 1, 10.0)
     with torch.cuda.stream(fast):
-        fma(1, 1, y, None, y, 1, 10.0)
+        axpy(1, 1, y, None, y, 1, 10.0)
     fast.synchronize()
     assert not slow.query(), "the fast stream waited for the slow one"
     slow.synchronize()
@@ -139,14 +139,14 @@ def test_runs_on_the_current_stream(file):
 
 
 def test_graphs_record_and_replay(file):
-    fma = cuda.kernel(file, "fma", on(), T="float")
+    axpy = cuda.kernel(file, "axpy", on(), T="float")
     x = torch.zeros(1000, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        fma(4, 256, x, None, x, 1000, 1.0)
+        axpy(4, 256, x, None, x, 1000, 1.0)
         # The first use of a kernel may fall into a recording, too.
         cuda.kernel(file, "large", on(), T="bf16")(1, 128, x, 1000, shared=4000)
-        fma(4, 256, x, None, x, 1000, 2.0)
+        axpy(4, 256, x, None, x, 1000, 2.0)
     assert x.sum().item() == 0, "recorded, not run"
     for _ in range(3):
         graph.replay()
@@ -155,12 +155,12 @@ def test_graphs_record_and_replay(file):
 
 def test_threads_launch_at_once(file):
     """As backward passes do: each thread's arguments are its own."""
-    fma = cuda.kernel(file, "fma", on(), T="float")
+    axpy = cuda.kernel(file, "axpy", on(), T="float")
     results = [torch.zeros(64, device="cuda") for _ in range(8)]
 
     def work(index: int) -> None:
         for _ in range(500):
-            fma(1, 64, results[index], None, results[index], 64, float(index))
+            axpy(1, 64, results[index], None, results[index], 64, float(index))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for thread in threads:
@@ -172,7 +172,7 @@ def test_threads_launch_at_once(file):
 
 def test_a_custom_op_in_the_backward_pass(file):
     """autograd's own thread has no context of its own until someone makes one current."""
-    fma = cuda.kernel(file, "fma", on(), T="float")
+    axpy = cuda.kernel(file, "axpy", on(), T="float")
 
     class Shift(torch.autograd.Function):
         @staticmethod
@@ -182,7 +182,7 @@ def test_a_custom_op_in_the_backward_pass(file):
         @staticmethod
         def backward(ctx, grad):
             out = torch.empty_like(grad)
-            fma(1, 64, grad.contiguous(), None, out, 64, 5.0)
+            axpy(1, 64, grad.contiguous(), None, out, 64, 5.0)
             return out
 
     x = torch.zeros(64, device="cuda", requires_grad=True)
@@ -196,17 +196,17 @@ def test_each_gpu_has_its_own(file):
     for current in (0, 1):
         with torch.cuda.device(current):
             for i in (1, 0):
-                cuda.kernel(file, "fma", on(i), T="float")(1, 32, values[i], None, values[i], 8, float(i + 1))
+                cuda.kernel(file, "axpy", on(i), T="float")(1, 32, values[i], None, values[i], 8, float(i + 1))
     assert [v.unique().tolist() for v in values] == [[2.0], [4.0]]
     with pytest.raises(AssertionError, match="is on cuda:1, not on cuda:0"):
-        cuda.kernel(file, "fma", on(0), T="float")(1, 32, values[1], None, values[1], 8, 1.0)
+        cuda.kernel(file, "axpy", on(0), T="float")(1, 32, values[1], None, values[1], 8, 1.0)
 
 
 def test_compiles_once_and_says_so(file, caplog):
     caplog.set_level(logging.INFO, "moai.cuda")
     cuda.kernel.cache_clear()
-    first = cuda.kernel(file, "fma", on(), T="float", M=1)
+    first = cuda.kernel(file, "axpy", on(), T="float", M=1)
     assert caplog.messages == [f"compiling GPU kernels for sm_{arch()} (once): trial M=1 T=float"]
     cuda.kernel.cache_clear()
-    assert cuda.kernel(file, "fma", on(), T="float", M=1) is first and len(caplog.messages) == 1
+    assert cuda.kernel(file, "axpy", on(), T="float", M=1) is first and len(caplog.messages) == 1
     assert first.attributes()["local"] == 0 and first.attributes()["registers"] > 0
