@@ -92,6 +92,14 @@ def read(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.
     return model.eval()
 
 
+def read_config(folder: Path, found: Mapping[str, Any]) -> Any:
+    """The MoaiMambaConfig of `folder`, whose layers agree with the names of the tensors `found`. Raises CheckpointError
+    for another model type, code, impossible values.
+    """
+    _refuse_foreign(folder)
+    return _config(folder, found)
+
+
 def shards(folder: Path) -> dict[str, dict[str, tensors.TensorInfo]]:
     """`{file: {tensor: info}}` of a folder's weights, each header checked and compared with the index.
 
@@ -154,7 +162,7 @@ def _refuse_foreign(folder: Path) -> None:
         raise CheckpointError(f"{file}: model_type is {str(kind)[:60]!r}, only 'mamba_moai' can be loaded")
 
 
-def _config(folder: Path, found: Found) -> Any:
+def _config(folder: Path, found: Mapping[str, Any]) -> Any:
     """The configuration. Its layers are compared with the tensors before a model with that many of them is built."""
     from moai_core.model import load_mamba_config
 

@@ -1,1 +1,244 @@
-"""In and out of the formats that Mamba users have; see source.py for how they meet."""
+"""In and out of the formats that Mamba users have, each conversion compared at its end with other people's runtimes.
+
+One module a format; all of them meet in moai's names (source.py). A new one is a module with the functions named there
+and its place in MODULES. Left out: quantized checkpoints (but GGUF's), optimizer states.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moai_core import storage
+from moai_core.convert import folder as hf
+from moai_core.convert import hub, parity
+from moai_core.convert.card import card
+from moai_core.convert.source import Lazy, OnEvent, Options, Source
+from moai_core.errors import CheckpointError, UsageError, storage_error
+from moai_core.weights import KEEP_FP32
+
+MODULES = ("moai", "mamba", "jamba", "mamba_ssm", "gguf", "legacy")
+TARGETS = ("moai", "transformers-mamba", "falcon-mamba", "jamba", "mamba-ssm", "gguf", "qwen3")
+OUTTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": None, "q4_0": None}
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def _modules() -> list[Any]:
+    return [import_module(f"moai_core.convert.{name}") for name in MODULES]
+
+
+def detect(path: Path) -> str:
+    """The format of a folder or file: one of TARGETS, or `moai-transformer`. Raises CheckpointError."""
+    return _detect(path)[1]
+
+
+def _detect(path: Path) -> tuple[Any, str]:
+    for module in _modules():
+        if format := module.detect(path):
+            return module, format
+    if not path.exists():
+        raise CheckpointError(f"{path}: doesn't exist", hint="give a folder, a .gguf file or a name of the hub")
+    if path.is_file():
+        raise CheckpointError(f"{path}: not a GGUF file", hint="of other formats give the folder with its config.json")
+    kind = hf.read_config(path).values.get("model_type")
+    raise CheckpointError(
+        f"{path / 'config.json'}: model_type is {str(kind)[:60]!r}, which is none that can be converted",
+        hint="known: mamba_moai, mamba, falcon_mamba, jamba, moai (MOAI-LLM's transformer), mamba_ssm's own, GGUF",
+    )
+
+
+def read(path: Path) -> Source:
+    """The model at `path` in moai's names, nothing but headers read. Raises CheckpointError."""
+    return _detect(path)[0].read(path)
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: str,
+    *,
+    outtype: str | None = None,
+    trim_vocab: bool = False,
+    check: bool = True,
+    force: bool = False,
+    on_event: OnEvent | None = None,
+) -> dict[str, Any]:
+    """Writes the model `src` (folder, .gguf file, or name of the hub) as `to` (one of TARGETS) into `dst`, which
+    appears complete and compared, or not at all.
+
+    outtype None keeps the stored dtypes; f32, f16 and bf16 cast (A_log, D and the dt bias stay as they are); q8_0 and
+    q4_0 are GGUF's. trim_vocab drops the rows that pad the vocabulary. force replaces an earlier result. Events: fetch,
+    tensor (name, done, total, bytes), check. Returns the report: source, target, parameters, tensors, bytes, dtype,
+    vocab_size, notes, parity (the numbers of source.Parity, or why it was skipped), seconds.
+
+    Raises UsageError (flags, a target that exists), CheckpointError (the source is damaged or doesn't fit the format,
+    the check failed), StorageError.
+    """
+    begun = time.perf_counter()
+    options = _options(to, outtype)
+    target = _target(Path(dst), to, force)
+    path = _find(os.fspath(src), on_event)
+    if target == path.resolve() or path.resolve() in target.parents or target in path.resolve().parents:
+        raise UsageError(f"{dst}: lies inside the source, or the source in it", hint="choose another target")
+    module, format = _detect(path)
+    source = module.read(path)
+    if trim_vocab:
+        _trim(source)
+    rounded = _cast(source, options) if to != "gguf" else outtype
+    writer = next(module for module in _modules() if to in module.FORMATS)
+    report = {
+        "source": {"name": _name(src), "path": str(source.path), "format": format},
+        "target": {"path": str(dst), "format": to},
+        "parameters": sum(torch.Size(lazy.shape).numel() for lazy in source.tensors.values()),
+        "tensors": len(source.tensors),
+        "dtype": outtype or hf.dtype(source.tensors),
+        "vocab_size": source.config["vocab_size"],
+        "notes": source.notes,
+    }
+
+    def compare(written: Path) -> dict[str, Any]:
+        if not check:
+            return {"skipped": "--no-check"}
+        return parity.check(
+            source,
+            Path(dst),
+            lambda: module.open_runtime(source.path, format),
+            lambda: writer.open_runtime(written, to),
+            getattr(writer, "judge", parity.judge),
+            Options(to, rounded),
+            vocab=source.config["vocab_size"],
+            on_event=on_event,
+        )
+
+    if getattr(writer, "FILE", False):
+        with _new_file(target) as written:
+            writer.write(source, written, options, on_event)
+            report["parity"] = compare(written)
+            report["bytes"] = written.stat().st_size
+    else:
+        with storage.new_folder(target) as folder:
+            writer.write(source, folder, options, on_event)
+            report["parity"] = compare(folder.path)
+            report["bytes"] = sum(file.stat().st_size for file in folder.path.iterdir())
+            folder.write(hf.CARD, card(source.files.get(hf.CARD), report))
+    return {**report, "seconds": round(time.perf_counter() - begun, 2)}
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def _options(to: str, outtype: str | None) -> Options:
+    if to not in TARGETS:
+        raise UsageError(f"--to must be one of {', '.join(TARGETS)} (got {to!r})")
+    if outtype is not None and outtype not in OUTTYPES:
+        raise UsageError(f"--outtype must be one of {', '.join(OUTTYPES)} (got {outtype!r})")
+    if to != "gguf" and outtype is not None and OUTTYPES[outtype] is None:
+        raise UsageError(f"--outtype {outtype} is for --to gguf", hint="f32, f16 and bf16 are for every format")
+    return Options(to, outtype)
+
+
+def _target(dst: Path, to: str, force: bool) -> Path:
+    """The absolute target, which doesn't exist, or which an earlier conversion made and `force` replaces."""
+    target = Path(os.path.realpath(dst))
+    if to == "gguf":
+        replaceable = target.is_file()
+    else:
+        replaceable = (target / storage.MANIFEST).is_file()
+        if target.is_dir() and not any(target.iterdir()):
+            return target
+    if os.path.lexists(target):
+        if not force:
+            raise UsageError(f"{dst}: already exists", hint="choose another name, or replace it with --force")
+        if not replaceable:
+            raise UsageError(f"{dst}: is nothing that moai wrote, so it isn't replaced", hint="choose another name")
+    return target
+
+
+def _find(src: str, on_event: OnEvent | None) -> Path:
+    path = Path(src).expanduser()
+    if path.is_file() and (path.parent / "config.json").is_file() and path.suffix in (".safetensors", ".bin", ".json"):
+        return path.parent
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise UsageError(f"{src}: holds {len(files)} GGUF files", hint=f"name one: {files[0]}")
+        return files[0] if files else path
+    return hub.fetch(src, on_event) if not path.exists() and hub.is_name(src) else path
+
+
+def _name(src: str | os.PathLike[str]) -> str:
+    """How the source is called in a card: a name of the hub, or the last part of a path."""
+    text = os.fspath(src)
+    return text if not os.path.exists(text) else Path(os.path.realpath(text)).name
+
+
+# ---- changes that no format needs to know --------------------------------------------------------
+
+
+def _cast(source: Source, options: Options) -> str | None:
+    """Casts the weights to the outtype; returns it where that rounds any."""
+    dtype = OUTTYPES[options.outtype] if options.outtype else None
+    rounded = None
+    for name, lazy in source.tensors.items():
+        if dtype is not None and lazy.dtype != dtype and name.rsplit(".", 1)[-1] not in KEEP_FP32:
+            source.tensors[name] = lazy.cast(dtype)
+            if dtype != torch.float32:
+                rounded = options.outtype
+    return rounded
+
+
+def _trim(source: Source) -> None:
+    """Drops the rows of embedding and head beyond the vocabulary in use. Raises UsageError where that isn't known."""
+    rows = source.config["vocab_size"]
+    used = source.used_vocab or hf.tokenizer_size(source.files)
+    if used is None:
+        raise UsageError(
+            f"{source.path}: --trim-vocab can't tell which of the {rows} entries are in use",
+            hint="put the model's tokenizer.json beside its config.json",
+        )
+    if used > rows:
+        raise CheckpointError(f"{source.path}: its tokenizer has {used} entries, its embedding {rows}")
+    ids = [source.config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
+    special = [i for found in ids for i in (found if isinstance(found, list) else [found]) if i is not None]
+    if special and max(special) >= used:
+        raise UsageError(f"{source.path}: --trim-vocab would drop token {max(special)}, which config.json names")
+    if used == rows:
+        source.notes.append(f"the vocabulary of {rows} has no padding")
+        return
+    for name in _VOCABULARY:
+        if name in source.tensors:
+            source.tensors[name] = _first_rows(source.tensors[name], used)
+    source.config = {**source.config, "vocab_size": used}
+    source.used_vocab = used
+    source.notes.append(f"the vocabulary was trimmed from {rows} to the {used} entries in use")
+
+
+def _first_rows(lazy: Lazy, rows: int) -> Lazy:
+    return lazy.map(lambda tensor: tensor[:rows], (rows, *lazy.shape[1:]))
+
+
+@contextmanager
+def _new_file(final: Path) -> Iterator[Path]:
+    """A name to write a file under, which then appears as `final`, flushed, or not at all."""
+    tmp = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        tmp.unlink(missing_ok=True)
+        yield tmp
+        with open(tmp, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, final)
+    except BaseException as exc:
+        with suppress(OSError):
+            shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+        if isinstance(exc, OSError):
+            raise storage_error(exc, final) from exc
+        raise

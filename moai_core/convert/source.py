@@ -18,7 +18,7 @@ comparison fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,8 +83,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Options:
-    """How to write. `outtype` None keeps the stored dtypes; q8_0 and q4_0 are GGUF's alone."""
+    """How to write: `format` is one of the module's FORMATS; `outtype` None keeps the stored dtypes (for folders the
+    caller has cast the tensors already; q8_0 and q4_0 are GGUF's alone).
+    """
 
+    format: str
     outtype: str | None = None
 
 
@@ -120,3 +123,20 @@ def emit(on_event: OnEvent | None, name: str, done: int, total: int, size: int =
     """A tensor was written: `{"event": "tensor", "name", "done", "total", "bytes"}`, done and total count tensors."""
     if on_event is not None:
         on_event({"event": "tensor", "name": name, "done": done, "total": total, "bytes": size})
+
+
+def holders(config: Mapping[str, Any], *, weightless: bool = True) -> str:
+    """A hint: the formats that can hold a model with these fields. weightless: norms on dt, B and C may have weights of
+    one, so that Falcon-Mamba is among them.
+    """
+    norms, ffn = config["dt_bc_norm"], config["ffn"] != "none"
+    if norms and ffn:
+        fitting = ["jamba", "gguf"]
+    elif norms:
+        fitting = ["falcon-mamba", "gguf"] if weightless else []
+    elif ffn:
+        fitting = ["mamba-ssm"]
+    else:
+        fitting = ["transformers-mamba", "mamba-ssm", "gguf"]
+    what = f"Mamba {'with' if ffn else 'without'} a feed-forward, {'with' if norms else 'without'} norms on dt, B and C"
+    return f"{what}, fits: {', '.join(['moai', *fitting])}"
