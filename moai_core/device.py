@@ -83,7 +83,8 @@ def _require_memory(recipe: Recipe) -> None:
     if have and peak > have:
         raise UsageError(
             f"this recipe needs {peak / 2**30:.1f} GiB by its plan; this machine has {have / 2**30:.1f} GiB",
-            hint="lower train.batch_size or data.max_length, or set train.checkpointing=full; --dry-run shows the plan",
+            hint="lower train.batch_size or data.max_length, or set train.checkpointing=selective or full; "
+            "--dry-run shows the plan",
         )
 
 

@@ -24,6 +24,7 @@ from moai_core.data.read import Problems, find_files, left_out, read_documents
 from moai_core.data.tokenize import Encoder, check_tokenizer, token_bytes
 from moai_core.errors import DataError, UsageError
 from moai_core.model.loss import IGNORED, chunked_cross_entropy, shift_labels
+from moai_core.model.padding import in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,7 +68,8 @@ def evaluate(
         for done, batch in enumerate(batches, 1):
             ids, labels, seq_idx = (batch[name].to(device) for name in ("input_ids", "labels", "seq_idx"))
             with autocast():
-                loss = model(input_ids=ids, seq_idx=seq_idx, labels=labels, num_items=1, use_cache=False).loss
+                call = {"num_items": 1, "use_cache": False, "seq_idx_in_order": in_order(batch["seq_idx"])}
+                loss = model(input_ids=ids, seq_idx=seq_idx, labels=labels, **call).loss
             sums += loss.double()
             count += (shift_labels(labels, seq_idx) != IGNORED).sum()
             size += int(batch["bytes"])

@@ -68,9 +68,8 @@ class MambaMixer(nn.Module):
         inner, z = split_halves(call(self.in_proj, x))
         u, conv_state = self._conv(inner, conv_state, seq_idx, backend, keep=not isinstance(x, Recomputed))
         dt, B, C = self._select(u)
-        y, ssm_state = call(
-            kernels.scan, u, dt, self.A(), B, C, self.D, z, self.dt_bias, state=ssm_state, seq_idx=seq_idx, backend=backend
-        )
+        options = {"state": ssm_state, "seq_idx": seq_idx, "backend": backend}
+        y, ssm_state = call(kernels.scan, u, dt, self.A(), B, C, self.D, z, self.dt_bias, **options)
         return self.out_proj(y), (conv_state, ssm_state)
 
     def _step(self, x: Tensor, state: LayerState, backend: str) -> tuple[Tensor, LayerState]:

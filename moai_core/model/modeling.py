@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from moai_core import scan as kernels
 from moai_core.errors import UsageError
-from moai_core.model import fused
+from moai_core.model import fused, padding
 from moai_core.model import loss as losses
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.ffn import SwiGLU
@@ -87,11 +87,9 @@ class MoaiMambaLayer(nn.Module):
         return residual, x, state
 
 
-def _add_norm(
-    residual: Tensor, x: Tensor | None, norm: RMSNorm, selective: bool
-) -> tuple[Tensor, Tensor | Recomputed]:
+def _add_norm(residual: Tensor, x: Tensor | None, norm: RMSNorm, selective: bool) -> tuple[Tensor, Tensor | Recomputed]:
     residual, h = fused.add_rms_norm(residual, x, norm.weight, norm.eps)
-    if not selective:
+    if not selective or torch.compiler.is_compiling():
         return residual, h
     kept = residual.detach()
     return residual, Recomputed(h, lambda: fused.rms_norm(kept, norm.weight, norm.eps))
@@ -168,6 +166,7 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        seq_idx_in_order: bool = False,
     ) -> MoaiModelOutput:
         """As MoaiMambaForCausalLM.forward, without head and loss."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -183,14 +182,14 @@ class MoaiMambaModel(MoaiPreTrainedModel):
                 f"the state has {state.batch_size} rows and {len(state.layers)} layers, "
                 f"the call has {batch} rows and the model {len(self.layers)} layers"
             )
-        seq_idx, order = _real_tokens_first(attention_mask, seq_idx, (batch, length))
+        seq_idx, order = padding.real_tokens_first(attention_mask, seq_idx, (batch, length), known=seq_idx_in_order)
         if order is not None:
             x = x.gather(1, order[..., None].expand_as(x))
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         new_layers: list[LayerState] = []
         every: list[Tensor] = []
         full = self.gradient_checkpointing and self.training
-        selective = self.selective and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        selective = self.selective and self.training and torch.is_grad_enabled()
         residual, x = x, None
         for index, layer in enumerate(self.layers):
             if (full or output_hidden_states) and x is not None:
@@ -218,44 +217,6 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         return MoaiModelOutput(
             last_hidden_state=every[-1], state=new_state, hidden_states=tuple(every) if output_hidden_states else None
         )
-
-
-def _real_tokens_first(
-    attention_mask: Tensor | None, seq_idx: Tensor | None, shape: tuple[int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Padding as the layers want it: document numbers with -1 at each row's end, and the order (B, L) that puts it
-    there (None = as it is).
-
-    A convolution and a recurrence must not see padding between a state and the tokens that continue it, so padding
-    wherever it stands is moved behind the row's real tokens, at every batch size.
-    """
-    for name, given in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
-        if given is not None and tuple(given.shape) != shape:
-            raise UsageError(f"{name} must have the shape of input_ids {shape} (got {tuple(given.shape)})")
-    seq_idx = _numbered(attention_mask, seq_idx)
-    if seq_idx is None:
-        return None, None
-    pad = seq_idx < 0
-    order = None
-    if bool((pad[:, :-1] & ~pad[:, 1:]).any()):
-        order = pad.to(torch.int8).argsort(dim=1, stable=True)
-        seq_idx = seq_idx.gather(1, order)
-    falls = (seq_idx[:, 1:] < seq_idx[:, :-1]) & (seq_idx[:, 1:] >= 0)
-    if bool(falls.any()):
-        row, column = falls.nonzero()[0].tolist()
-        one, other = seq_idx[row, column : column + 2].tolist()
-        raise UsageError(f"seq_idx must not decrease within a row: row {row} has {one} before {other}")
-    return seq_idx, order
-
-
-def _numbered(attention_mask: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
-    """seq_idx (B, L) int32 with -1 where attention_mask is 0; None where nothing is packed or padded."""
-    if attention_mask is not None and not bool(attention_mask.all()):
-        pad = attention_mask == 0
-        return (torch.zeros_like(pad, dtype=torch.int32) if seq_idx is None else seq_idx.to(torch.int32)).masked_fill(
-            pad, -1
-        )
-    return None if seq_idx is None else seq_idx.to(torch.int32)
 
 
 class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
@@ -311,6 +272,7 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         return_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        seq_idx_in_order: bool = False,
     ) -> MoaiCausalLMOutput | tuple[Any, ...]:
         """Reads a chunk of tokens of any length.
 
@@ -322,7 +284,8 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         first token of each document are not predicted. num_items: divide the summed loss by this instead of the number
         of counted labels (accumulation over micro-batches). use_cache: return the state (default: when not training).
         logits_to_keep: only the last so many positions' logits (0 = all). return_logits: default, no logits when labels
-        are given.
+        are given. seq_idx_in_order: the caller knows (`padding.in_order`, on the CPU) that seq_idx doesn't decrease and
+        has its padding at the ends of rows; it isn't looked at again, for which a GPU would have to be waited for.
 
         Raises UsageError for shapes that don't agree and for a seq_idx that decreases.
         """
@@ -334,6 +297,7 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            seq_idx_in_order=seq_idx_in_order,
         )
         hidden = out.last_hidden_state
         loss = logits = None
@@ -342,7 +306,7 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
                 raise UsageError(
                     f"labels must have the shape of input_ids {tuple(hidden.shape[:2])} (got {tuple(labels.shape)})"
                 )
-            targets = losses.shift_labels(labels, _numbered(attention_mask, seq_idx))
+            targets = losses.shift_labels(labels, padding.numbered(attention_mask, seq_idx))
             loss = losses.chunked_cross_entropy(hidden, targets, self.lm_head, num_items)
         if return_logits if return_logits is not None else labels is None:
             logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)

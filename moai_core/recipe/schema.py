@@ -148,8 +148,10 @@ class Train:
         "auto",
         "bf16: bf16 weights; bf16-mixed: fp32 weights, bf16 products; auto: bf16-mixed where the GPU has it, else fp32",
     )
-    checkpointing: Literal["none", "full"] = _f(
-        "none", "full: keep only the input of each layer and compute it again in the backward pass"
+    checkpointing: Literal["none", "selective", "full"] = _f(
+        "none",
+        "what the backward pass computes again instead of finding it in memory; selective: norms, convolution, time "
+        "steps, SwiGLU's product (a few percent of the time); full: all but the input of each layer",
     )
     seed: int = _f(0, "seed of initial weights, data order and samples", min=0, max=2**63 - 1)
     save_every: int = _f(1000, "steps between checkpoints (the last step is always saved)", min=0)

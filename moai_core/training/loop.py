@@ -31,6 +31,7 @@ from moai_core import checkpoint, evaluate, plan
 from moai_core.data.loader import Loader
 from moai_core.errors import Interrupted, NonFiniteError, StorageError, UsageError
 from moai_core.model.loss import IGNORED, shift_labels
+from moai_core.model.padding import in_order
 from moai_core.recipe import Recipe
 from moai_core.training import metrics, optim, setup, track
 from moai_core.training.parallel import Ranks
@@ -154,7 +155,8 @@ class Loop(Run):
         batches = [next(self.batches) for _ in range(self.accumulation)]
         labels = sum(int((shift_labels(b["labels"], b["seq_idx"]) != IGNORED).sum()) for b in batches)
         real = sum(int((b["seq_idx"] >= 0).sum()) for b in batches)
-        return Fetched(batches, labels, real, self.loader.state_dict(), self.loader.epoch)
+        tidy = all(in_order(b["seq_idx"]) for b in batches)
+        return Fetched(batches, labels, real, tidy, self.loader.state_dict(), self.loader.epoch)
 
     def _step(self) -> None:
         """One optimizer step. Raises Interrupted between micro-batches; what they left is thrown away and done again
@@ -172,7 +174,7 @@ class Loop(Run):
             last = index == len(now.batches) - 1
             with nullcontext() if last else ranks.unsynchronised(self.parallel):
                 inputs = {k: batch[k].to(ranks.device, non_blocking=True) for k in ("input_ids", "labels", "seq_idx")}
-                loss = self.parallel(**inputs, num_items=items).loss
+                loss = self.parallel(**inputs, num_items=items, seq_idx_in_order=now.in_order).loss
                 loss.backward()
             total += loss.detach()
         norm = optim.grad_norm(self.parameters)

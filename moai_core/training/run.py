@@ -42,11 +42,13 @@ class Progress:
 
 @dataclass
 class Fetched:
-    """The micro-batches of one step and the loader's state once they are consumed."""
+    """The micro-batches of one step, what was counted and checked while they were on the CPU, and the loader's state
+    once they are consumed."""
 
     batches: list[dict[str, Any]]
     labels: int
     real: int
+    in_order: bool
     state: dict[str, Any]
     epoch: int
 
