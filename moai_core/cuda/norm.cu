@@ -1,5 +1,5 @@
 // moai: kernels norm_forward, norm_backward, norm_sum; macros R=bf16 X=bf16 W=bf16 V=8 TEAM=128 PER=2 | R=float X=bf16 W=bf16 V=8 TEAM=256 PER=2
-// moai: macros R=float X=float W=float V=4 TEAM=4 PER=1 | R=fp16 X=fp16 W=float V=1 TEAM=32 PER=2 | R=float X=float W=float V=8 TEAM=1024 PER=2
+// moai: macros R=float X=float W=float V=4 TEAM=4 PER=1 | R=fp16 X=fp16 W=float V=1 TEAM=32 PER=2 | R=float X=float W=float V=8 TEAM=512 PER=4
 //
 // RMSNorm over rows, alone or of the sum with the residual stream, forward and backward.
 //
@@ -12,6 +12,8 @@
 
 constexpr int BLOCK = TEAM > 32 ? TEAM : 128;
 constexpr int TEAMS = BLOCK / TEAM;
+// Bytes of registers that a block's rows and weights take in the backward pass, of 256 KB; past that it reads them twice.
+constexpr bool TIGHT = BLOCK * PER * V * (int)(2 * sizeof(R) + 2 * sizeof(W) + 4) > 160 << 10;
 
 // V values as they lie in memory. Loading and widening are apart, so that all loads of a thread are under way at once.
 template <class T>
@@ -129,27 +131,34 @@ DEVICE void backward(const W* __restrict__ d_y, const R* __restrict__ d_total, c
     bool real = row < rows;
     Raw<R> n[PER], d[PER];
     Raw<W> g[PER];
-#pragma unroll
-    for (int i = 0; i < PER; i++) {
+    // Everything that vector i needs, `late`: again, or not before.
+    auto read = [&](int i, bool late) {
       int column = (i * TEAM + lane) * V;
       bool inside = real && column < size;
       n[i].load(total + row * stride + column, inside);
       g[i].load(d_y + row * size + column, inside);
-      d[i].load(d_total + row * size + column, adds && inside);
-    }
+      if (TIGHT) w[i].load(weight + column, column < size);
+      if (late || !TIGHT) d[i].load(d_total + row * size + column, adds && inside);
+    };
+    if (!TIGHT)
+#pragma unroll
+      for (int i = 0; i < PER; i++) read(i, false);
     float scale = real ? rstd[row] : 0.0f, both = 0.0f;
 #pragma unroll
-    for (int i = 0; i < PER; i++)
+    for (int i = 0; i < PER; i++) {
+      if (TIGHT) read(i, false);
 #pragma unroll
       for (int j = 0; j < V; j++) {
         float product = g[i].get(j) * (n[i].get(j) * scale);
         d_weight[i][j] += product;
         both += product * w[i].get(j);
       }
+    }
     both = team_sum(both, scratch[turn]) * inverse;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
       int column = (i * TEAM + lane) * V;
+      if (TIGHT) read(i, true);
       Raw<X> narrow;
 #pragma unroll
       for (int j = 0; j < V; j++) {

@@ -100,7 +100,7 @@ small_norms_forward(const X* __restrict__ x, const W* __restrict__ weight0, cons
 }
 
 // d_x (rows, sum of sizes) and, in partial[block], a block's share of the gradients of the three weights side by side.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 small_norms_backward(const W* __restrict__ d_y0, const W* __restrict__ d_y1, const W* __restrict__ d_y2,
                      const X* __restrict__ x, const W* __restrict__ weight0, const W* __restrict__ weight1,
                      const W* __restrict__ weight2, const float* __restrict__ rstd, X* __restrict__ d_x,
