@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ LAYERS = [
     {"model", "data"},
     {"weights"},
     {"checkpoint", "evaluate"},
-    {"training", "generation"},
+    {"training", "generation", "convert"},
     {"bench"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -104,6 +105,10 @@ def test_code_speaks_of_the_project_alone_and_is_safe():
     banned = ["trust_remote_code=True", "torch.load(", "yaml.load(", "import pickle", "shell=True"]
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
+        if path.name == "pickles.py":  # other people's .bin files: torch's restricted unpickler, and nothing else
+            loads = re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", text)
+            assert len(loads) == text.count("torch.load(") == 1 and "weights_only=True" in loads[0]
+            text = text.replace("torch.load(", "")
         for word in banned:
             assert word not in text, f"{path.relative_to(ROOT)} contains {word}"
 

@@ -2,9 +2,9 @@
 
 That is moai's stack, name for name. But where no layer attends, the caches of transformers and llama.cpp fail. So one
 null attention layer is written after the last: its projections and its feed-forward are zero, the residual stream
-passes it unchanged, and caches work. Reading recognises such layers, wherever they stand, and drops them. Left out:
-attention that does something, experts (a Jamba needs `num_experts` 1). Source: transformers/models/jamba, arXiv
-2403.19887.
+passes it unchanged, and caches work. Likewise a model without feed-forward gets one of zeros. Reading recognises both
+and drops them. Left out: attention that does something, experts (a Jamba needs `num_experts` 1).
+Source: transformers/models/jamba, arXiv 2403.19887.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from moai_core.errors import CheckpointError
 FORMATS = ("jamba",)
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
 _FFN = ("gate_proj", "up_proj", "down_proj")
+# The width of a feed-forward of zeros.
+NULL_WIDTH = 32
 
 
 def detect(path: Path) -> str | None:
@@ -41,6 +43,7 @@ def read(path: Path) -> Source:
     kept = [number for number in range(depth) if number not in nulls]
     if not kept:
         raise CheckpointError(f"{fields.file}: none of its {depth} layers is a Mamba layer")
+    ffn = not _null_ffn(found, kept)
     hidden = fields.integer("hidden_size", 4096)
     eps = fields.number("rms_norm_eps", 1e-6)
     head, tied = "lm_head.weight", fields.flag("tie_word_embeddings", False)
@@ -58,7 +61,7 @@ def read(path: Path) -> Source:
         dt_bc_norm_eps=eps,
         initializer_range=fields.number("initializer_range", 0.02),
         tie_word_embeddings=hf.untie(path, found, "model.embed_tokens.weight", head, tied),
-        ffn="swiglu",
+        ffn="swiglu" if ffn else "none",
         dt_bc_norm=True,
         **fields.tokens(0, 1, 2),
     )
@@ -67,10 +70,12 @@ def read(path: Path) -> Source:
     made = [name for name in shapes if name.endswith("conv1d.bias") and not biased]
     wanted = {name: (_theirs(name, kept), shape) for name, shape in shapes.items() if name not in made}
     spare = {name for name in found if (match := _LAYER.match(name)) and int(match[1]) in nulls}
+    spare |= set() if ffn else {name for name in found if ".feed_forward." in name or ".pre_ff_layernorm." in name}
     taken = hf.adopt(path, found, wanted, spare | ({head} if tied else set()))
     for name in made:
         taken[name] = hf.zeros(taken["model.final_layernorm.weight"], shapes[name])
     notes = [f"null attention layer {number} dropped: it changes nothing" for number in nulls]
+    notes += [] if ffn else ["the feed-forward of zeros dropped: it changes nothing"]
     notes += [] if biased else ["the convolutions have no bias: zeros were added"]
     return Source(path, "jamba", values, {name: taken[name] for name in shapes}, hf.read_files(path), notes=notes)
 
@@ -110,18 +115,21 @@ def _null_layers(fields: hf.Fields, depth: int, found: dict[str, Lazy]) -> list[
     return attending
 
 
+def _null_ffn(found: dict[str, Lazy], kept: list[int]) -> bool:
+    """Whether every layer's feed-forward is zero, as in what was written for a model that has none."""
+    names = [f"model.layers.{number}.feed_forward.{part}.weight" for number in kept for part in reversed(_FFN)]
+    # The first one that isn't zero ends it: of another model a single tensor is read.
+    return all(name in found and not found[name].load().any() for name in names)
+
+
 def heads(hidden: int) -> int:
-    """Query heads of the null layer: the fewest that make each 128 wide or narrower, down to 64; else one, or as many
-    as come nearest."""
-    fitting = [n for n in range(1, hidden + 1) if hidden % n == 0 and 64 <= hidden // n <= 128]
-    return fitting[0] if fitting else 1
+    """Query heads of the null layer: the fewest that are at most 128 wide."""
+    return next(n for n in range(1, hidden + 1) if hidden % n == 0 and hidden // n <= 128)
 
 
 def write(source: Source, target: Any, options: Options, on_event: OnEvent | None = None) -> None:
     """See source.py."""
     config = source.config
-    if config["ffn"] != "swiglu":
-        raise Refused("jamba has a feed-forward in every layer, this model has none", hint=holders(config))
     if not config["dt_bc_norm"]:
         raise Refused("jamba norms dt, B and C, this model doesn't (dt_bc_norm is false)", hint=holders(config))
     if config["dt_bc_norm_eps"] != config["rms_norm_eps"]:
@@ -131,12 +139,13 @@ def write(source: Source, target: Any, options: Options, on_event: OnEvent | Non
             hint="only moai's own format holds both",
         )
     depth = config["num_hidden_layers"]
+    width = config["intermediate_size"] if config["ffn"] != "none" else NULL_WIDTH
     values = {
         "architectures": ["JambaForCausalLM"],
         "model_type": "jamba",
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
+        "intermediate_size": width,
         "num_hidden_layers": depth + 1,
         "attn_layer_offset": depth,
         "attn_layer_period": depth + 1,
@@ -160,25 +169,30 @@ def write(source: Source, target: Any, options: Options, on_event: OnEvent | Non
         **{name: config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     }
     found = {_theirs(name, list(range(depth))): lazy for name, lazy in source.tensors.items()}
-    found |= null_layer(config, source.tensors["model.layers.0.mamba.in_proj.weight"])
+    like = source.tensors["model.layers.0.mamba.in_proj.weight"]
+    found |= _null_attention(config["hidden_size"], depth, like)
+    for number in range(0 if config["ffn"] == "none" else depth, depth + 1):
+        found |= _null_feed_forward(config["hidden_size"], width, number, like)
     hf.write(target, values, found, source.files, on_event)
 
 
-def null_layer(config: dict[str, Any], like: Lazy) -> dict[str, Lazy]:
-    """The tensors of an attention layer, numbered after the last Mamba layer, through which nothing changes."""
-    hidden, inner, depth = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+def _null_attention(hidden: int, number: int, like: Lazy) -> dict[str, Lazy]:
+    """The mixer's half of an attention layer through which nothing changes, in the dtype of `like`."""
     narrow = hidden // heads(hidden)
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (narrow, hidden),
-        "self_attn.v_proj": (narrow, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        **{f"feed_forward.{part}": (hidden, inner) if part == "down_proj" else (inner, hidden) for part in _FFN},
+    shapes = {"q": (hidden, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, hidden)}
+    made = {f"model.layers.{number}.self_attn.{part}_proj.weight": hf.zeros(like, s) for part, s in shapes.items()}
+    return {f"model.layers.{number}.input_layernorm.weight": hf.ones(like, (hidden,)), **made}
+
+
+def _null_feed_forward(hidden: int, width: int, number: int, like: Lazy) -> dict[str, Lazy]:
+    """A feed-forward that adds nothing."""
+    made = {
+        f"model.layers.{number}.feed_forward.{part}.weight": hf.zeros(
+            like, (hidden, width) if part == "down_proj" else (width, hidden)
+        )
+        for part in _FFN
     }
-    made = {f"model.layers.{depth}.{name}.weight": hf.zeros(like, shape) for name, shape in shapes.items()}
-    for norm in ("input_layernorm", "pre_ff_layernorm"):
-        made[f"model.layers.{depth}.{norm}.weight"] = hf.ones(like, (hidden,))
-    return made
+    return {f"model.layers.{number}.pre_ff_layernorm.weight": hf.ones(like, (hidden,)), **made}
 
 
 def open_runtime(path: Path, format: str) -> Runtime:

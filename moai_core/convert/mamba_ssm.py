@@ -3,8 +3,8 @@
 Its loader is strict: config.json may hold the fields of its `MambaConfig` and no other, the head's weight is in the
 file though it is tied, the vocabulary is padded to `pad_vocab_size_multiple`, norms have the epsilon 1e-5. A
 feed-forward (`d_intermediate`) is a `GatedMLP`, whose first matrix stacks up and gate, and whose width is a multiple of
-128. What the fields can't say (token ids) is in generation_config.json. Left out: LayerNorm (`rms_norm` false), Mamba-2,
-attention.
+128. What the fields can't say (token ids) is in generation_config.json. Left out: LayerNorm (`rms_norm` false),
+Mamba-2, attention.
 Source: mamba_ssm/models/{config_mamba,mixer_seq_simple}.py, modules/{mamba_simple,block,mlp}.py.
 """
 

@@ -133,7 +133,7 @@ def holders(config: Mapping[str, Any], *, weightless: bool = True) -> str:
     if norms and ffn:
         fitting = ["jamba", "gguf"]
     elif norms:
-        fitting = ["falcon-mamba", "gguf"] if weightless else []
+        fitting = ["falcon-mamba", "jamba", "gguf"] if weightless else ["jamba", "gguf"]
     elif ffn:
         fitting = ["mamba-ssm"]
     else:
