@@ -147,8 +147,7 @@ def scan_backward(
     cuda.kernel("scan_backward.cu", "scan_reduce", u.device, **macros)(
         -(-batch * length * 2 * states // 1024), 256, parts, d_B, d_C, blocks, batch * length
     )
-    none = A.new_empty(0)
-    sums = (none if x is None else x.sum(0) if batch > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias))
+    sums = (A.new_empty(0) if x is None else x.sum(0) if batch > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias))
     d_A, d_D, d_bias = sums
     return d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first
 
