@@ -28,8 +28,8 @@ Work = Callable[[], object]
 _MAX_LEAD = 0.02
 # What the inputs of a CPU's calls are rotated through: more than a core's share of the last cache.
 _CPU_CACHE = 1 << 25
-# Turns fill about so many seconds a piece of work; slow work gets the fewest turns that have quartiles.
-_SECONDS, _FEWEST, _MOST = 1.0, 3, 50
+# Measured calls fill about so many seconds a piece of work; slow work gets the fewest calls that have quartiles.
+SHARE, _FEWEST, _MOST = 1.0, 3, 50
 
 
 @dataclass(frozen=True)
@@ -99,22 +99,23 @@ def take_turns(
     clock: Clock,
     *,
     repeats: int | None = None,
-    warmup: int | None = None,
+    warmup: Mapping[str, int] | None = None,
+    share: float = SHARE,
     on_call: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, host seconds) of every measured call of each, after `warmup` unmeasured calls (None: two on a GPU, one
-    on a CPU). Each takes a turn in every round, in an order drawn anew, so that none always follows the same other.
+    """(seconds, host seconds) of every measured call of each, after unmeasured calls. Each takes a turn in every round,
+    in an order drawn anew, so that none always follows the same other.
 
-    repeats: measured calls of each; None lets the time of the last warm-up decide, between 3 and 50. Work that a GPU
-    has no memory for gives an empty list.
+    repeats: measured calls of each; None lets the time of the first call decide (`enough`). warmup: unmeasured calls,
+    by name; else two on a GPU and one on a CPU. Work that a GPU has no memory for gives an empty list.
     """
-    warmup = (2 if clock.cuda else 1) if warmup is None else warmup
+    idle = {name: (warmup or {}).get(name, 2 if clock.cuda else 1) for name in works}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     wanted = dict.fromkeys(works, repeats or 1)
     lead, order = dict.fromkeys(works, 0.0), random.Random(0)
     with steady():
         for turn in itertools.count():
-            due = [name for name in works if turn < warmup + wanted[name]]
+            due = [name for name in works if turn < idle[name] + wanted[name]]
             if not due:
                 return found
             order.shuffle(due)
@@ -124,20 +125,26 @@ def take_turns(
                 try:
                     seconds, host = clock(works[name], lead[name])
                 except torch.OutOfMemoryError:
-                    found[name], wanted[name] = [], -warmup
+                    found[name], wanted[name], idle[name] = [], 0, 0
                     torch.cuda.empty_cache()
                     continue
                 lead[name] = 1.5 * host
-                if turn >= warmup:
+                if turn >= idle[name]:
                     found[name].append((seconds, host))
-                elif repeats is None and turn == warmup - 1:
-                    wanted[name] = enough(seconds)
+                if repeats is None and turn == max(0, idle[name] - 1):
+                    wanted[name] = enough(seconds, share)
     raise AssertionError
 
 
-def enough(seconds: float) -> int:
-    """How many calls of such a length are measured."""
-    return int(min(_MOST, max(_FEWEST, _SECONDS / max(seconds, 1e-9))))
+def enough(seconds: float, share: float = SHARE) -> int:
+    """How many calls of such a length are measured: what fits into `share` seconds, within limits."""
+    return int(min(_MOST, max(_FEWEST, share / max(seconds, 1e-9))))
+
+
+def calls(seconds: float, repeats: int | None, share: float = SHARE) -> int:
+    """How many calls of such a length are made, unmeasured ones included: a call longer than a second needs none to
+    warm up."""
+    return (repeats or enough(seconds, share)) + (seconds <= 1)
 
 
 @contextmanager
@@ -191,19 +198,29 @@ def compare(
     *,
     limit: float,
     repeats: int | None = None,
+    share: float = SHARE,
     on_call: Callable[[str], None] = lambda name: None,
 ) -> Compared:
     """Measures all cases at one length, taking turns.
 
     limit: seconds that all calls of one case may take together; what would take longer (judged by a call at a
-    fraction of the length), or wouldn't fit into memory, is left out with the reason.
+    fraction of the length), or wouldn't fit into memory, is left out with the reason. share: seconds that the measured
+    calls of one case fill, if that is more than a few calls.
     """
     result = Compared()
     works: dict[str, Work] = {}
+    warmup: dict[str, int] = {}
     for case in cases:
         why = too_large(case, length, clock.device)
         try:
-            why = why or too_slow(case, length, clock, limit, repeats)
+            if why is None:
+                on_call(case.name)
+                seconds = estimate(case, length, clock)
+                count = calls(seconds, repeats, share)
+                if count * seconds > limit:
+                    why = f"a call would take about {words(seconds)} ({count} calls, limit {limit:.0f} s)"
+                elif seconds > 1:
+                    warmup[case.name] = 0
             if why is None:
                 works[case.name] = case.make(length)
         except torch.OutOfMemoryError:
@@ -211,9 +228,10 @@ def compare(
             why = "out of memory"
         if why is not None:
             result.left_out[case.name] = why
-    for name, calls in take_turns(works, clock, repeats=repeats, on_call=on_call).items():
-        if calls:
-            result.timings[name] = summary(calls, clock)
+    taken = take_turns(works, clock, repeats=repeats, warmup=warmup, share=share, on_call=on_call)
+    for name, measured in taken.items():
+        if measured:
+            result.timings[name] = summary(measured, clock)
         else:
             result.left_out[name] = "out of memory"
     return result
@@ -227,20 +245,14 @@ def too_large(case: Case, length: int, device: torch.device) -> str | None:
     return None
 
 
-def too_slow(case: Case, length: int, clock: Clock, limit: float, repeats: int | None = None) -> str | None:
-    """Why a case would take longer than `limit` seconds, judged by a call at a sixteenth of the length."""
+def estimate(case: Case, length: int, clock: Clock) -> float:
+    """Seconds that a call at this length would take at most, judged by two at a sixteenth of it; 0 for a short one."""
     part = max(16, length // 16)
     if part >= length:
-        return None
+        return 0.0
     work = case.make(part)
-    seconds = clock(work)[0]  # compiles what is compiled at first use
-    if seconds * (length / part) ** case.order < limit / 10:
-        return None
-    estimate = clock(work)[0] * (length / part) ** case.order
-    calls = 1 + (repeats or enough(estimate))
-    if calls * estimate <= limit:
-        return None
-    return f"a call would take about {words(estimate)} ({calls} calls, limit {limit:g} s)"
+    clock(work)  # compiles what is compiled at first use
+    return clock(work)[0] * (length / part) ** case.order
 
 
 def words(seconds: float) -> str:
