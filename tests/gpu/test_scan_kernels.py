@@ -272,10 +272,12 @@ def test_a_step_equals_a_scan_of_one_token(scans, device, shape, dtype):
 
 @pytest.mark.parametrize("shape", [(2, 0, 16, 8), (0, 5, 16, 8)], ids=ids)
 def test_nothing_to_scan(scans, device, shape):
-    inputs = scans.problem(*shape, FP32, device)
-    found = scans.run(scans.ours, inputs)
-    assert found["y"].shape == shape[:3]
-    assert torch.equal(found["last"], inputs["state"]) and torch.equal(found["d_state"], inputs["g_state"])
+    x = scans.problem(*shape, FP32, device)
+    state = x["state"].requires_grad_()
+    y, last = scans.ours(x["u"], x["dt"], x["A"], x["B"], x["C"], x["D"], x["z"], x["dt_bias"], state=state)
+    assert y.shape == shape[:3] and torch.equal(last, state)
+    (got,) = torch.autograd.grad(last, state, x["g_state"])
+    assert torch.equal(got, x["g_state"])
 
 
 def test_what_the_kernels_cannot_do_is_refused(scans, device):
