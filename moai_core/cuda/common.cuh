@@ -105,6 +105,26 @@ DEVICE void store_vec(X* p, const Vec<X, n>& v) {
   *reinterpret_cast<Vec<X, n>*>(p) = v;
 }
 
+// Two numbers at once: one instruction for 16-bit types. `a` comes first in memory.
+template <class X>
+DEVICE Vec<X, 2> pair_from_floats(float a, float b) {
+  return {{from_float<X>(a), from_float<X>(b)}};
+}
+#ifndef MOAI_HOST
+template <>
+DEVICE Vec<bf16, 2> pair_from_floats<bf16>(float a, float b) {
+  Vec<bf16, 2> y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(*reinterpret_cast<uint32*>(&y)) : "f"(b), "f"(a));
+  return y;
+}
+template <>
+DEVICE Vec<fp16, 2> pair_from_floats<fp16>(float a, float b) {
+  Vec<fp16, 2> y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(*reinterpret_cast<uint32*>(&y)) : "f"(b), "f"(a));
+  return y;
+}
+#endif
+
 // ---- Elementary functions. The approximations are within 2 units of the last fp32 place; denormals are zero.
 
 DEVICE float exp2_approx(float x) {
@@ -137,18 +157,35 @@ DEVICE float reciprocal_approx(float x) {
 #endif
 }
 
+DEVICE float sqrt_approx(float x) {
+#ifdef MOAI_HOST
+  return __builtin_sqrtf(x);
+#else
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
 // 1 / (1 + e^-x)
 DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-LOG2E * x)); }
 
-// log(1 + e^x). Above 20 it is x; where e^x is small the logarithm of 1 + e^x would lose it, so the series answers.
+// log(1 + e^x) = max(x, 0) + log(1 + e), e = exp(-|x|); the logarithm is e times a polynomial in e, fitted on [0, 1] to a
+// relative error of 2e-7, so that nothing is lost where e is tiny.
 DEVICE float softplus(float x) {
-  float e = exp2_approx(LOG2E * x);
-  float small = e * (1.0f - e * (0.5f - e * 0.33333334f));
-  float y = e < 0.01f ? small : LN2 * log2_approx(1.0f + e);
-  return x > 20.0f ? x : y;
+  const float e = exp2_approx(-LOG2E * fabsf(x));
+  float p = -0.0085392063f;
+  p = p * e + 0.0440896228f;
+  p = p * e - 0.1076816991f;
+  p = p * e + 0.1774524003f;
+  p = p * e - 0.2449546307f;
+  p = p * e + 0.3327547908f;
+  p = p * e - 0.4999740422f;
+  p = p * e + 0.9999998212f;
+  return p * e + fmaxf(x, 0.0f);
 }
 
 // ---- Asynchronous copies from global to shared memory, 16 bytes each; zeros where `valid` is false.

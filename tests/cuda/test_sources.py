@@ -72,6 +72,6 @@ def test_names_its_kernels(path):
     text = path.read_text(encoding="utf-8")
     includes = re.findall(r"^#include (\S+)", text, re.MULTILINE)
     assert all((cuda.FOLDER / name.strip('"')).suffix == ".cuh" for name in includes), "only headers of this folder"
-    assert sorted(re.findall(r'extern "C" __global__ void[^;{]*?(\w+)\(', text)) == sorted(kernels), (
+    assert sorted(re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\(', text)) == sorted(kernels), (
         "see this file's top"
     )
