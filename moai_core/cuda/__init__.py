@@ -43,6 +43,7 @@ def why_not(device: torch.device | None = None) -> str | None:
 
 
 @lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # torch.compile asks once and doesn't look inside
 def _refusal(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
