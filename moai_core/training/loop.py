@@ -218,11 +218,9 @@ class Loop(Run):
         )
 
     def _update(self, lr: float, norm: Tensor) -> None:
-        if self.recipe.optim.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.optim.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        optim.clip_and_step(self.optimizer, self.parameters, norm, self.recipe.optim.clip)
 
     def _record(
         self, loss: float, lr: float, norm: float, finite: bool, real: float, seconds: float, epoch: int

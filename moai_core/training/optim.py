@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moai_core import cuda
 from moai_core.errors import UsageError
+from moai_core.training import adamw_cuda
 
 NO_DECAY = ("A_log", "D", "dt_bias")
 
@@ -114,15 +116,36 @@ class AdamWBF16(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed, self.masters = seed, masters
+        self._keys: dict[str, int] = {}
+        self._tables: dict[tuple[int, torch.device, torch.dtype], adamw_cuda.Table] = {}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+    def step(self, closure: Any = None, *, scale: Tensor | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient, in one kernel a group where moai's kernels run.
+
+        scale: what every gradient is multiplied by on its way, a number in fp32 on the parameters' device.
+        """
         assert closure is None
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
+            fused: dict[tuple[torch.device, torch.dtype, int], list[adamw_cuda.Entry]] = {}
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if parameter.grad is not None:
-                    self._update(name, parameter, group)
+                if parameter.grad is None:
+                    continue
+                assert parameter.is_contiguous(), name
+                state = self.state[parameter]
+                if not state:
+                    state.update(self._start(parameter))
+                state["step"] = count = int(state["step"]) + 1
+                if cuda.why_not(parameter.device) is None:
+                    weight = state.get("master", parameter)
+                    entry = adamw_cuda.Entry(self._key(name), parameter, state["exp_avg"], state["exp_avg_sq"], weight)
+                    fused.setdefault((parameter.device, parameter.dtype, count), []).append(entry)
+                else:
+                    self._update(name, parameter, state, group, scale)
+            for (device, dtype, count), entries in fused.items():
+                table = self._tables.setdefault((index, device, dtype), adamw_cuda.Table())
+                values = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+                adamw_cuda.update(table, entries, count=count, scale=scale, **values)
 
     def _start(self, parameter: Tensor) -> dict[str, Any]:
         dtype = torch.float32 if self.masters else parameter.dtype
@@ -132,23 +155,27 @@ class AdamWBF16(torch.optim.Optimizer):
             state["master"] = parameter.float()
         return state
 
-    def _update(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
-        assert parameter.is_contiguous() and parameter.grad is not None, name
-        state = self.state[parameter]
-        if not state:
-            state.update(self._start(parameter))
-        state["step"] = count = int(state["step"]) + 1
+    def _key(self, name: str) -> int:
+        if name not in self._keys:
+            self._keys[name] = _mix(self.seed, name)
+        return self._keys[name]
+
+    def _update(
+        self, name: str, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], scale: Tensor | None
+    ) -> None:
+        assert parameter.grad is not None
+        count = state["step"]
         noise = torch.Generator(parameter.device)
         noise.manual_seed(_mix(self.seed, count, name))
         (beta1, beta2), lr = group["betas"], group["lr"]
-        scale, root = lr / (1 - beta1**count), math.sqrt(1 - beta2**count)
+        step, root = lr / (1 - beta1**count), math.sqrt(1 - beta2**count)
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", parameter))
         for p, g, m, v, w in zip(*(t.reshape(-1).split(_CHUNK) for t in tensors), strict=True):
-            g = g.float()
+            g = g.float() if scale is None else g.float() * scale
             m32 = m.float().lerp_(g, 1 - beta1)
             v32 = v.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
             w32 = w.float().mul_(1 - lr * group["weight_decay"])
-            w32.addcdiv_(m32, v32.sqrt().div_(root).add_(group["eps"]), value=-scale)
+            w32.addcdiv_(m32, v32.sqrt().div_(root).add_(group["eps"]), value=-step)
             for target, value in ((w, w32), (m, m32), (v, v32)):
                 target.copy_(round_stochastic(value, noise) if target.dtype == torch.bfloat16 else value)
             if "master" in state:
@@ -165,12 +192,30 @@ def round_stochastic(value: Tensor, noise: torch.Generator) -> Tensor:
     return ((bits + low) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def _mix(seed: int, count: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{count}/{name}".encode(), digest_size=8).digest()
+def _mix(*parts: object) -> int:
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
     """Euclidean norm of all gradients together, in fp32 whatever their type; NaN or infinite when one of them is."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds.setdefault((parameter.grad.device, parameter.grad.dtype), []).append(parameter.grad)
+    # One pass over each list in few launches on a GPU, without copies in fp32.
+    norms = [one for grads in kinds.values() for one in torch._foreach_norm(grads, 2, dtype=torch.float32)]
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], norm: Tensor, clip: float | None
+) -> None:
+    """One update from gradients of that norm, scaled down to the norm `clip` (None: never) where they exceed it."""
+    if clip is not None and isinstance(optimizer, AdamWBF16):
+        # Folded into the update: no pass over the gradients, and no rounding of theirs.
+        optimizer.step(scale=(clip / (norm + 1e-6)).clamp(max=1.0))
+        return
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    optimizer.step()
