@@ -190,7 +190,8 @@ DEVICE void backward(const W* __restrict__ d_y, const R* __restrict__ d_total, c
   }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+// At least 512 threads on a multiprocessor, for the grid is as large as what runs at once.
+extern "C" __global__ void __launch_bounds__(BLOCK, (511 + BLOCK) / BLOCK)
 norm_backward(const W* d_y, const R* d_total, const R* total, const W* weight, const float* rstd, R* d_residual, X* d_x,
               float* partial, int64 rows, int64 size, int64 stride) {
   __shared__ float scratch[2][32];
