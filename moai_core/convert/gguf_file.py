@@ -46,7 +46,7 @@ def library() -> Any:
 
 
 class Entry(NamedTuple):
-    """A tensor as the header describes it: `shape` in the order of numpy (rows first), `offset` from the file's start."""
+    """A tensor as the header describes it: `shape` as numpy has it (rows first), `offset` from the file's start."""
 
     shape: tuple[int, ...]
     kind: int

@@ -37,7 +37,7 @@ class LlamaCpp:
         if find_spec("llama_cpp") is None:
             raise Unavailable("llama-cpp-python isn't installed (pip install llama-cpp-python)")
         self.name = f"llama-cpp-python {metadata.version('llama-cpp-python')} {_file_type(path)}"
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("gguf_llama.py")), str(path)],
             stdin=subprocess.PIPE,
@@ -130,7 +130,9 @@ def judge(parity: Parity, options: Options) -> str | None:
     kind = options.outtype or parity.runtimes[1].rsplit(" ", 1)[-1].lower()
     part = F32_ARGMAX if kind == "f32" else ROUNDED_ARGMAX.get(kind, _QUANTIZED_ARGMAX)
     if kind == "f32" and not parity.max_delta <= F32_DELTA * parity.spread:
-        return f"logits differ by {parity.max_delta:.2e}, more than {F32_DELTA:.0%} of their spread of {parity.spread:.2e}"
+        return (
+            f"logits differ by {parity.max_delta:.2e}, more than {F32_DELTA:.0%} of their spread of {parity.spread:.2e}"
+        )
     if parity.argmax < part * parity.positions:
         return f"only {parity.argmax} of {parity.positions} likeliest tokens agree"
     return None

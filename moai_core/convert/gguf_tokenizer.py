@@ -1,24 +1,22 @@
 """A tokenizer.json, its chat template and generation settings as keys of a GGUF, and back.
 
-llama.cpp knows two kinds that a tokenizer.json can hold: byte-level BPE (`gpt2`), whose pre-tokenizer is one of a list
-that is built into llama.cpp and named by `tokenizer.ggml.pre`, and SentencePiece BPE (`llama`), which merges whatever
-makes a better scored token. Which of the names fits is found by tokenizing a thousand short strings (words of several
-scripts, digits, code, spaces) as llama.cpp would: the first without a difference is taken, else the one with the fewest,
-and the difference is told. llama.cpp knows no normalizer, so text that isn't NFC may differ where the tokenizer has one.
+llama.cpp knows two kinds that a tokenizer.json can hold: byte-level BPE (`gpt2`), with one of llama.cpp's own
+pre-tokenizers (gguf_pre.py), and SentencePiece BPE (`llama`), which merges whatever makes a better scored token. It has
+no normalizer for them, so text that isn't NFC may differ where the tokenizer has one. What differs is told.
 The whole tokenizer.json travels along in `tokenizer.huggingface.json`, so what moai wrote is read back unchanged.
-`{% generation %}`, which only transformers knows, is taken out of chat templates; `moai.chat_template` keeps the original.
-Sources: llama.cpp's src/llama-vocab.cpp; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+`{% generation %}`, which only transformers knows, is taken out of chat templates; `moai.chat_template` keeps it.
+Left out: Unigram, WordPiece. Sources: llama.cpp's src/llama-vocab.cpp; ggml's docs/gguf.md
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moai_core.convert.gguf_pre import ALIASES, PRE, differing, nearest, samples, split_by
 from moai_core.convert.source import Refused
 from moai_core.data.regexes import check_patterns
 from moai_core.errors import CheckpointError
@@ -27,65 +25,13 @@ from moai_core.storage import json_bytes, parse_json
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
-_SETTINGS = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _modern(letters: str, digits: str, marks: str = r"\p{L}\p{N}", after: str = r"[\r\n]*") -> str:
-    """The pattern of GPT-4 and its relatives."""
-    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}| ?[^\s{marks}]+{after}|{_SPACES}"
-
-
-def _cased(digits: str, contraction: str) -> str:
-    """The pattern of GPT-4o and Tekken, which splits where capitals follow small letters."""
-    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-    words = [rf"[^\r\n\p{{L}}\p{{N}}]?{upper}{a}{lower}{b}{contraction}" for a, b in (("*", "+"), ("+", "*"))]
-    return rf"{words[0]}|{words[1]}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-
-
-# tokenizer.ggml.pre -> the patterns that split one after the other, and whether a whole word of the vocabulary is taken
-# before any merge. The order is that of preference. Sources: llm_tokenizer_bpe in llama-vocab.cpp.
-PRE: dict[str, tuple[tuple[str, ...], bool]] = {
-    "gpt-2": ((_GPT2,), False),
-    "llama-bpe": ((_modern(r"\p{L}", r"\p{N}{1,3}"),), True),
-    "dbrx": ((_modern(r"\p{L}", r"\p{N}{1,3}"),), False),
-    "qwen2": ((_modern(r"\p{L}", r"\p{N}"),), False),
-    "qwen35": ((_modern(r"[\p{L}\p{M}]", r"\p{N}", r"\p{L}\p{M}\p{N}"),), False),
-    "starcoder": ((r"\p{N}", _GPT2), False),
-    "falcon": ((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"), False),
-    "gpt-4o": ((_cased(r"\p{N}{1,3}", _CONTRACTIONS + "?"),), False),
-    "tekken": ((_cased(r"\p{N}", ""),), True),
-    "seed-coder": ((rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",), False),
-    "bloom": ((r" ?[^(\s|.,!?…。，、।۔،)]+",), False),
-    "superbpe": ((r"\p{N}+", r"(?=(\d{3})+(?!\d))"), False),
-}  # fmt: skip
-# Other names in llama.cpp for the same thing, for reading.
-_ALIASES = {
-    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "lfm2": "llama-bpe", "pixtral": "llama-bpe",
-    "smaug-bpe": "dbrx", "chatglm-bpe": "dbrx", "glm4": "dbrx", "mpt": "gpt-2", "olmo": "gpt-2", "phi-2": "gpt-2",
-    "jais": "gpt-2", "trillion": "gpt-2", "exaone4": "gpt-2", "stablelm2": "qwen2", "deepseek-r1-qwen": "qwen2",
-    "hunyuan": "qwen2", "megrez": "qwen2", "refact": "starcoder", "command-r": "starcoder", "smollm": "starcoder",
-    "codeshell": "starcoder", "exaone": "starcoder", "minerva-7b": "starcoder", "poro-chat": "bloom",
-    "gpt3-finnish": "bloom", "llama4": "gpt-4o", "kanana2": "gpt-4o",
-}  # fmt: skip
-
-_WORDS = (
-    "the", "Hello", "don't", "WE'LL", "'single'", "l'section", "naïve", "été", "e\u0301", "안녕하세요", "모델", "日本語", "データ",
-    "ひらがな", "中文分词", "Привет", "हिन्दी", "ไทย", "العربية", "1", "42", "3.14", "2026", "1000000", "x1", "_name", "camelCase",
-    "HTTPServer", "(", ")", "[]", "{}", "->", "!=", "...", "?!", "、", "。", "“", "»", "€", "%", "#", "//", "😀", "👍🏽", "ﬁ",
-)  # fmt: skip
-_GAPS = ("", " ", "  ", "\n", "\n\n", "    ", "\t", " \n ", "\r\n", ",", ", ", ".\n", "\n        ", "\u00a0", "\u3000")
-
-
-def samples() -> list[str]:
-    """Short strings that tell pre-tokenizers apart: each word beside others, with all sorts of space between them."""
-    made = [gap + word + gap for word in _WORDS for gap in _GAPS]
-    for number, (left, right) in enumerate(itertools.product(_WORDS, _WORDS)):
-        made.append(left + _GAPS[number % len(_GAPS)] + right)
-    return made
+_SETTINGS = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 
 
 # ---- to GGUF -------------------------------------------------------------------------------------
@@ -113,36 +59,45 @@ def to_keys(files: Mapping[str, bytes], rows: int, path: Path) -> tuple[dict[str
     model, config = state["model"], _object(files, "tokenizer_config.json", path)
     if model.get("type") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise Refused(
-            f"{path}: llama.cpp has no tokenizer of this kind ({model.get('type')}), only byte-level and SentencePiece BPE"
+            f"{path}: llama.cpp has no tokenizer of this kind ({model.get('type')})",
+            hint="it has byte-level BPE and SentencePiece BPE",
         )
     kind = "gpt2" if '"ByteLevel"' in json.dumps(state.get("pre_tokenizer")) else "llama"
     if kind == "llama" and not model.get("byte_fallback"):
         raise Refused(f"{path}: llama.cpp has no BPE that is neither byte-level nor falls back to bytes")
     tokens, types = _tokens(state, rows, kind, path)
-    keys: dict[str, Any] = {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+    }
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model["merges"]]
     if kind == "gpt2":
         keys["tokenizer.ggml.merges"] = [" ".join(merge) for merge in merges]
-        keys["tokenizer.ggml.pre"], differing = _pre(state, backend)
+        keys["tokenizer.ggml.pre"], differences = nearest(state, backend)
     else:
         ranks: dict[str, int] = {}
         for rank, merge in enumerate(merges):
             ranks.setdefault("".join(merge), rank)
         # What no merge makes is worth less than what the last one makes.
         keys["tokenizer.ggml.scores"] = [-float(ranks.get(token, len(merges))) for token in tokens]
-        keys |= {"tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": backend.encode("a", add_special_tokens=False).tokens[:1] != ["a"]}
-        differing = _differing(backend, Tokenizer.from_str(json.dumps(_sentencepiece(keys))))
+        keys |= {
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.add_space_prefix": backend.encode("a", add_special_tokens=False).tokens[:1] != ["a"],
+        }
+        differences = differing(backend, Tokenizer.from_str(json.dumps(_sentencepiece(keys))))
     keys |= _special_keys(files, config, backend, tokens) | _template_keys(files, config)
     keys["tokenizer.huggingface.json"] = raw.decode()
-    return keys, _told(keys, differing)
+    return keys, _told(keys, differences)
 
 
-def _told(keys: Mapping[str, Any], differing: list[str]) -> list[str]:
+def _told(keys: Mapping[str, Any], differences: list[str]) -> list[str]:
     notes = []
-    if differing:
+    if differences:
         notes.append(
-            f"llama.cpp has no pre-tokenizer quite like this tokenizer's; {keys['tokenizer.ggml.pre']!r} is the nearest: "
-            f"{len(differing)} of {len(samples())} sample strings differ (such as {differing[0]!r})"
+            f"llama.cpp's nearest tokenizer is {keys['tokenizer.ggml.model']} with {keys['tokenizer.ggml.pre']!r}: of "
+            f"{len(samples())} short strings made to tell them apart it splits {len(differences)} otherwise, such as "
+            f"{differences[0]!r}"
         )
     if "moai.chat_template" in keys:
         notes.append("the chat template's {% generation %} marks, which llama.cpp doesn't need, were taken out")
@@ -181,43 +136,9 @@ def _tokens(state: dict[str, Any], rows: int, kind: str, path: Path) -> tuple[li
     return tokens, types
 
 
-def _pre(state: dict[str, Any], backend: Any) -> tuple[str, list[str]]:
-    """The name of the pre-tokenizer, and the sample strings that llama.cpp will tokenize otherwise."""
-    written = [split for split in re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', json.dumps(state["pre_tokenizer"]))]
-    own = (tuple(json.loads(split) for split in written) or (_GPT2,), bool(state["model"].get("ignore_merges")))
-    best: tuple[str, list[str]] | None = None
-    for name in sorted(PRE, key=lambda name: PRE[name] != own):
-        differing = _differing(backend, _as_llama(state, *PRE[name]))
-        if best is None or len(differing) < len(best[1]):
-            best = name, differing
-        if not differing:
-            break
-    assert best is not None
-    return best
-
-
-def _as_llama(state: dict[str, Any], patterns: tuple[str, ...], whole: bool) -> Any:
-    """The tokenizer as llama.cpp runs it under one of its names."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(json.dumps({**state, "normalizer": None, "post_processor": None, **_pre_tokenizer(patterns), "model": {**state["model"], "ignore_merges": whole}}))
-
-
-def _pre_tokenizer(patterns: tuple[str, ...]) -> dict[str, Any]:
-    splits: list[dict[str, Any]] = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in patterns
-    ]
-    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, bytes_]}}
-
-
-def _differing(ours: Any, theirs: Any) -> list[str]:
-    texts = samples()
-    both = [backend.encode_batch_fast(texts, add_special_tokens=False) for backend in (ours, theirs)]
-    return [text for text, left, right in zip(texts, *both, strict=True) if left.ids != right.ids]
-
-
-def _special_keys(files: Mapping[str, bytes], config: dict[str, Any], backend: Any, tokens: list[str]) -> dict[str, Any]:
+def _special_keys(
+    files: Mapping[str, bytes], config: dict[str, Any], backend: Any, tokens: list[str]
+) -> dict[str, Any]:
     ids = {token: index for index, token in enumerate(tokens)}
     keys: dict[str, Any] = {}
     for ours, theirs in _SPECIAL.items():
@@ -306,7 +227,8 @@ def from_keys(keys: Mapping[str, Any], rows: int, path: Path) -> tuple[dict[str,
     used = len(tokens)
     while used > 1 and types is not None and types[used - 1] == UNUSED:
         used -= 1
-    state, notes = _carried(keys, tokens[:used]), []
+    state = _carried(keys, tokens[:used])
+    notes: list[str] = []
     if state is None:
         made = {**keys, "tokenizer.ggml.tokens": tokens[:used], "tokenizer.ggml.token_type": types}
         state, notes = _rebuilt(made, path)
@@ -378,7 +300,7 @@ def _rebuilt(keys: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[
     if keys["tokenizer.ggml.model"] == "llama":
         return _sentencepiece(keys, path), ["the tokenizer was rebuilt from the tokens' scores"]
     name = keys.get("tokenizer.ggml.pre", "default")
-    known = _ALIASES.get(name, name) if isinstance(name, str) else ""
+    known = ALIASES.get(name, name) if isinstance(name, str) else ""
     if known not in PRE:
         raise CheckpointError(
             f"{path}: the pre-tokenizer {str(name)[:40]!r} is none that moai knows",
@@ -389,9 +311,10 @@ def _rebuilt(keys: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[
     if not isinstance(merges, list) or not all(isinstance(merge, str) and " " in merge[1:] for merge in merges):
         raise CheckpointError(f"{path}: tokenizer.ggml.merges is missing or damaged")
     # A space inside a token is written Ġ, so the first one parts the two.
-    model = {"type": "BPE", "vocab": _plain_vocab(keys), "merges": [list(_parted(merge)) for merge in merges], "ignore_merges": whole}
+    pairs = [list(_parted(merge)) for merge in merges]
+    model = {"type": "BPE", "vocab": _plain_vocab(keys), "merges": pairs, "ignore_merges": whole}
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    return {**_frame(keys), "normalizer": None, **_pre_tokenizer(patterns), "decoder": decoder, "model": model}, []
+    return {**_frame(keys), "normalizer": None, **split_by(patterns), "decoder": decoder, "model": model}, []
 
 
 def _parted(merge: str) -> tuple[str, str]:
@@ -423,7 +346,9 @@ def _frame(keys: Mapping[str, Any]) -> dict[str, Any]:
         ends = {name: [{"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in ids] for name, ids in around.items()}
         single = [*ends["bos"], {"Sequence": {"id": "A", "type_id": 0}}, *ends["eos"]]
         pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}, *ends["eos"]]
-        special = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for ids in around.values() for i in ids}
+        special = {
+            tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for ids in around.values() for i in ids
+        }
         post = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": post}
 
