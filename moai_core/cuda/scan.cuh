@@ -6,9 +6,10 @@
 #include "common.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int SLOTS = PIPED ? 4 : 2;    // tiles in shared memory as they come: PIPED keeps three and loads one
+constexpr int SLOTS = PIPED ? 5 : 2;    // tiles in shared memory as they come: PIPED keeps four and loads one
 constexpr int BUFFERS = PIPED ? 2 : 1;  // of what one stage leaves to the next
-static_assert(N % WARPS == 0 && TILE % WARPS == 0 && TILE % 8 == 0, "states and steps are dealt out evenly");
+constexpr int STATES = N / WARPS;       // of one thread
+static_assert(N % WARPS == 0 && WARPS <= 8 && (TILE == 8 || TILE == 16), "states and steps are dealt out evenly");
 
 template <class X>
 struct KeptType {
@@ -27,61 +28,111 @@ enum Mark { REAL = 0, RESET = 1, PAD = 2 };
 constexpr float FORGET = 1e38f;
 DEVICE float decay_rate(float A) { return fminf(A * LOG2E, -1e-30f); }
 
-// ---- Rows of fp32 in shared memory, moved 16 bytes at a time.
+// ---- fp32 tiles in shared memory: a row of TILE steps a channel. Groups of 4 steps are swapped from channel to channel,
+// so that 8 lanes on 8 neighbouring rows, 16 bytes each, touch all 32 banks.
+
+struct alignas(16) Rows {
+  float at[32 * TILE];
+};
+DEVICE int place(int c, int t) { return c * TILE + (t ^ (c * TILE / 32 % (TILE / 4) * 4)); }
 
 template <int n>
-DEVICE void read_row(float (&to)[n], const float* from) {
+DEVICE void read_steps(float (&to)[n], const Rows& from, int c, int t0) {
   constexpr int w = n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1;
 #pragma unroll
   for (int k = 0; k < n; k += w) {
-    const Vec<float, w> v = load_vec<float, w>(from + k);
+    const Vec<float, w> v = load_vec<float, w>(&from.at[place(c, t0 + k)]);
 #pragma unroll
     for (int j = 0; j < w; ++j) to[k + j] = v.at[j];
   }
 }
 
 template <int n>
-DEVICE void write_row(float* to, const float (&from)[n]) {
+DEVICE void write_steps(Rows& to, int c, int t0, const float (&from)[n]) {
   constexpr int w = n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1;
 #pragma unroll
   for (int k = 0; k < n; k += w) {
     Vec<float, w> v;
 #pragma unroll
     for (int j = 0; j < w; ++j) v.at[j] = from[k + j];
-    store_vec<float, w>(to + k, v);
+    store_vec<float, w>(&to.at[place(c, t0 + k)], v);
   }
 }
 
-// ---- Copies of one tile. Steps at or beyond L and channels at or beyond I arrive as zeros.
+// The same numbers for every lane of a warp.
+template <int n>
+DEVICE void read_broadcast(float (&to)[n], const float* from) {
+#pragma unroll
+  for (int k = 0; k < n; k += 4) {
+    const Vec<float, 4> v = load_vec<float, 4>(from + k);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[k + j] = v.at[j];
+  }
+}
 
-// One tensor's way through the tiles: ROWS rows of `width` numbers a tile, 16 bytes a thread and row. The threads that
-// copy begin at warp `lead`, so that a block's tensors fall to different warps.
+// ---- Edges: what is done once per step and channel. A thread takes two neighbouring channels and PER consecutive steps.
+
+constexpr int PER = TILE * 16 / THREADS;
+static_assert(PER >= 1, "every thread has work at the edges");
+
+struct Edge {
+  int c, t0;  // the first of its channels in the block, the first of its steps in the tile
+  DEVICE Edge() : c(threadIdx.x % 16 * 2), t0(threadIdx.x / 16 * PER) {}
+};
+
+template <class X>
+DEVICE void read_pair(float (&to)[2], const X* from) {
+  const Vec<X, 2> v = load_vec<X, 2>(from);
+  to[0] = to_float(v.at[0]);
+  to[1] = to_float(v.at[1]);
+}
+
+template <class X>
+DEVICE void write_pair(X* to, const float (&from)[2]) {
+  store_vec<X, 2>(to, pair_from_floats<X>(from[0], from[1]));
+}
+
+// ---- Copies of one tile between memory and shared memory, 16 bytes a thread and row.
+
+// One tensor's way through the tiles: ROWS rows of `width` numbers a tile. The threads that copy begin at warp `lead`, so
+// that a block's tensors fall to different warps.
 template <class X, int width, int ROWS = TILE>
 struct Cursor {
   static constexpr int w = per_16_bytes<X>, pieces = width / w, total = ROWS * pieces;
   static constexpr int workers = total < THREADS ? total : THREADS, stride = workers / pieces;
   static_assert(workers % pieces == 0 && ROWS % stride == 0, "a thread copies one column");
-  const X* at;
+  X* at;
   int64 step, tile;
   int row, column;
-  bool inside;
 
-  // Rows lie `step` numbers apart, tiles `tile`; `from` is the first row of the first tile to copy, and columns from
-  // `exist` on are zeros.
+  // Rows lie `step` numbers apart, tiles `tile`; `from` is the first row of the first tile, or null; of each row the first
+  // `exist` numbers exist. Without anything to copy `row` is out of reach.
   DEVICE Cursor(const X* from, int64 step, int64 tile, int lead, int64 exist) : step(step), tile(tile) {
     const int worker = (threadIdx.x + THREADS - lead * 32 % THREADS) % THREADS;
-    row = worker < workers ? worker / pieces : ROWS;
     column = worker % pieces * w;
-    inside = column < exist;
-    at = from ? from + row * step + column : nullptr;
+    row = from && worker < workers ? worker / pieces : ROWS;
+    if (column >= exist) row += 2 * ROWS;  // such a column arrives as zeros and is never stored
+    at = const_cast<X*>(from) + worker / pieces * step + column;
   }
 
-  // Copies into rows of `to_step` numbers, of which the first `rows` exist, and moves on to the next tile.
-  DEVICE void copy(X* to, int to_step, int rows) {
-    if (row < ROWS && at) {
+  // A tile's first `rows` rows exist; the others, and columns that don't, arrive as zeros.
+  DEVICE void copy_in(X* to, int to_step, int rows) {
+    const bool outside = row >= 2 * ROWS;
+    if (row != ROWS && row != 3 * ROWS) {
+      const int first = outside ? row - 2 * ROWS : row;
 #pragma unroll
       for (int k = 0; k < ROWS; k += stride)
-        copy_async_16(to + (row + k) * to_step + column, at + k * step, inside && row + k < rows);
+        copy_async_16(to + (first + k) * to_step + column, at + k * step, !outside && first + k < rows);
+      at += tile;
+    }
+  }
+
+  DEVICE void copy_out(const X* from, int from_step, int rows) {
+    if (row < ROWS) {
+#pragma unroll
+      for (int k = 0; k < ROWS; k += stride)
+        if (row + k < rows)
+          store_vec<X, w>(at + k * step, load_vec<X, w>(from + (row + k) * from_step + column));
       at += tile;
     }
   }
@@ -90,16 +141,18 @@ struct Cursor {
 constexpr int BC_ROW = 2 * N + per_16_bytes<TB>;  // B_t then C_t, padded against bank conflicts
 
 // B and C as fp32, one row of steps a state (B's states, then C's); zeros at padding, whatever stands there.
-DEVICE void widen_states(float (&to)[2 * N][TILE], const TB (&from)[TILE][BC_ROW], const int (&mark)[TILE]) {
+DEVICE void widen_states(float (&to)[2 * N][TILE], const TB (&from)[TILE][BC_ROW], const int (&mark)[TILE],
+                         bool special) {
   const int t = threadIdx.x % TILE;
-  const bool pad = mark[t] == PAD;
+  const bool pad = special && mark[t] == PAD;
 #pragma unroll
   for (int k = 0; k < N; k += THREADS / TILE) {
     const int n = 2 * (k + threadIdx.x / TILE);
     if (N % (THREADS / TILE) == 0 || n < 2 * N) {
-      const Vec<TB, 2> v = load_vec<TB, 2>(&from[t][n]);
-      to[n][t] = pad ? 0.0f : to_float(v.at[0]);
-      to[n + 1][t] = pad ? 0.0f : to_float(v.at[1]);
+      float both[2];
+      read_pair(both, &from[t][n]);
+      to[n][t] = pad ? 0.0f : both[0];
+      to[n + 1][t] = pad ? 0.0f : both[1];
     }
   }
 }
@@ -123,38 +176,60 @@ struct Marker {
     }
   }
 
-  DEVICE void store(int (&mark)[TILE]) {
-    if (threadIdx.x >= TILE) return;
-    // Behind padding the document before it decides; a row that begins with padding continues what came before the call.
-    for (int s = t - 2; here >= 0 && before < 0 && s >= 0; --s) before = seq_idx[s];
-    mark[threadIdx.x] = here < 0 ? PAD : before >= 0 && here > before ? RESET : REAL;
+  // `special`: whether the tile has any mark, so that the others need not look.
+  DEVICE void store(int (&mark)[TILE], int& special) {
+    if (threadIdx.x >= 32) return;
+    int m = REAL;
+    if (threadIdx.x < TILE) {
+      // Behind padding the document before it decides; a row that begins with padding continues what was before the call.
+      for (int s = t - 2; here >= 0 && before < 0 && s >= 0; --s) before = seq_idx[s];
+      m = here < 0 ? PAD : before >= 0 && here > before ? RESET : REAL;
+      mark[threadIdx.x] = m;
+    }
+    const bool any = __any_sync(0xffffffffu, m != REAL);
+    if (threadIdx.x == 0) special = any;
   }
 };
 
-// ---- The order of the stages. `load` asks for a tile, `arrive` finishes its marks.
+// ---- The order of the stages, each of which may read what the one before it left in shared memory:
+// load (asks for a tile), arrive (its marks), in, body, out, flush (stores the results).
 
 DEVICE void block_barrier() {
   if (WARPS == 1) __syncwarp();
   else __syncthreads();
 }
 
-template <class Load, class Arrive, class In, class Body, class Out>
-DEVICE void run_tiles(int tiles, Load load, Arrive arrive, In stage_in, Body body, Out stage_out) {
-  for (int i = -1; i < tiles + (PIPED ? 2 : 0); ++i) {
-    load(i + 1);
-    if (PIPED) {
+template <class Load, class Arrive, class In, class Body, class Out, class Flush>
+DEVICE void run_tiles(int tiles, Load load, Arrive arrive, In stage_in, Body body, Out stage_out, Flush flush) {
+  if (PIPED) {
+    for (int i = -1; i < tiles + 3; ++i) {
+      if (i + 1 < tiles) load(i + 1);
+      copy_async_commit();
       if (i >= 0 && i < tiles) stage_in(i);
       if (i >= 1 && i <= tiles) body(i - 1);
-      if (i >= 2) stage_out(i - 2);
-    } else if (i >= 0) {
-      stage_in(i);
+      if (i >= 2 && i <= tiles + 1) stage_out(i - 2);
+      if (i >= 3) flush(i - 3);
+      if (i + 1 < tiles) arrive(i + 1);
+      copy_async_wait<0>();
       block_barrier();
-      body(i);
-      block_barrier();
-      stage_out(i);
     }
-    arrive(i + 1);
-    copy_async_wait<0>();
-    block_barrier();
+  } else {
+    for (int i = -1; i < tiles; ++i) {
+      if (i >= 0) {
+        stage_in(i);
+        block_barrier();
+      }
+      if (i + 1 < tiles) load(i + 1);
+      copy_async_commit();
+      if (i >= 0) {
+        body(i);
+        block_barrier();
+        stage_out(i);
+      }
+      if (i + 1 < tiles) arrive(i + 1);
+      copy_async_wait<0>();
+      block_barrier();
+      if (i >= 0) flush(i);
+    }
   }
 }

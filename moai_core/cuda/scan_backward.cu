@@ -1,4 +1,4 @@
-// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=1 PIPED=0 TILE=16 | T=float TB=float N=64 WARPS=4 PIPED=0 TILE=8
+// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=2 PIPED=0 TILE=16 SHARED=65536 | T=float TB=float N=64 WARPS=2 PIPED=0 TILE=8 SHARED=98304
 //
 // Gradients of the selective scan (scan_forward.cu), with its division of work: a lane owns a channel, a warp a share of
 // the states, a block 32 channels. Tiles are walked from the last to the first. In a tile the states are computed again
@@ -8,77 +8,60 @@
 //   dC_t += h_t dy_t,  dB_t += g_t dt_t u_t       sums over channels
 //   d(dt u)_t = g_t . B_t,  d(dt)_t += q . A,  dA += q dt_t   with q = exp(dt_t A) g_t h_(t-1)
 //
-// Sums over states stay in the thread. Sums over the 32 channels of a warp are products with a matrix of ones and zeros
-// on the tensor cores: the first puts the sums over 4 lanes of value v into row v, the second adds a row up. tf32 drops
-// bits; for fp32 inputs each number goes in two parts, so that 22 bits count. Sums over a row's blocks are written as
-// partial sums and added in a fixed order by scan_reduce: no atomics, the same bits every time.
+// Sums over a thread's states stay in its registers. Sums over the 32 channels of a warp begin on the tensor cores: values
+// times a matrix of ones and zeros leave, for each group of 4 lanes, the sum of each value; the groups' sums are added at
+// the tile's edge. tf32 drops bits; for fp32 inputs each number goes in two parts, so that 22 bits count. Sums over a
+// row's blocks are written as partial sums and added in a fixed order by scan_reduce: no atomics, the same bits every time.
 #include "scan.cuh"
 
 constexpr bool EXACT = sizeof(T) == 4;
-constexpr int FRAGMENTS = 2 * TILE / 16;  // of 16 sums each: TILE of dB, then TILE of dC
+constexpr int VALUES = 2 * TILE;            // summed over channels, of one state: dB of each step, then dC
+constexpr int FRAGMENTS = VALUES / 16;      // of the tensor cores' results
+constexpr int64 PART = (int64)N * VALUES;   // numbers of a tile's partial sums
 
-struct Slot {  // one tile as it comes from memory
+struct alignas(16) Slot {  // one tile as it comes from memory
   T u[TILE][32], dt[TILE][32], z[TILE][32], g[TILE][32];
   TB BC[TILE][BC_ROW];
   Kept kept[N][32];
-  int mark[TILE];
+  int mark[TILE], special;
 };
 
-struct Pool {
+struct alignas(16) Pool {
   Slot slot[SLOTS];
-  float dt[BUFFERS][32][TILE + 4], x[BUFFERS][32][TILE + 4], dy[BUFFERS][32][TILE + 4];
+  Rows dt[BUFFERS], x[BUFFERS], dy[BUFFERS];
   float BC[BUFFERS][2 * N][TILE];
-  float sums[BUFFERS][WARPS][3][32][TILE + 4];  // over a warp's states: g B, q A log2(e), C h
-  float dBC[BUFFERS][TILE][2 * N + 4];          // over the block's channels
-  float a2[N][32], carry[N][32], dA[N][32];     // each used by one thread; here because registers can't be indexed
+  Rows gB[BUFFERS][WARPS], qA[BUFFERS][WARPS], Ch[BUFFERS][WARPS];  // sums over a warp's states
+  float groups[BUFFERS][N][FRAGMENTS][8][16];                       // sums over 4 channels
+  float a2[N][32], carry[N][32], dA[N][32];  // each used by one thread; here because registers can't be indexed
 };
 static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
 
-// Sums over the lanes of 16 values a lane: add() pairs, then sum(); lane 4g + t has sums 2g and 2g + 1, for every t.
-struct LaneSums {
-  float rows[4] = {0, 0, 0, 0};
-  float two[2];
-
-  DEVICE void add(const uint32 (&one)[8], int pair, float first, float second) {
-    const uint32 a[4] = {one[pair], 0, 0, one[pair]};
-    const uint32 b[2] = {float_bits(first), float_bits(second)};
-    if (EXACT) {
-      const uint32 high[2] = {b[0] & 0xffffe000u, b[1] & 0xffffe000u};
-      const uint32 low[2] = {float_bits(first - bits_float(high[0])), float_bits(second - bits_float(high[1]))};
-      mma_tf32(rows, a, high);
-      mma_tf32(rows, a, low);
-    } else {
-      mma_tf32(rows, a, b);
-    }
-  }
-
-  DEVICE void sum() {
-    const uint32 ones[2] = {0x3f800000u, 0x3f800000u};
-    const uint32 a[4] = {float_bits(rows[0]), float_bits(rows[2]), float_bits(rows[1]), float_bits(rows[3])};
-    float d[4] = {0, 0, 0, 0};
-    if (EXACT) {
-      uint32 high[4], low[4];
+// Adds to `sums` the sums over groups of 4 lanes of the values 4 j ... 4 j + 3. `one[p]` is 1.0 in the lanes of group p.
+// Lane 4 g + t ends with group g's sums of the values 4 t ... 4 t + 3.
+DEVICE void add_lanes(float (&sums)[4], const uint32 (&one)[8], int j, const float (&v)[4]) {
+  const uint32 to[2] = {one[2 * j], one[2 * j + 1]};
+  const uint32 a[4] = {float_bits(v[0]), float_bits(v[2]), float_bits(v[1]), float_bits(v[3])};
+  if (EXACT) {
+    uint32 high[4], low[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        high[k] = a[k] & 0xffffe000u;
-        low[k] = float_bits(bits_float(a[k]) - bits_float(high[k]));
-      }
-      mma_tf32(d, high, ones);
-      mma_tf32(d, low, ones);
-    } else {
-      mma_tf32(d, a, ones);
+    for (int k = 0; k < 4; ++k) {
+      high[k] = a[k] & 0xffffe000u;
+      low[k] = float_bits(bits_float(a[k]) - bits_float(high[k]));
     }
-    two[0] = d[0];
-    two[1] = d[2];
+    mma_tf32(sums, high, to);
+    mma_tf32(sums, low, to);
+  } else {
+    mma_tf32(sums, a, to);
   }
-};
+}
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     scan_backward(const T* u, const T* dt, const float* A, const TB* B, const TB* C, const float* D, const T* z,
                   const float* bias, const int* seq_idx, const Kept* kept, const T* g, const float* d_last, T* d_u,
-                  T* d_dt, T* d_z, float* d_A, float* d_BC, float* d_D, float* d_bias, float* d_first, int64 L, int64 I,
+                  T* d_dt, T* d_z, float* d_A, float* parts, float* d_D, float* d_bias, float* d_first, int64 L, int64 I,
                   int64 u_batch, int64 u_step, int64 dt_batch, int64 dt_step, int64 z_batch, int64 z_step,
-                  int64 B_batch, int64 B_step, int64 C_batch, int64 C_step, int64 g_batch, int64 g_step) {
+                  int64 B_batch, int64 B_step, int64 C_batch, int64 C_step, int64 g_batch, int64 g_step,
+                  int64 d_z_batch, int64 d_z_step) {
   extern __shared__ __align__(16) unsigned char shared[];
   Pool& pool = *reinterpret_cast<Pool*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -87,20 +70,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const bool mine = c < I;
   const int tiles = (int)((L + TILE - 1) / TILE);
   const int64 end = (int64)(tiles - 1) * TILE;  // the first step of the last tile
-  constexpr int STATES = N / WARPS, STEPS = TILE / WARPS;
+  const Edge edge;
 
-  for (int j = 0; j < STATES; ++j) {
-    const int n = warp * STATES + j;
+#pragma unroll 1
+  for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
     pool.a2[n][lane] = mine ? decay_rate(A[c * N + n]) : -1.0f;
     pool.carry[n][lane] = mine && d_last ? d_last[(batch * I + c) * N + n] : 0.0f;
     pool.dA[n][lane] = 0.0f;
   }
-  uint32 one[8];  // 1.0 in the lanes of group p, for the matrices that sum
+  uint32 one[8];
 #pragma unroll
   for (int p = 0; p < 8; ++p) one[p] = lane / 4 == p ? 0x3f800000u : 0u;
-  const float bias_c = mine && bias ? bias[c] : 0.0f, D_c = mine && D ? D[c] : 0.0f;
-  float sum_D = 0.0f, sum_bias = 0.0f;
+  float bias_c[2], D_c[2], sum_D[2] = {0.0f, 0.0f}, sum_bias[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const bool there = c0 + edge.c + k < I;
+    bias_c[k] = there && bias ? bias[c0 + edge.c + k] : 0.0f;
+    D_c[k] = there && D ? D[c0 + edge.c + k] : 0.0f;
+  }
 
+  // Tiles are walked from the last to the first: rows begin at the last tile, tiles lie backwards.
   Cursor<T, 32> u_rows(u + batch * u_batch + end * u_step + c0, u_step, -TILE * u_step, 0, I - c0);
   Cursor<T, 32> dt_rows(dt + batch * dt_batch + end * dt_step + c0, dt_step, -TILE * dt_step, 2, I - c0);
   Cursor<T, 32> z_rows(z ? z + batch * z_batch + end * z_step + c0 : nullptr, z_step, -TILE * z_step, 4, I - c0);
@@ -108,70 +97,83 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   Cursor<TB, N> B_rows(B + batch * B_batch + end * B_step, B_step, -TILE * B_step, 1, N);
   Cursor<TB, N> C_rows(C + batch * C_batch + end * C_step, C_step, -TILE * C_step, 3, N);
   Cursor<Kept, 32, N> kept_rows(kept + (batch * tiles + tiles - 1) * N * I + c0, I, -N * I, 5, I - c0);
+  Cursor<T, 32> d_u_rows(d_u + (batch * L + end) * I + c0, I, -TILE * I, 0, I - c0);
+  Cursor<T, 32> d_dt_rows(d_dt + (batch * L + end) * I + c0, I, -TILE * I, 2, I - c0);
+  Cursor<T, 32> d_z_rows(d_z ? d_z + batch * d_z_batch + end * d_z_step + c0 : nullptr, d_z_step, -TILE * d_z_step, 4,
+                         I - c0);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
-  d_u += batch * L * I + c;
-  d_dt += batch * L * I + c;
-  if (d_z) d_z += batch * L * I + c;
-  d_BC += (block * (int64)(gridDim.x / blocks) + batch) * L * 2 * N;
+  parts += ((block * (int64)(gridDim.x / blocks) + batch) * tiles + tiles - 1) * PART;
 
   auto load = [&](int i) {
-    if (i < tiles) {
-      Slot& s = pool.slot[i % SLOTS];
-      const int t0 = (tiles - 1 - i) * TILE, left = (int)L - t0;
-      u_rows.copy(s.u[0], 32, left);
-      dt_rows.copy(s.dt[0], 32, left);
-      z_rows.copy(s.z[0], 32, left);
-      g_rows.copy(s.g[0], 32, left);
-      B_rows.copy(s.BC[0], BC_ROW, left);
-      C_rows.copy(s.BC[0] + N, BC_ROW, left);
-      kept_rows.copy(s.kept[0], 32, N);
-      marker.fetch(t0);
-    }
-    copy_async_commit();
+    Slot& s = pool.slot[i % SLOTS];
+    const int t0 = (tiles - 1 - i) * TILE, left = (int)L - t0;
+    u_rows.copy_in(s.u[0], 32, left);
+    dt_rows.copy_in(s.dt[0], 32, left);
+    z_rows.copy_in(s.z[0], 32, left);
+    g_rows.copy_in(s.g[0], 32, left);
+    B_rows.copy_in(s.BC[0], BC_ROW, left);
+    C_rows.copy_in(s.BC[0] + N, BC_ROW, left);
+    kept_rows.copy_in(s.kept[0], 32, N);
+    marker.fetch(t0);
   };
-  auto arrive = [&](int i) {
-    if (i < tiles) marker.store(pool.slot[i % SLOTS].mark);
-  };
+  auto arrive = [&](int i) { marker.store(pool.slot[i % SLOTS].mark, pool.slot[i % SLOTS].special); };
 
   auto stage_in = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
     const int to = i % BUFFERS;
-    float dts[STEPS], xs[STEPS], dys[STEPS];
+    float dts[2][PER], xs[2][PER], dys[2][PER];
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-      const int t = warp * STEPS + k, mark = s.mark[t];
-      const float step = softplus(to_float(s.dt[t][lane]) + bias_c);
-      const float x = step * to_float(s.u[t][lane]);
-      float dy = to_float(s.g[t][lane]);
-      if (z) {
-        const float gate = to_float(s.z[t][lane]);
-        dy *= gate * sigmoid(gate);
+    for (int k = 0; k < PER; ++k) {
+      const int t = edge.t0 + k;
+      float raw[2], us[2], gs[2], gate[2];
+      read_pair(raw, &s.dt[t][edge.c]);
+      read_pair(us, &s.u[t][edge.c]);
+      read_pair(gs, &s.g[t][edge.c]);
+      if (z) read_pair(gate, &s.z[t][edge.c]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        dts[j][k] = softplus(raw[j] + bias_c[j]);
+        xs[j][k] = dts[j][k] * us[j];
+        dys[j][k] = z ? gs[j] * (gate[j] * sigmoid(gate[j])) : gs[j];
       }
-      dts[k] = mark == PAD ? 0.0f : mark == RESET ? FORGET : step;
-      xs[k] = mark == PAD ? 0.0f : x;
-      dys[k] = mark == PAD ? 0.0f : dy;
     }
-    write_row<STEPS>(&pool.dt[to][lane][warp * STEPS], dts);
-    write_row<STEPS>(&pool.x[to][lane][warp * STEPS], xs);
-    write_row<STEPS>(&pool.dy[to][lane][warp * STEPS], dys);
-    widen_states(pool.BC[to], s.BC, s.mark);
+    if (s.special) {
+#pragma unroll
+      for (int k = 0; k < PER; ++k) {
+        const int mark = s.mark[edge.t0 + k];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          dts[j][k] = mark == PAD ? 0.0f : mark == RESET ? FORGET : dts[j][k];
+          xs[j][k] = mark == PAD ? 0.0f : xs[j][k];
+          dys[j][k] = mark == PAD ? 0.0f : dys[j][k];
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      write_steps(pool.dt[to], edge.c + j, edge.t0, dts[j]);
+      write_steps(pool.x[to], edge.c + j, edge.t0, xs[j]);
+      write_steps(pool.dy[to], edge.c + j, edge.t0, dys[j]);
+    }
+    widen_states(pool.BC[to], s.BC, s.mark, s.special);
   };
 
   auto body = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
     const int from = i % BUFFERS;
     float dts[TILE], xs[TILE], dys[TILE], gB[TILE], qA[TILE], Ch[TILE];
-    read_row<TILE>(dts, pool.dt[from][lane]);
-    read_row<TILE>(xs, pool.x[from][lane]);
-    read_row<TILE>(dys, pool.dy[from][lane]);
+    read_steps(dts, pool.dt[from], lane, 0);
+    read_steps(xs, pool.x[from], lane, 0);
+    read_steps(dys, pool.dy[from], lane, 0);
 #pragma unroll
     for (int t = 0; t < TILE; ++t) gB[t] = qA[t] = Ch[t] = 0.0f;
-#pragma unroll 1
-    for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
+#pragma unroll(STATES <= 2 ? STATES : 1)
+    for (int j = 0; j < STATES; ++j) {
+      const int n = warp * STATES + j;
       const float a2 = pool.a2[n][lane];
       float Bs[TILE], Cs[TILE], a[TILE], h[TILE + 1];
-      read_row<TILE>(Bs, pool.BC[from][n]);
-      read_row<TILE>(Cs, pool.BC[from][N + n]);
+      read_broadcast(Bs, pool.BC[from][n]);
+      read_broadcast(Cs, pool.BC[from][N + n]);
       h[0] = to_float(s.kept[n][lane]);
 #pragma unroll
       for (int t = 0; t < TILE; ++t) {
@@ -179,123 +181,154 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         h[t + 1] = a[t] * h[t] + xs[t] * Bs[t];
         Ch[t] += Cs[t] * h[t + 1];
       }
-      float carry = pool.carry[n][lane], dA = 0.0f, dB[2], dC[2];
-      LaneSums sums[FRAGMENTS];
+      float carry = pool.carry[n][lane], dA = 0.0f, dB[4], dC[4], sums[FRAGMENTS][4] = {};
 #pragma unroll
       for (int t = TILE - 1; t >= 0; --t) {
         const float back = Cs[t] * dys[t] + carry;
-        dC[t % 2] = h[t + 1] * dys[t];
-        dB[t % 2] = back * xs[t];
+        dC[t % 4] = h[t + 1] * dys[t];
+        dB[t % 4] = back * xs[t];
         gB[t] += back * Bs[t];
         carry = a[t] * back;
         const float q = carry * h[t];
         qA[t] += q * a2;
         dA += q * dts[t];
-        if (t % 2 == 0) {
-          sums[t / 16].add(one, t % 16 / 2, dB[0], dB[1]);
-          sums[(TILE + t) / 16].add(one, (TILE + t) % 16 / 2, dC[0], dC[1]);
+        if (t % 4 == 0) {
+          add_lanes(sums[t / 16], one, t % 16 / 4, dB);
+          add_lanes(sums[(TILE + t) / 16], one, (TILE + t) % 16 / 4, dC);
         }
       }
       pool.carry[n][lane] = carry;
       pool.dA[n][lane] += dA;
 #pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f) {
-        sums[f].sum();
-        const int v = f * 16 + lane / 4 * 2;
-        if (lane % 4 == f) {
-          pool.dBC[from][v % TILE][v / TILE * N + n] = sums[f].two[0];
-          pool.dBC[from][v % TILE + 1][v / TILE * N + n] = sums[f].two[1];
-        }
-      }
+      for (int f = 0; f < FRAGMENTS; ++f)
+        store_vec<float, 4>(&pool.groups[from][n][f][lane / 4][lane % 4 * 4],
+                            {{sums[f][0], sums[f][1], sums[f][2], sums[f][3]}});
     }
-    write_row<TILE>(pool.sums[from][warp][0][lane], gB);
-    write_row<TILE>(pool.sums[from][warp][1][lane], qA);
-    write_row<TILE>(pool.sums[from][warp][2][lane], Ch);
+    write_steps(pool.gB[from][warp], lane, 0, gB);
+    write_steps(pool.qA[from][warp], lane, 0, qA);
+    write_steps(pool.Ch[from][warp], lane, 0, Ch);
   };
 
   auto stage_out = [&](int i) {
-    const Slot& s = pool.slot[i % SLOTS];
-    const int from = i % BUFFERS, t0 = (tiles - 1 - i) * TILE;
-    float total[3][STEPS];
+    Slot& s = pool.slot[i % SLOTS];
+    const int from = i % BUFFERS;
+    auto total = [&](float(&sum)[2][PER], const Rows(&of)[WARPS]) {
 #pragma unroll
-    for (int k = 0; k < 3; ++k) {
+      for (int j = 0; j < 2; ++j) {
+        read_steps(sum[j], of[0], edge.c + j, edge.t0);
 #pragma unroll
-      for (int j = 0; j < STEPS; ++j) total[k][j] = 0.0f;
+        for (int w = 1; w < WARPS; ++w) {
+          float part[PER];
+          read_steps(part, of[w], edge.c + j, edge.t0);
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) {
-        float part[STEPS];
-        read_row<STEPS>(part, &pool.sums[from][w][k][lane][warp * STEPS]);
-#pragma unroll
-        for (int j = 0; j < STEPS; ++j) total[k][j] += part[j];
+          for (int k = 0; k < PER; ++k) sum[j][k] += part[k];
+        }
       }
+    };
+    float gB[2][PER], qA[2][PER], Ch[2][PER];
+    total(gB, pool.gB[from]);
+    total(qA, pool.qA[from]);
+    total(Ch, pool.Ch[from]);
+#pragma unroll
+    for (int k = 0; k < PER; ++k) {
+      const int t = edge.t0 + k;
+      float raw[2], us[2], gs[2], gate[2], to_u[2], to_dt[2], to_z[2];
+      read_pair(raw, &s.dt[t][edge.c]);
+      read_pair(us, &s.u[t][edge.c]);
+      read_pair(gs, &s.g[t][edge.c]);
+      if (z) read_pair(gate, &s.z[t][edge.c]);
+      const bool pad = s.special && s.mark[t] == PAD;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float dy = gs[j];
+        if (z) {
+          const float open = sigmoid(gate[j]), slope = open + gate[j] * open * (1.0f - open);  // of silu
+          to_z[j] = gs[j] * (Ch[j][k] + D_c[j] * us[j]) * slope;
+          dy *= gate[j] * open;
+        }
+        const float step = raw[j] + bias_c[j];
+        to_u[j] = softplus(step) * gB[j][k] + D_c[j] * dy;
+        to_dt[j] = (us[j] * gB[j][k] + LN2 * qA[j][k]) * sigmoid(step);
+        float to_D = dy * us[j];
+        if (pad) to_u[j] = to_dt[j] = to_z[j] = to_D = 0.0f;
+        sum_D[j] += to_D;
+        sum_bias[j] += to_dt[j];
+      }
+      write_pair(&s.u[t][edge.c], to_u);
+      write_pair(&s.dt[t][edge.c], to_dt);
+      if (z) write_pair(&s.z[t][edge.c], to_z);
     }
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-      const int t = warp * STEPS + k;
-      const bool pad = s.mark[t] == PAD;
-      const float raw = to_float(s.dt[t][lane]) + bias_c, u_t = to_float(s.u[t][lane]);
-      const float g_t = to_float(s.g[t][lane]);
-      float dy = g_t, to_z = 0.0f;
-      if (z) {
-        const float gate = to_float(s.z[t][lane]), open = sigmoid(gate);
-        dy *= gate * open;
-        to_z = g_t * (total[2][k] + D_c * u_t) * open * (1.0f + gate * (1.0f - open));
-      }
-      const float to_u = softplus(raw) * total[0][k] + D_c * dy;
-      const float to_dt = (u_t * total[0][k] + LN2 * total[1][k]) * sigmoid(raw);
-      if (mine && t0 + t < L) {
-        const int64 at = (int64)(t0 + t) * I;
-        d_u[at] = from_float<T>(pad ? 0.0f : to_u);
-        d_dt[at] = from_float<T>(pad ? 0.0f : to_dt);
-        if (d_z) d_z[at] = from_float<T>(pad ? 0.0f : to_z);
-      }
-      sum_D += pad ? 0.0f : dy * u_t;
-      sum_bias += pad ? 0.0f : to_dt;
-    }
+    for (int k = threadIdx.x; k < N * VALUES / 4; k += THREADS) {
+      const int n = k / (VALUES / 4), v = k % (VALUES / 4) * 4;
+      const float* from_v = &pool.groups[from][n][v / 16][0][v % 16];
+      Vec<float, 4> sum = load_vec<float, 4>(from_v);
 #pragma unroll
-    for (int k = threadIdx.x; k < TILE * 2 * N / 4; k += THREADS) {
-      const int t = k / (2 * N / 4), n = k % (2 * N / 4) * 4;
-      if (t0 + t < L)
-        store_vec<float, 4>(d_BC + (int64)(t0 + t) * 2 * N + n, load_vec<float, 4>(&pool.dBC[from][t][n]));
+      for (int p = 1; p < 8; ++p) {
+        const Vec<float, 4> part = load_vec<float, 4>(from_v + p * 16);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum.at[j] += part.at[j];
+      }
+      store_vec<float, 4>(parts + k * 4, sum);
     }
+    parts -= PART;
   };
 
-  run_tiles(tiles, load, arrive, stage_in, body, stage_out);
+  auto flush = [&](int i) {
+    const Slot& s = pool.slot[i % SLOTS];
+    const int left = (int)L - (tiles - 1 - i) * TILE;
+    d_u_rows.copy_out(s.u[0], 32, left);
+    d_dt_rows.copy_out(s.dt[0], 32, left);
+    d_z_rows.copy_out(s.z[0], 32, left);
+  };
 
-  for (int j = 0; j < STATES; ++j) {
-    const int n = warp * STATES + j;
-    if (mine) {
+  run_tiles(tiles, load, arrive, stage_in, body, stage_out, flush);
+
+  if (mine) {
+#pragma unroll 1
+    for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
       d_A[(batch * I + c) * N + n] = pool.dA[n][lane];
       if (d_first) d_first[(batch * I + c) * N + n] = pool.carry[n][lane];
     }
   }
-  float(*edge)[2][32] = reinterpret_cast<float(*)[2][32]>(pool.sums);
   block_barrier();
-  edge[warp][0][lane] = sum_D;
-  edge[warp][1][lane] = sum_bias;
+  auto both = reinterpret_cast<float(*)[THREADS / 16][32]>(pool.groups);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {  // the threads of a channel hold the sums of different steps
+    both[0][threadIdx.x / 16][edge.c + j] = sum_D[j];
+    both[1][threadIdx.x / 16][edge.c + j] = sum_bias[j];
+  }
   block_barrier();
   if (warp == 0 && mine) {
-    for (int w = 1; w < WARPS; ++w) {
-      sum_D += edge[w][0][lane];
-      sum_bias += edge[w][1][lane];
+    float to_D = 0.0f, to_bias = 0.0f;
+    for (int k = 0; k < THREADS / 16; ++k) {
+      to_D += both[0][k][lane];
+      to_bias += both[1][k][lane];
     }
-    if (d_D) d_D[batch * I + c] = sum_D;
-    if (d_bias) d_bias[batch * I + c] = sum_bias;
+    if (d_D) d_D[batch * I + c] = to_D;
+    if (d_bias) d_bias[batch * I + c] = to_bias;
   }
 }
 
-// dB and dC from the partial sums (blocks, rows, 2 N), rows = batch * L: four numbers a thread, blocks in order.
-extern "C" __global__ void scan_reduce(const float* parts, TB* d_B, TB* d_C, int64 blocks, int64 rows) {
+// dB and dC (rows, N) from the partial sums (blocks, batch, tiles, N, VALUES): four steps of a state a thread, blocks in
+// order.
+extern "C" __global__ void scan_reduce(const float* parts, TB* d_B, TB* d_C, int64 blocks, int64 batches, int64 L) {
+  const int64 tiles = (L + TILE - 1) / TILE, all = batches * tiles * PART;
   const int64 at = ((int64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-  if (at >= rows * 2 * N) return;
+  if (at >= all) return;
   Vec<float, 4> sum = load_vec<float, 4>(parts + at);
+#pragma unroll 8
   for (int64 k = 1; k < blocks; ++k) {
-    const Vec<float, 4> part = load_vec<float, 4>(parts + k * rows * 2 * N + at);
+    const Vec<float, 4> part = load_vec<float, 4>(parts + k * all + at);
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum.at[j] += part.at[j];
   }
-  const int64 row = at / (2 * N), n = at % (2 * N);
-  TB* to = n < N ? d_B + row * N + n : d_C + row * N + n - N;
+  const int v = (int)(at % VALUES);
+  const int64 n = at / VALUES % N, tile = at / PART % tiles, batch = at / PART / tiles;
+  TB* to = v < TILE ? d_B : d_C;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) to[j] = from_float<TB>(sum.at[j]);
+  for (int j = 0; j < 4; ++j) {
+    const int64 t = tile * TILE + v % TILE + j;
+    if (t < L) to[(batch * L + t) * N + n] = from_float<TB>(sum.at[j]);
+  }
 }

@@ -1,4 +1,4 @@
-// moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=1 PIPED=0 TILE=16 | T=float TB=float N=64 WARPS=4 PIPED=0 TILE=16
+// moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=4 PIPED=0 TILE=16 SHARED=49152 | T=float TB=float N=64 WARPS=4 PIPED=0 TILE=16 SHARED=98304
 //
 // The selective scan of Mamba-1, forward: h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = (C_t . h_t + D u_t) silu(z_t),
 // dt = softplus(raw dt + bias). Source: arXiv 2312.00752, algorithm 2; what is new is the order of the work.
@@ -6,28 +6,28 @@
 // A lane owns one channel, a warp 32 channels and N / WARPS of their states, a block the 32 channels with all N states.
 // States live in registers and time runs inside the thread, so the recurrence costs its five instructions a state and
 // step: two products, an exponential, two multiply-adds. Work that is per (step, channel) and not per state (softplus,
-// gate, conversions) is done once, at the edge of a tile of TILE steps, by all warps together; B and C are turned to fp32
+// gate, conversions) is done once, at the edges of a tile of TILE steps, by all warps together; B and C are turned to fp32
 // there too and broadcast from shared memory. WARPS > 1 gives small batches enough threads without cutting time.
 //
-//   stage_in(i)   raw tile i (arrived by asynchronous copies) -> dt, dt u, B, C in fp32
-//   body(i)       the recurrence; each warp leaves its share of C . h
-//   stage_out(i)  sum of the shares, D u, gate, store
+//   stage_in    raw tile (arrived by asynchronous copies) -> dt, dt u, B, C in fp32
+//   body        the recurrence; each warp leaves its share of C . h
+//   stage_out   sum of the shares, D u, gate; the result takes u's place, from where flush stores it
 //
-// PIPED runs the three on tiles i, i - 1, i - 2 between two barriers; otherwise they follow one another.
+// PIPED runs the stages on successive tiles between two barriers; otherwise they follow one another.
 // Memory of the backward pass: `kept`, the state before every tile, (batch, tiles, N, I), 16 bits for 16-bit inputs.
 #include "scan.cuh"
 
-struct Slot {  // one tile as it comes from memory
+struct alignas(16) Slot {  // one tile as it comes from memory
   T u[TILE][32], dt[TILE][32], z[TILE][32];
   TB BC[TILE][BC_ROW];
-  int mark[TILE];
+  int mark[TILE], special;
 };
 
-struct Pool {
+struct alignas(16) Pool {
   Slot slot[SLOTS];
-  float dt[BUFFERS][32][TILE + 4], x[BUFFERS][32][TILE + 4];  // rows padded: 16-byte accesses of 8 lanes hit all banks
+  Rows dt[BUFFERS], x[BUFFERS];
   float BC[BUFFERS][2 * N][TILE];
-  float y[BUFFERS][WARPS][32][TILE + 4];
+  Rows y[BUFFERS][WARPS];
 };
 static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
 
@@ -43,12 +43,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int64 batch = blockIdx.x / blocks, c0 = (int64)block * 32, c = c0 + lane;
   const bool mine = c < I;
   const int tiles = (int)((L + TILE - 1) / TILE);
-  constexpr int STATES = N / WARPS;    // of one thread
-  constexpr int STEPS = TILE / WARPS;  // of one thread, at the edges
-
-  if (seq_idx) seq_idx += batch * L;
-  y += batch * L * I + c;
-  if (kept) kept += batch * tiles * N * I + c;
+  const Edge edge;
 
   float a2[STATES], h[STATES];
 #pragma unroll
@@ -57,104 +52,133 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     a2[j] = mine ? decay_rate(A[c * N + warp * STATES + j]) : -1.0f;
     h[j] = mine && first ? first[at] : 0.0f;
   }
-  const float bias_c = mine && bias ? bias[c] : 0.0f, D_c = mine && D ? D[c] : 0.0f;
+  float bias_c[2], D_c[2];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const bool there = c0 + edge.c + k < I;
+    bias_c[k] = there && bias ? bias[c0 + edge.c + k] : 0.0f;
+    D_c[k] = there && D ? D[c0 + edge.c + k] : 0.0f;
+  }
+  if (kept) kept += batch * tiles * N * I + c;
+
   Cursor<T, 32> u_rows(u + batch * u_batch + c0, u_step, TILE * u_step, 0, I - c0);
   Cursor<T, 32> dt_rows(dt + batch * dt_batch + c0, dt_step, TILE * dt_step, 2, I - c0);
   Cursor<T, 32> z_rows(z ? z + batch * z_batch + c0 : nullptr, z_step, TILE * z_step, 4, I - c0);
   Cursor<TB, N> B_rows(B + batch * B_batch, B_step, TILE * B_step, 6, N);
   Cursor<TB, N> C_rows(C + batch * C_batch, C_step, TILE * C_step, 7, N);
-  Marker marker(seq_idx, (int)L);
+  Cursor<T, 32> y_rows(y + batch * L * I + c0, I, TILE * I, 0, I - c0);
+  Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
 
   auto load = [&](int i) {
-    if (i < tiles) {
-      Slot& s = pool.slot[i % SLOTS];
-      const int left = (int)L - i * TILE;
-      u_rows.copy(s.u[0], 32, left);
-      dt_rows.copy(s.dt[0], 32, left);
-      z_rows.copy(s.z[0], 32, left);
-      B_rows.copy(s.BC[0], BC_ROW, left);
-      C_rows.copy(s.BC[0] + N, BC_ROW, left);
-      marker.fetch(i * TILE);
-    }
-    copy_async_commit();
+    Slot& s = pool.slot[i % SLOTS];
+    const int left = (int)L - i * TILE;
+    u_rows.copy_in(s.u[0], 32, left);
+    dt_rows.copy_in(s.dt[0], 32, left);
+    z_rows.copy_in(s.z[0], 32, left);
+    B_rows.copy_in(s.BC[0], BC_ROW, left);
+    C_rows.copy_in(s.BC[0] + N, BC_ROW, left);
+    marker.fetch(i * TILE);
   };
-  auto arrive = [&](int i) {
-    if (i < tiles) marker.store(pool.slot[i % SLOTS].mark);
-  };
+  auto arrive = [&](int i) { marker.store(pool.slot[i % SLOTS].mark, pool.slot[i % SLOTS].special); };
 
   auto stage_in = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
     const int to = i % BUFFERS;
-    float dts[STEPS], xs[STEPS];
+    float dts[2][PER], xs[2][PER];
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-      const int t = warp * STEPS + k, mark = s.mark[t];
-      const float step = softplus(to_float(s.dt[t][lane]) + bias_c);
-      const float x = step * to_float(s.u[t][lane]);
-      dts[k] = mark == PAD ? 0.0f : mark == RESET ? FORGET : step;
-      xs[k] = mark == PAD ? 0.0f : x;
+    for (int k = 0; k < PER; ++k) {
+      float raw[2], us[2];
+      read_pair(raw, &s.dt[edge.t0 + k][edge.c]);
+      read_pair(us, &s.u[edge.t0 + k][edge.c]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        dts[j][k] = softplus(raw[j] + bias_c[j]);
+        xs[j][k] = dts[j][k] * us[j];
+      }
     }
-    write_row<STEPS>(&pool.dt[to][lane][warp * STEPS], dts);
-    write_row<STEPS>(&pool.x[to][lane][warp * STEPS], xs);
-    widen_states(pool.BC[to], s.BC, s.mark);
+    if (s.special) {
+#pragma unroll
+      for (int k = 0; k < PER; ++k) {
+        const int mark = s.mark[edge.t0 + k];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          dts[j][k] = mark == PAD ? 0.0f : mark == RESET ? FORGET : dts[j][k];
+          xs[j][k] = mark == PAD ? 0.0f : xs[j][k];
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      write_steps(pool.dt[to], edge.c + j, edge.t0, dts[j]);
+      write_steps(pool.x[to], edge.c + j, edge.t0, xs[j]);
+    }
+    widen_states(pool.BC[to], s.BC, s.mark, s.special);
   };
 
   auto body = [&](int i) {
     const int from = i % BUFFERS;
     if (kept && mine) {
+      Kept* to = kept + ((int64)i * N + warp * STATES) * I;
 #pragma unroll
-      for (int j = 0; j < STATES; ++j)
-        kept[((int64)i * N + warp * STATES + j) * I] = from_float<Kept>(h[j]);
+      for (int j = 0; j < STATES; ++j) to[j * I] = from_float<Kept>(h[j]);
     }
 #pragma unroll 1
     for (int t0 = 0; t0 < TILE; t0 += 8) {
       float dts[8], xs[8], ys[8];
-      read_row<8>(dts, &pool.dt[from][lane][t0]);
-      read_row<8>(xs, &pool.x[from][lane][t0]);
+      read_steps(dts, pool.dt[from], lane, t0);
+      read_steps(xs, pool.x[from], lane, t0);
 #pragma unroll
       for (int t = 0; t < 8; ++t) ys[t] = 0.0f;
 #pragma unroll
       for (int j = 0; j < STATES; ++j) {
         float Bs[8], Cs[8];
-        read_row<8>(Bs, &pool.BC[from][warp * STATES + j][t0]);
-        read_row<8>(Cs, &pool.BC[from][N + warp * STATES + j][t0]);
+        read_broadcast(Bs, &pool.BC[from][warp * STATES + j][t0]);
+        read_broadcast(Cs, &pool.BC[from][N + warp * STATES + j][t0]);
 #pragma unroll
         for (int t = 0; t < 8; ++t) {
           h[j] = exp2_approx(dts[t] * a2[j]) * h[j] + xs[t] * Bs[t];
           ys[t] += Cs[t] * h[j];
         }
       }
-      write_row<8>(&pool.y[from][warp][lane][t0], ys);
+      write_steps(pool.y[from][warp], lane, t0, ys);
     }
   };
 
   auto stage_out = [&](int i) {
-    const Slot& s = pool.slot[i % SLOTS];
+    Slot& s = pool.slot[i % SLOTS];
     const int from = i % BUFFERS;
-    float sum[STEPS];
+    float sum[2][PER];
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) sum[k] = 0.0f;
+    for (int j = 0; j < 2; ++j) {
+      read_steps(sum[j], pool.y[from][0], edge.c + j, edge.t0);
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      float part[STEPS];
-      read_row<STEPS>(part, &pool.y[from][w][lane][warp * STEPS]);
+      for (int w = 1; w < WARPS; ++w) {
+        float part[PER];
+        read_steps(part, pool.y[from][w], edge.c + j, edge.t0);
 #pragma unroll
-      for (int k = 0; k < STEPS; ++k) sum[k] += part[k];
+        for (int k = 0; k < PER; ++k) sum[j][k] += part[k];
+      }
     }
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-      const int t = warp * STEPS + k;
-      float out = sum[k] + D_c * to_float(s.u[t][lane]);
-      if (z) {
-        const float gate = to_float(s.z[t][lane]);
-        out *= gate * sigmoid(gate);
+    for (int k = 0; k < PER; ++k) {
+      const int t = edge.t0 + k;
+      float us[2], out[2], gate[2];
+      read_pair(us, &s.u[t][edge.c]);
+      if (z) read_pair(gate, &s.z[t][edge.c]);
+      const bool pad = s.special && s.mark[t] == PAD;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        out[j] = sum[j][k] + D_c[j] * us[j];
+        if (z) out[j] *= gate[j] * sigmoid(gate[j]);
+        if (pad) out[j] = 0.0f;
       }
-      if (s.mark[t] == PAD) out = 0.0f;
-      if (mine && i * TILE + t < L) y[(int64)(i * TILE + t) * I] = from_float<T>(out);
+      write_pair(&s.u[t][edge.c], out);
     }
   };
 
-  run_tiles(tiles, load, arrive, stage_in, body, stage_out);
+  auto flush = [&](int i) { y_rows.copy_out(pool.slot[i % SLOTS].u[0], 32, (int)L - i * TILE); };
+
+  run_tiles(tiles, load, arrive, stage_in, body, stage_out, flush);
 
   if (mine) {
 #pragma unroll

@@ -134,7 +134,7 @@ def scan_backward(
     d_u, d_dt, _, d_B, d_C, _, d_z, _, d_first = _gradients(u, A, B, D, z, dt_bias, continues)
     d_A = A.new_empty(batch, channels, states)
     d_D, d_bias = (A.new_empty(batch, channels) if x is not None else None for x in (D, dt_bias))
-    parts = A.new_empty(blocks, batch * length, 2 * states)
+    parts = A.new_empty(blocks, batch, -(-length // TILE), states, 2 * TILE)
     u, dt, B, C, z, g_y = (_rows(x) for x in (u, dt, B, C, z, g_y))
     A, D, dt_bias, seq_idx, g_last = (_solid(x) for x in (A, D, dt_bias, seq_idx, g_last))
     shape = _division(u.device.index, "backward", u.dtype, B.dtype, states, batch, channels)
@@ -142,10 +142,10 @@ def scan_backward(
     cuda.kernel("scan_backward.cu", "scan_backward", u.device, **macros)(
         batch * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, d_u, d_dt,
         None if z is None else d_z, d_A, parts, d_D, d_bias, d_first if continues else None, length, channels,
-        *_strides(u, dt, z, B, C, g_y), shared=shape.shared,
+        *_strides(u, dt, z, B, C, g_y), length * channels, channels, shared=shape.shared,
     )  # fmt: skip
     cuda.kernel("scan_backward.cu", "scan_reduce", u.device, **macros)(
-        -(-batch * length * 2 * states // 1024), 256, parts, d_B, d_C, blocks, batch * length
+        -(-parts[0].numel() // 1024), 256, parts, d_B, d_C, blocks, batch, length
     )
     sums = (A.new_empty(0) if x is None else x.sum(0) if batch > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias))
     d_A, d_D, d_bias = sums
@@ -231,7 +231,7 @@ def _division(
     limit = properties.shared_memory_per_block_optin
     blocks = batch * _blocks(channels)
     most = 32 if direction == "forward" else states  # states of one thread
-    candidates = [w for w in (1, 2, 4, 8, 16) if states % w == 0 and states // w <= most and w <= TILE]
+    candidates = [w for w in (1, 2, 4, 8) if states % w == 0 and states // w <= most]
     enough = [w for w in candidates if blocks * w >= 6 * properties.multi_processor_count]
     for warps in [*enough[:1], *reversed(candidates)]:
         for piped in (True, False) if warps >= 8 else (False,):
@@ -243,17 +243,15 @@ def _division(
 
 def shared_bytes(direction: str, warps: int, piped: bool, size: int, states_size: int, states: int) -> int:
     """sizeof(Pool) of scan_forward.cu or scan_backward.cu, which check that it is enough."""
-    slots, buffers = (4, 2) if piped else (2, 1)
-    row = 32 * (TILE + 4) * 4
-    narrow = TILE * 32 * size
-    states_rows = TILE * (2 * states + 16 // states_size) * states_size
+    slots, buffers = (5, 2) if piped else (2, 1)
+    wide, narrow = 32 * TILE * 4, 32 * TILE * size
+    marks = TILE * 4 + 16
+    slot = TILE * (2 * states + 16 // states_size) * states_size + marks
     if direction == "forward":
-        slot = 3 * narrow + states_rows + TILE * 4
-        return slots * slot + buffers * (2 * row + 2 * states * TILE * 4 + warps * row)
-    kept = states * 32 * (4 if size == 4 else 2)
-    slot = 4 * narrow + states_rows + kept + TILE * 4
-    sums = buffers * (3 * row + 2 * states * TILE * 4 + warps * 3 * row + TILE * (2 * states + 4) * 4)
-    return slots * slot + sums + 3 * states * 32 * 4
+        return slots * (3 * narrow + slot) + buffers * ((2 + warps) * wide + 2 * states * TILE * 4)
+    slot += 4 * narrow + states * 32 * (4 if size == 4 else 2)
+    groups = states * 2 * TILE * 8 * 4
+    return slots * slot + buffers * ((3 + 3 * warps) * wide + 2 * states * TILE * 4 + groups) + 3 * states * 32 * 4
 
 
 def _blocks(channels: int) -> int:
