@@ -54,10 +54,7 @@ def scan(
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `moai_core.scan.scan`."""
-    marks = None if seq_idx is None else _marks(seq_idx)
-    u_, dt_, B_, C_, z_ = (_rows(x) for x in (u, dt, B, C, z))
-    A_, D_, bias_, state_ = (_solid(x) for x in (A, D, dt_bias, state))
-    inputs = (u_, dt_, A_, B_, C_, D_, z_, bias_, state_, marks)
+    inputs = (u, dt, A, B, C, D, z, dt_bias, state, None if seq_idx is None else _marks(seq_idx))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         y, last = _Scan.apply(*inputs)
     else:
@@ -69,8 +66,7 @@ def conv(
     u: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `moai_core.scan.conv`."""
-    marks = None if seq_idx is None else _marks(seq_idx)
-    inputs = (_rows(u), _solid(weight), _solid(bias), _solid(state), marks)
+    inputs = (u, weight, bias, state, None if seq_idx is None else _marks(seq_idx))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         y, last = _Conv.apply(*inputs)
     else:
@@ -114,6 +110,9 @@ def conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> 
     return y[:, 0], last
 
 
+# What is saved is what was given: 16-bit inputs stay 16 bits wide until the backward pass.
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u, dt, A, B, C, D, z, dt_bias, state, marks):  # type: ignore[no-untyped-def]
@@ -126,6 +125,8 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor | None, g_last: Tensor | None):  # type: ignore[no-untyped-def]
         u, dt, A, B, C, D, z, dt_bias, marks, kept = ctx.saved_tensors
+        u, dt, B, C, z = (_rows(x) for x in (u, dt, B, C, z))
+        A, D, dt_bias = (_solid(x) for x in (A, D, dt_bias))
         batch, length, channels = u.shape
         states, tiles = A.shape[1], _tiles(channels)
         g_y = u.new_zeros(1, 1, channels).expand_as(u) if g_y is None else _rows(g_y)
@@ -155,6 +156,7 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor | None, g_last: Tensor | None):  # type: ignore[no-untyped-def]
         u, weight, bias, state, marks = ctx.saved_tensors
+        u, weight, bias, state = _rows(u), _solid(weight), _solid(bias), _solid(state)
         batch, length, channels = u.shape
         width = weight.shape[-1]
         g_y = u.new_zeros(1, 1, channels).expand_as(u) if g_y is None else _rows(g_y)
@@ -185,6 +187,8 @@ def _scan_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, last state, the states at the start of each chunk if they are to be kept for the backward pass)."""
+    u, dt, B, C, z = (_rows(x) for x in (u, dt, B, C, z))
+    A, D, dt_bias, state = (_solid(x) for x in (A, D, dt_bias, state))
     batch, length, channels = u.shape
     states, tiles, kernels = A.shape[1], _tiles(channels), _kernels()
     y, last = u.new_empty(u.shape), u.new_empty(batch, channels, states)
@@ -199,6 +203,7 @@ def _scan_forward(
 def _conv_forward(
     u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, marks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    u, weight, bias, state = _rows(u), _solid(weight), _solid(bias), _solid(state)
     batch, length, channels = u.shape
     width = weight.shape[-1]
     y, last = u.new_empty(u.shape), u.new_empty(batch, channels, width - 1)
