@@ -1,0 +1,217 @@
+"""The causal convolution of Mamba-1 on NVIDIA GPUs: `cuda/conv.cu` as PyTorch operators.
+
+bfloat16, float16 and float32 in and out, everything computed in float32; a state to continue and its gradient, packed
+documents and padding, the same bits every time. The backward pass keeps nothing but the inputs. Registered as
+operators, so that `torch.compile`, FSDP and CUDA graphs work; nothing waits for the GPU. Leaves out second derivatives
+and float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moai_core import cuda
+from moai_core.scan import reference
+
+WIDTHS = range(2, 9)
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
+
+# As in conv.cu.
+_THREADS = 128
+_RUNS_OF_A_BLOCK = 4
+
+# A run is as long as possible, for each one reads a few steps of its neighbours, but there are enough to fill a GPU. It
+# depends on the shape alone, so that sums over time have the same order on every GPU.
+_RUNS = (128, 64, 32, 16)
+_ENOUGH_THREADS = 32768
+
+
+def why_not(channels: int, width: int) -> str | None:
+    """What these kernels refuse beyond the device and the dtype: (I, K) of a convolution."""
+    if channels % 8:
+        return f"it needs a multiple of 8 channels (this model has {channels})"
+    if width not in WIDTHS:
+        return f"its convolution is {WIDTHS[0]} to {WIDTHS[-1]} wide (this model's is {width})"
+    return None
+
+
+def conv(
+    u: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `moai_core.scan.conv`. A state in another dtype than u's is rounded to it, as the result's is."""
+    if u.numel() == 0:
+        return reference.conv(u, weight, bias, state=state, seq_idx=seq_idx)
+    weight, bias = _filter(u, weight, bias)
+    state = None if state is None else state.to(u.dtype)
+    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32)
+    return torch.ops.moai.conv_forward(u, weight, bias, state, seq_idx)
+
+
+def conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """See `moai_core.scan.conv_step`."""
+    if u.numel() == 0 or _differentiable(u, weight, bias, state):
+        y, last = conv(u[:, None], weight, bias, state=state)
+        return y[:, 0], last
+    weight, bias = _filter(u, weight, bias)
+    return torch.ops.moai.conv_step(u, weight, bias, state.to(u.dtype))
+
+
+@torch.library.custom_op("moai::conv_forward", mutates_args=())
+def conv_forward(
+    u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(y (B, L, I), final state (B, I, K-1)). Weight and bias in one dtype, fp32 or u's; the state in u's."""
+    batch, length, channels = u.shape
+    width = weight.shape[-1]
+    y, last = _outputs(u, weight)
+    u = rows(u)
+    weight, bias, state, seq_idx = (solid(x) for x in (weight, bias, state, seq_idx))
+    run, groups = _division(u, width)
+    items = batch * -(-length // run) * groups
+    _kernel("conv_forward", u, weight)(
+        -(-items // _THREADS), _THREADS, u, weight, bias, state, seq_idx, y, last, batch, length, channels, run,
+        *u.stride()[:2],
+    )  # fmt: skip
+    return y, last
+
+
+@conv_forward.register_fake
+def _(u, weight, bias, state, seq_idx):  # type: ignore[no-untyped-def]
+    return _outputs(u, weight)
+
+
+@torch.library.custom_op("moai::conv_backward", mutates_args=())
+def conv_backward(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    d_y: Tensor,
+    d_last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, weight, bias and the first state; the last two are empty where there is none."""
+    batch, length, channels = u.shape
+    width = weight.shape[-1]
+    d_u, d_weight, d_bias, d_state = _gradients(u, weight, bias, state)
+    u, d_y = rows(u), rows(d_y)
+    weight, bias, state, seq_idx, d_last = (solid(x) for x in (weight, bias, state, seq_idx, d_last))
+    run, groups = _division(u, width)
+    shares = batch * -(-length // (run * _RUNS_OF_A_BLOCK))
+    partial = u.new_empty(shares, width + 1, channels, dtype=torch.float32)
+    _kernel("conv_backward", u, weight)(
+        shares * -(-groups // 32), _THREADS, u, weight, bias, state, seq_idx, d_y, d_last, d_u,
+        None if state is None else d_state, partial, length, channels, run, *u.stride()[:2], *d_y.stride()[:2],
+        *d_u.stride()[:2],
+    )  # fmt: skip
+    _kernel("conv_sum", u, weight)(
+        -(-(width + 1) * channels // 32), 256, partial, d_weight, None if bias is None else d_bias, shares, channels
+    )
+    return d_u, d_weight, d_bias, d_state
+
+
+@conv_backward.register_fake
+def _(u, weight, bias, state, seq_idx, d_y, d_last):  # type: ignore[no-untyped-def]
+    return _gradients(u, weight, bias, state)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, d_y: Tensor | None, d_last: Tensor | None):  # type: ignore[no-untyped-def]
+    u, weight, bias, state, seq_idx = ctx.saved_tensors
+    if d_y is None:
+        d_y = torch.zeros_like(u)
+    d_u, d_weight, d_bias, d_state = torch.ops.moai.conv_backward(u, weight, bias, state, seq_idx, d_y, d_last)
+    return d_u, d_weight, None if bias is None else d_bias, None if state is None else d_state, None
+
+
+conv_forward.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("moai::conv_step", mutates_args=())
+def conv_step_forward(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """(y (B, I), new state (B, I, K-1)), dtypes as in `conv_forward`."""
+    batch, channels = u.shape
+    y, last = u.new_empty(u.shape), u.new_empty(state.shape)
+    u = rows(u)
+    weight, bias, state = (solid(x) for x in (weight, bias, state))
+    items = batch * (channels // _vector(u, weight.shape[-1]))
+    _kernel("conv_step", u, weight)(
+        -(-items // _THREADS), _THREADS, u, weight, bias, state, y, last, batch, channels, u.stride(0)
+    )
+    return y, last
+
+
+@conv_step_forward.register_fake
+def _(u, weight, bias, state):  # type: ignore[no-untyped-def]
+    return u.new_empty(u.shape), u.new_empty(state.shape)
+
+
+def _outputs(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, channels = u.shape
+    return u.new_empty(batch, length, channels), u.new_empty(batch, channels, weight.shape[-1] - 1)
+
+
+def _gradients(
+    u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        u.new_empty(u.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(0 if bias is None else bias.shape),
+        u.new_empty(0 if state is None else state.shape),
+    )
+
+
+def _kernel(name: str, u: Tensor, weight: Tensor) -> cuda.Kernel:
+    return cuda.kernel("conv.cu", name, u.device, T=_NAMES[u.dtype], W=_NAMES[weight.dtype], K=weight.shape[-1])
+
+
+def _vector(u: Tensor, width: int) -> int:
+    """Channels of a thread, `C` of conv.cu."""
+    return 8 if width <= 4 and u.element_size() == 2 else 4
+
+
+def _division(u: Tensor, width: int) -> tuple[int, int]:
+    """Steps of a run, and threads that stand side by side over the channels."""
+    batch, length, channels = u.shape
+    groups = channels // _vector(u, width)
+    for run in _RUNS:
+        threads = batch * -(-length // run) * groups
+        if threads >= _ENOUGH_THREADS:
+            break
+    assert threads < 2**32, "the kernel counts its threads in 32 bits"
+    return run, groups
+
+
+def _filter(u: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in one dtype that the kernels know beside u's."""
+    if weight.dtype in (u.dtype, torch.float32) and (bias is None or bias.dtype == weight.dtype):
+        return weight, bias
+    return weight.float(), None if bias is None else bias.float()
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x (..., width) itself, if its rows are dense and begin at multiples of 16 bytes, else a copy of which that holds
+    (the width must be a multiple of 16 bytes).
+    """
+    strides = x.stride()
+    fits = strides[-1] == 1 and all(s * x.element_size() % 16 == 0 for s in strides[:-1]) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def solid(x: Any) -> Any:
+    """x itself, if it is None, or contiguous and begins at a multiple of 16 bytes, else a copy."""
+    if x is None or (x.is_contiguous() and x.data_ptr() % 16 == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

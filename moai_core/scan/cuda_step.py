@@ -1,0 +1,82 @@
+"""The scan of one token a row on NVIDIA GPUs, for generation: `cuda/step.cu` as a PyTorch operator.
+
+bfloat16, float16 and float32 in and out, float32 states and arithmetic. Forward only: where gradients are needed the
+scan over a chunk of one token gives them. Nothing waits for the GPU, so a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moai_core import cuda
+from moai_core.scan import reference
+from moai_core.scan.cuda_conv import solid
+
+STATES = (8, 16, 32, 64, 128)
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
+
+_THREADS = 128  # as in step.cu
+# Beyond as many threads as fill a large GPU a few times over, each takes several rows.
+_ENOUGH_THREADS = 1 << 20
+
+
+def step(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `moai_core.scan.step`; N one of `STATES`. Has no gradient."""
+    if u.numel() == 0:
+        return reference.step(u, dt, A, B, C, D, z, dt_bias, state)
+    dtype = u.dtype
+    if any(x is not None and x.dtype != dtype for x in (dt, B, C, z)):  # rare: all in the one that loses nothing
+        u, dt, B, C = (x.float() for x in (u, dt, B, C))
+        z = None if z is None else z.float()
+    D, dt_bias = (None if x is None else x.float() for x in (D, dt_bias))
+    y, last = torch.ops.moai.scan_step(u, dt, A.float(), B, C, D, z, dt_bias, state.float())
+    return y.to(dtype), last
+
+
+@torch.library.custom_op("moai::scan_step", mutates_args=())
+def scan_step(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(y (B, I), new state (B, I, N) fp32). u, dt, B, C and z in one dtype, the others fp32."""
+    batch, channels = u.shape
+    states = A.shape[1]
+    y, last = u.new_empty(u.shape), state.new_empty(state.shape)
+    u, dt, B, C = (_dense(x) for x in (u, dt, B, C))
+    z = None if z is None else _dense(z)
+    A, D, dt_bias, state = (solid(x) for x in (A, D, dt_bias, state))
+    threads = channels * states // 4
+    turns = min(batch, max(1, _ENOUGH_THREADS // threads), 65535)
+    cuda.kernel("step.cu", "scan_step", u.device, T=_NAMES[u.dtype], N=states)(
+        (-(-threads // _THREADS), turns, 1), _THREADS, u, dt, A, B, C, D, z, dt_bias, state, y, last, batch, channels,
+        *(0 if x is None else x.stride(0) for x in (u, dt, z, B, C)),
+    )  # fmt: skip
+    return y, last
+
+
+@scan_step.register_fake
+def _(u, dt, A, B, C, D, z, dt_bias, state):  # type: ignore[no-untyped-def]
+    return u.new_empty(u.shape), state.new_empty(state.shape)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x (B, width) whose rows are dense, wherever they begin."""
+    return x if x.stride(-1) == 1 else x.contiguous()
