@@ -73,9 +73,7 @@ def poisoned():
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def problem(
-    batch, length, channels, states, dtype, device, *, seed=0, without=(), bias=None, decay=None, seq_idx=None
-):
+def problem(batch, length, channels, states, dtype, device, *, seed=0, without=(), bias=None, decay=None, seq_idx=None):
     """Inputs of a scan by name and the gradients of its results (`g_y`, `g_state`), rounded to `dtype` where the scan
     has them in it.
 

@@ -29,7 +29,14 @@ SHAPES = [
     (1, 257, 64, 16), (2, 1000, 40, 16),
 ]  # fmt: skip
 # Enough rows and channels that the GPU is full: the states of a channel are divided otherwise.
-WIDE = [(2, 40, 1600, 16), (5, 33, 1344, 16), (5, 18, 2720, 16), (7, 33, 4096, 16), (2, 19, 1600, 64), (7, 17, 4096, 64)]
+WIDE = [
+    (2, 40, 1600, 16),
+    (5, 33, 1344, 16),
+    (5, 18, 2720, 16),
+    (7, 33, 4096, 16),
+    (2, 19, 1600, 64),
+    (7, 17, 4096, 64),
+]
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=ids)
@@ -63,7 +70,9 @@ def test_equals_the_reference_when_the_gpu_is_full(scans, device, shape, dtype):
 @pytest.mark.parametrize("decay", [None, -1e-6, -16.0], ids=["A-mixed", "A-near-0", "A-fast"])
 @pytest.mark.parametrize("bias", [None, -20.0, 20.0], ids=["dt-mixed", "dt-near-0", "dt-large"])
 def test_steps_and_decays_at_their_ends(scans, device, dtype, decay, bias):
-    seq_idx = torch.tensor([[0] * 50, [0] * 20 + [1] * 13 + [2] * 17, [0] * 44 + [-1] * 6], dtype=torch.int32, device=device)
+    seq_idx = torch.tensor(
+        [[0] * 50, [0] * 20 + [1] * 13 + [2] * 17, [0] * 44 + [-1] * 6], dtype=torch.int32, device=device
+    )
     inputs = scans.problem(3, 50, 40, 16, dtype, device, seed=2, bias=bias, decay=decay, seq_idx=seq_idx)
     scans.check(inputs, dtype, seq_idx)
 
@@ -130,10 +139,16 @@ def test_documents_and_padding_at_every_kind_of_position(scans, device, dtype, s
     limit = 2e-5 if dtype == FP32 else 8e-3
     for name in ("y", "last", "d_u", "d_dt", "d_B", "d_C", "d_z", "d_state"):
         if name in found:
-            bad = [f"{n}: {e:.1e}" for n, e in zip(names, scans.relative(found[name], wanted[name], 0).tolist(), strict=True) if not e <= limit]
+            bad = [
+                f"{n}: {e:.1e}"
+                for n, e in zip(names, scans.relative(found[name], wanted[name], 0).tolist(), strict=True)
+                if not e <= limit
+            ]
             assert not bad, f"{name}: {bad}"
             assert found[name].shape[1] != pad.shape[1] or (found[name][pad] == 0).all(), f"{name} isn't 0 at padding"
-    assert not state or torch.equal(found["last"][names.index("nothing but padding")], inputs["state"][names.index("nothing but padding")])
+    assert not state or torch.equal(
+        found["last"][names.index("nothing but padding")], inputs["state"][names.index("nothing but padding")]
+    )
 
 
 def views(inputs, shift):
@@ -216,7 +231,9 @@ def test_gradients_of_one_input_or_of_one_result_alone(scans, device):
         state = x.pop("state")
         y, last = scans.ours(*x.values(), state=state)
         result = y if part == "g_y" else last
-        for n, g in zip(names, torch.autograd.grad(result, [*x.values(), state], inputs[part], allow_unused=True), strict=True):
+        for n, g in zip(
+            names, torch.autograd.grad(result, [*x.values(), state], inputs[part], allow_unused=True), strict=True
+        ):
             total[n] = total.get(n, 0) + (0 if g is None else g)
     for n in names:
         assert scans.relative(total[n], want[f"d_{n}"]) < 1e-5, n
@@ -256,7 +273,18 @@ def test_a_step_equals_a_scan_of_one_token(scans, device, shape, dtype):
         wide = {n: None if inputs[n] is None else inputs[n].double() for n in ("A", "D", "dt_bias")}
         with torch.no_grad(), scans.poisoned():
             # One token of a longer tensor, so rows lie apart.
-            y, new = scan.step(now["u"], now["dt"], inputs["A"], now["B"], now["C"], inputs["D"], now["z"], inputs["dt_bias"], state, backend="cuda")
+            y, new = scan.step(
+                now["u"],
+                now["dt"],
+                inputs["A"],
+                now["B"],
+                now["C"],
+                inputs["D"],
+                now["z"],
+                inputs["dt_bias"],
+                state,
+                backend="cuda",
+            )
         want, wanted = scans.reference(
             *(None if x is None else x.double()[:, None] if x.ndim == 2 and x is not wide["A"] else x
               for x in (now["u"], now["dt"], wide["A"], now["B"], now["C"], wide["D"], now["z"], wide["dt_bias"])),
@@ -281,7 +309,11 @@ def test_nothing_to_scan(scans, device, shape):
 
 
 def test_what_the_kernels_cannot_do_is_refused(scans, device):
-    for shape, dtype, why in [((1, 4, 12, 16), FP32, "multiple of 8"), ((1, 4, 16, 5), FP32, "states"), ((1, 4, 16, 16), torch.float64, "float64")]:
+    for shape, dtype, why in [
+        ((1, 4, 12, 16), FP32, "multiple of 8"),
+        ((1, 4, 16, 5), FP32, "states"),
+        ((1, 4, 16, 16), torch.float64, "float64"),
+    ]:
         inputs = scans.problem(*shape, dtype, device, without=("g_y", "g_state"))
         tensors = [inputs[n] for n in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
         with pytest.raises(UsageError, match=why):

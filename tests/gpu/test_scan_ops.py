@@ -96,7 +96,11 @@ def test_cuda_graph(scans, device, backward):
             with torch.no_grad():
                 return list(scan(x, seq_idx))
         y, last = scan(x, seq_idx)
-        return [y, last, *torch.autograd.grad((y, last), [x[n] for n in NAMES], (torch.ones_like(y), torch.ones_like(last)))]
+        return [
+            y,
+            last,
+            *torch.autograd.grad((y, last), [x[n] for n in NAMES], (torch.ones_like(y), torch.ones_like(last))),
+        ]
 
     static = leaves_of(make(0))
     side = torch.cuda.Stream()
@@ -203,5 +207,9 @@ def test_more_than_2_to_the_31_numbers(scans, device):
     whole = {n: whole[n][1:].clone() for n in per_row}  # the rest is freed
     alone = work({n: v.detach()[1:] if v.ndim == 3 else v.detach() for n, v in x.items()}, g[1:], seq_idx[1:])
     for name in per_row:
-        for part in ((slice(0, 4096), slice(length // 2, length // 2 + 4096), slice(length - 4096, length)) if name != "last" else (slice(None),)):
+        for part in (
+            (slice(0, 4096), slice(length // 2, length // 2 + 4096), slice(length - 4096, length))
+            if name != "last"
+            else (slice(None),)
+        ):
             assert scans.relative(whole[name][:, part], alone[name][:, part]) < 4e-3, f"{name} {part}"
