@@ -4,7 +4,7 @@ stream before them, SwiGLU's product, cross-entropy.
 On a CUDA device these are kernels of moai_core/cuda (arithmetic in fp32, no atomics, no synchronisation; fused_ops.py
 makes them operators of PyTorch). Elsewhere, and for what the kernels don't know (float64, rows of more than 32768), it
 is the same mathematics in torch's own operations. What a function saves for its backward pass are its arguments and
-results (and a number a row), so that `saved_tensors_hooks` that recognise a norm's result can drop it and make it again.
+results (and a number a row), so that `saved_tensors_hooks` which know a norm's result can drop it and make it again.
 
     rms_norm(x, weight, eps) -> y
     add_rms_norm(residual, x, weight, eps) -> (residual + x, rms_norm(residual + x))

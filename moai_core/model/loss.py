@@ -2,20 +2,32 @@
 exist at once.
  Gradients are taken chunk by chunk in the forward pass, while a chunk's logits are at hand: the same number of matrix
 products as the plain form, without keeping or recomputing logits (the idea of Liger Kernel's fused linear
-cross-entropy, arXiv 2410.10989). The head is called as a module, so that quantized, adapted and tied heads work.
+cross-entropy, arXiv 2410.10989). The head is called as a module, so that quantized, adapted and tied heads work. With
+moai's CUDA kernels the logits' gradient takes the place of the logits, and nothing of that size is ever fp32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moai_core.model import fused
+
 IGNORED = -100
 
-# fp32 logits that exist at once. A CPU wants them in cache; a GPU wants matrix products of a good size.
-_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+# Logits that exist at once. A CPU wants them in cache; a GPU wants matrix products of a good size. The kernels work in
+# place on 16-bit logits, so that 2 GiB of them (8192 tokens of a vocabulary of 128000) take no more than the other
+# way's copies; mostly that is one chunk, and the gradients of the head need not be summed over chunks, which costs a
+# pass over three times their size a chunk. The step has room for it here: no layer has its gradients yet.
+_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27, "fused": 1 << 30}
+
+# Up to so many chunks a 16-bit head's gradients are summed in their own dtype: each sum rounds once more, as adding to
+# `.grad` does over micro-batches. fp32 sums would read and write twice the bytes and hold a copy of the head.
+_FEW = 4
 
 
 def shift_labels(labels: Tensor, seq_idx: Tensor | None) -> Tensor:
@@ -48,45 +60,118 @@ def chunked_cross_entropy(
             hidden, targets = hidden[keep], targets[keep]
     parameters = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        return _ChunkedCrossEntropy.apply(hidden, targets, head, *parameters) / count
+        if not fused.usable(hidden) or _logits_dtype(hidden) == torch.float16:
+            return _ChunkedCrossEntropy.apply(hidden, targets, head, None, *parameters) / count
+        # Divided where the logits' gradients are made, which costs nothing. (Not in fp16: they would vanish.)
+        scale = torch.ones((), device=hidden.device) / count
+        return _ChunkedCrossEntropy.apply(hidden, targets, head, scale, *parameters)
     total = torch.zeros((), device=hidden.device)
     for rows, labels in _chunks(hidden, targets, head):
-        total = total + F.cross_entropy(head(rows).float(), labels, reduction="sum", ignore_index=IGNORED)
+        logits = head(rows)
+        if fused.usable(logits):
+            total = total + fused.cross_entropy(logits, labels).sum()
+        else:
+            total = total + F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
     return total / count
 
 
-def _chunks(hidden: Tensor, targets: Tensor, head: nn.Module):
+def _chunks(hidden: Tensor, targets: Tensor, head: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     vocabulary = getattr(head, "out_features", None) or 1 << 17
     size = max(16, _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // vocabulary)
+    if fused.usable(hidden):
+        most = _CHUNK.get("fused", _CHUNK["cuda"]) * 2 // (_logits_dtype(hidden).itemsize * vocabulary)
+        # Chunks of one size, and of whole tiles of the matrix product.
+        tile = 256 if most >= 256 else 16
+        pieces = -(-len(hidden) // max(tile, most // tile * tile))
+        size = -(-len(hidden) // (pieces * tile)) * tile
     return zip(hidden.split(size), targets.split(size), strict=True)
 
 
+def _logits_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed loss, times scale if one is given."""
+
     @staticmethod
-    def forward(ctx, hidden: Tensor, targets: Tensor, head: nn.Module, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, targets: Tensor, head: nn.Module, scale: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         d_hidden: list[Tensor] = []
         d_parameters: list[Tensor] = []
-        for rows, labels in _chunks(hidden.detach(), targets, head):
-            with torch.enable_grad():
-                rows = rows.detach().requires_grad_()
-                loss = F.cross_entropy(head(rows).float(), labels, reduction="sum", ignore_index=IGNORED)
-                d_rows, *d_chunk = torch.autograd.grad(loss, [rows, *parameters])
-            total = total + loss.detach()
+        chunks = list(_chunks(hidden.detach(), targets, head))
+        few = fused.usable(hidden) and len(chunks) <= _FEW
+        for rows, labels in chunks:
+            loss, d_rows, *d_chunk = _gradients(rows, labels, head, scale, parameters)
+            total = total + loss
             d_hidden.append(d_rows)
             if not d_parameters:
                 # Sums over many chunks: fp32 even where the weights are not. They begin as the first chunk's.
-                d_parameters = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in d_chunk]
+                d_parameters = [g if few else g.to(torch.promote_types(g.dtype, torch.float32)) for g in d_chunk]
             else:
                 for grad, part in zip(d_parameters, d_chunk, strict=True):
                     grad.add_(part)
-        d_all = torch.cat(d_hidden) if d_hidden else torch.zeros_like(hidden)
+        d_all = d_hidden[0] if len(d_hidden) == 1 else torch.cat(d_hidden)
         d_parameters = d_parameters or [torch.zeros_like(p) for p in parameters]
         ctx.save_for_backward(d_all, *(g.to(p.dtype) for g, p in zip(d_parameters, parameters, strict=True)))
+        ctx.scaled = None
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        d_hidden, *d_parameters = ctx.saved_tensors
-        return (d_hidden * grad.to(d_hidden.dtype), None, None, *(g * grad.to(g.dtype) for g in d_parameters))
+        saved = ctx.saved_tensors
+        if ctx.scaled is None and _separate(saved):
+            # Nearly always by 1, and then free. A second backward pass through a retained graph finds them scaled.
+            ctx.scaled = grad
+            for g in saved:
+                fused.scale_in_place(g, grad)
+        else:
+            factor = grad if ctx.scaled is None else grad / _not_zero(ctx.scaled)
+            saved = tuple(g * factor.to(g.dtype) for g in saved)
+        d_hidden, *d_parameters = saved
+        return d_hidden, None, None, None, *d_parameters
+
+
+def _gradients(
+    rows: Tensor, labels: Tensor, head: nn.Module, scale: Tensor | None, parameters: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """(summed loss, its gradients of rows and parameters), all times scale."""
+    kept: set[int] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.enable_grad():
+        rows = rows.detach().requires_grad_()
+        if fused.usable(rows):
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                logits = head(rows)
+        else:
+            logits = head(rows)
+        if not fused.usable(logits):
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
+            loss = loss if scale is None else loss * scale
+            return loss.detach(), *torch.autograd.grad(loss, [rows, *parameters])
+    d_logits, _ = logits.detach(), note(rows)
+    if not d_logits.is_contiguous() or d_logits.untyped_storage().data_ptr() in kept:
+        # A head that needs its result again (a soft cap does) or gives back what it was given.
+        d_logits = d_logits.clone(memory_format=torch.contiguous_format)
+    loss = fused.cross_entropy_gradient(d_logits, labels, scale).sum()
+    return loss if scale is None else loss * scale, *torch.autograd.grad(logits, [rows, *parameters], d_logits)
+
+
+def _separate(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether these can be changed in place, one by one."""
+    own = {t.untyped_storage().data_ptr() for t in tensors}
+    return len(own) == len(tensors) and all(t.is_contiguous() and fused.usable(t) for t in tensors)
+
+
+def _not_zero(scaled: Tensor) -> Tensor:
+    if not bool(scaled):
+        raise RuntimeError("an earlier backward pass through this loss multiplied its gradients by zero")
+    return scaled
