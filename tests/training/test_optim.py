@@ -251,3 +251,26 @@ def test_grad_norm_is_fp32_and_sees_every_nan():
     assert float(optim.grad_norm(list(model.parameters()))) == pytest.approx(total, rel=1e-6)
     model.D.grad[3] = math.nan
     assert math.isnan(float(optim.grad_norm(list(model.parameters()))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [None, 0.5, 1e6])
+def test_clipping_is_torchs(dtype, clip):
+    """The scale is folded into the update; in bf16 the gradients aren't rounded again, so fp32 masters show the same."""
+    model, other = Small(dtype), Small()
+    other.load_state_dict(model.state_dict())
+    name = "adamw" if dtype == torch.bfloat16 else "adamw_bf16"
+    own = optim.make_optimizer(model, settings(name), lr=1e-2, seed=0)
+    adam = optim.make_optimizer(other, settings(), lr=1e-2, seed=0)
+    assert type(own) is optim.AdamWBF16 and type(adam) is torch.optim.AdamW
+    for step in range(4):
+        give_gradients(model, step)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            q.grad = p.grad.float().clone()
+        grads = [p.grad.clone() for p in model.parameters()]
+        for optimizer, one in ((own, model), (adam, other)):
+            parameters = list(one.parameters())
+            optim.clip_and_step(optimizer, parameters, optim.grad_norm(parameters), clip)
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    for (n, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(own.state[p].get("master", p), q, rtol=2e-6, atol=1e-7, msg=n)
