@@ -14,15 +14,10 @@ the feed-forward layers of the presets.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 GOALS = {256: 5.0, 768: 3.0}
@@ -133,18 +128,17 @@ def reading(model: Any, tokens: Any) -> Callable[[], None]:
 
 
 def take_turns(ours: Callable[[], None], theirs: Callable[[], None], repeats: int) -> dict[str, Any]:
-    """Seconds of each, alternating, after one unmeasured turn."""
-    seconds: dict[str, list[float]] = {"moai": [], "transformers": []}
-    for turn in range(repeats + 1):
-        for name, work in (("moai", ours), ("transformers", theirs)):
-            gc.collect()
-            start = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+    """Seconds of each, in turns, after one unmeasured turn."""
+    import torch
+
+    from moai_core.bench import timing
+
+    clock = timing.Clock(torch.device("cpu"))
+    calls = timing.take_turns({"moai": ours, "transformers": theirs}, clock, repeats=repeats)
+    seconds = {name: [one for one, _ in found] for name, found in calls.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [theirs / ours for ours, theirs in zip(seconds["moai"], seconds["transformers"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    low, _, high = timing.quartiles(ratios)
     return {
         **seconds,
         "moai_median": medians["moai"],
@@ -155,38 +149,13 @@ def take_turns(ours: Callable[[], None], theirs: Callable[[], None], repeats: in
     }
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on: processor, threads, how many programs wanted to run in the last minute, versions."""
-    import numba
-    import torch
-    import transformers
-
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numba": numba.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def show(environment: dict[str, Any]) -> None:
     """Prints what the figures depend on and the table's head."""
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "numba"))
-    print(f"{environment['processor']}, {environment['threads']} threads; {versions}")
-    if (environment["load"] or 0) > 0.5:
-        load = f"load {environment['load']:.1f}"
-        print(f"warning: other programs are running ({load}): figures are noisy (OMP_WAIT_POLICY=PASSIVE helps)")
+    from moai_core.bench import report
+
+    print(report.headline(environment))
+    for text in report.warnings(environment):
+        print(f"warning: {text}", file=sys.stderr)
     print(
         "MambaForCausalLM of transformers against moai: same weights, taking turns; medians, quartiles of the ratio\n"
     )
@@ -222,10 +191,13 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from transformers.utils import logging
 
+    from moai_core.bench.report import environment, typed
+
     logging.set_verbosity_error()  # it would name the kernels that it misses, one after the other
     torch.set_num_threads(options.threads)
+    command = typed(parser.prog, sys.argv[1:] if argv is None else argv)
     shape = {name: getattr(options, name) for name in ("layers", "batch", "length", "vocab", "repeats")}
-    report: dict[str, Any] = {"environment": environment(), "results": []}
+    report: dict[str, Any] = {"environment": environment(torch.device("cpu"), command), "results": []}
     if not options.json:
         show(report["environment"])
     for hidden in options.hidden:

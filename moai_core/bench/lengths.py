@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from moai_core import scan as kernels
 from moai_core.bench import report, timing
 from moai_core.bench.report import Curve, Table
-from moai_core.bench.scan import DIRECTIONS, Inputs, Shape, attend, both_ways, cases, heads_of
 from moai_core.bench.timing import Case, Clock, Rotation, Timing, Work
+from moai_core.bench.work import DIRECTIONS, Inputs, Shape, attend, both_ways, cases, heads_of
 from moai_core.errors import UsageError
 from moai_core.scan import reference
 
@@ -34,7 +34,7 @@ NAMES = ("scan", "attention", "mamba block", "attention block")
 # The shortest length, and how many.
 _SHORTEST, _MOST = 256, 10
 # Widths: the 2b model's on a GPU; what two cores finish in a minute on a CPU.
-_HIDDEN = {"cuda": 2048, "cpu": 128}
+_HIDDEN = {"cuda": 2048, "cpu": 64}
 
 
 def lengths_up_to(last: int) -> list[int]:
@@ -61,11 +61,9 @@ def attention_block(hidden: int, ffn: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaModel
 
     heads = heads_of(hidden)[0]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads, num_key_value_heads=heads,
-        num_hidden_layers=1, vocab_size=8, attn_implementation="sdpa",
-    )  # fmt: skip
-    return LlamaModel(config)
+    shape: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": heads, "attn_implementation": "sdpa"}
+    return LlamaModel(LlamaConfig(vocab_size=8, pad_token_id=None, **shape))
 
 
 class Blocks:
@@ -151,13 +149,16 @@ def measure(
             blocks.case("attention block", direction, 2.0),
         ]
         left = end - time.monotonic()
-        later = sum(
+        later = 1.3 * sum(
             timing.calls(seconds, repeats, share) * seconds
             for n, d in todo[number + 1 :]
             for seconds in (expected(case, n, last[d]) for case in here if case.order == 1)
         )
         chosen, left_out = affordable(here, length, last[direction], left, later, repeats, share)
-        found = timing.compare(chosen, length, clock, limit=max(1.0, left), repeats=repeats, share=share, on_call=tell)
+        known = {case.name: expected(case, length, last[direction]) for case in chosen}
+        found = timing.compare(
+            chosen, length, clock, limit=max(1.0, left), repeats=repeats, share=share, known=known, on_call=tell
+        )
         for name, one in found.timings.items():
             last[direction][name] = (length, one.median)
         results.append(_result(length, direction, found.timings, {**left_out, **found.left_out}))
@@ -299,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m moai_core.bench.lengths", description=about)
     parser.add_argument("--seq-len", type=int, default=32768, help="the longest; lengths double up to it")
-    parser.add_argument("--hidden", type=int, help="width H (default: 2048 on a GPU, 128 on a CPU)")
+    parser.add_argument("--hidden", type=int, help="width H (default: 2048 on a GPU, 64 on a CPU)")
     parser.add_argument("--dtype", default="auto", help="auto (bf16 on a GPU), bf16, fp16, fp32")
     parser.add_argument("--backend", default="auto", help="scan backend of moai")
     parser.add_argument("--repeats", type=int, help="measured calls of each (default: by their time)")

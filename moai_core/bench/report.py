@@ -123,7 +123,7 @@ def gpu(device: torch.device) -> dict[str, Any]:
     query = ["nvidia-smi", f"--id=GPU-{props.uuid}", f"--query-gpu={','.join(fields.values())}"]
     try:
         done = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10)
-        values = [value.strip() for value in done.stdout.split(",")] if done.returncode == 0 else []
+        values: list[str | None] = [value.strip() for value in done.stdout.split(",")] if done.returncode == 0 else []
     except (OSError, subprocess.TimeoutExpired):
         values = []
     return {**found, **dict(zip(fields, values or [None] * len(fields), strict=False))}

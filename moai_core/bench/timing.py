@@ -199,13 +199,14 @@ def compare(
     limit: float,
     repeats: int | None = None,
     share: float = SHARE,
+    known: Mapping[str, float] | None = None,
     on_call: Callable[[str], None] = lambda name: None,
 ) -> Compared:
     """Measures all cases at one length, taking turns.
 
-    limit: seconds that all calls of one case may take together; what would take longer (judged by a call at a
-    fraction of the length), or wouldn't fit into memory, is left out with the reason. share: seconds that the measured
-    calls of one case fill, if that is more than a few calls.
+    limit: seconds that all calls of one case may take together; what would take longer, or wouldn't fit into memory,
+    is left out with the reason. known: seconds that a call should take, by name; else a call at a fraction of the
+    length tells. share: seconds that the measured calls of one case fill, if that is more than a few calls.
     """
     result = Compared()
     works: dict[str, Work] = {}
@@ -215,7 +216,7 @@ def compare(
         try:
             if why is None:
                 on_call(case.name)
-                seconds = estimate(case, length, clock)
+                seconds = (known or {}).get(case.name) or estimate(case, length, clock)
                 count = calls(seconds, repeats, share)
                 if count * seconds > limit:
                     why = f"a call would take about {words(seconds)} ({count} calls, limit {limit:.0f} s)"
