@@ -1,7 +1,7 @@
 // What the forward and the backward scan share: tiles of TILE steps and 32 channels, their copies and their order.
 //
 // Macros: T type of u, dt, z, y; TB type of B and C; N states; WARPS of a block, which divide the states; TILE steps;
-// PIPED 0 or 1; SHARED bytes of shared memory that the caller reserves.
+// GATED, whether z is given; PIPED 0 or 1; SHARED bytes of shared memory that the caller reserves.
 #pragma once
 #include "common.cuh"
 
@@ -80,11 +80,33 @@ struct Edge {
   DEVICE Edge() : c(threadIdx.x % 16 * 2), t0(threadIdx.x / 16 * PER) {}
 };
 
+// The warps' shares of a sum, added in order.
+DEVICE void add_shares(float (&sum)[2][PER], const Rows (&shares)[WARPS], const Edge& edge) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    read_steps(sum[j], shares[0], edge.c + j, edge.t0);
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) {
+      float part[PER];
+      read_steps(part, shares[w], edge.c + j, edge.t0);
+#pragma unroll
+      for (int k = 0; k < PER; ++k) sum[j][k] += part[k];
+    }
+  }
+}
+
 template <class X>
 DEVICE void read_pair(float (&to)[2], const X* from) {
   const Vec<X, 2> v = load_vec<X, 2>(from);
   to[0] = to_float(v.at[0]);
   to[1] = to_float(v.at[1]);
+}
+
+template <>
+DEVICE void read_pair<bf16>(float (&to)[2], const bf16* from) {
+  const uint32 v = *reinterpret_cast<const uint32*>(from);
+  to[0] = bits_float(v << 16);
+  to[1] = bits_float(v & 0xffff0000u);
 }
 
 template <class X>

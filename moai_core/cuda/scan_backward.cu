@@ -1,4 +1,4 @@
-// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=2 PIPED=0 TILE=16 SHARED=65536 | T=float TB=float N=64 WARPS=2 PIPED=0 TILE=8 SHARED=98304
+// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=2 GATED=1 PIPED=0 TILE=16 SHARED=65536 | T=float TB=float N=64 WARPS=2 GATED=1 PIPED=0 TILE=8 SHARED=98304
 //
 // Gradients of the selective scan (scan_forward.cu), with its division of work: a lane owns a channel, a warp a share of
 // the states, a block 32 channels. Tiles are walked from the last to the first. In a tile the states are computed again
@@ -35,6 +35,11 @@ struct alignas(16) Pool {
   float a2[N][32], carry[N][32], dA[N][32];  // each used by one thread; here because registers can't be indexed
 };
 static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
+
+// One state's way through a tile, and the sums that its way back leaves.
+struct Trace {
+  float a2, a[TILE], h[TILE + 1], carry, dA, sums[FRAGMENTS][4];
+};
 
 // Adds to `sums` the sums over groups of 4 lanes of the values 4 j ... 4 j + 3. `one[p]` is 1.0 in the lanes of group p.
 // Lane 4 g + t ends with group g's sums of the values 4 t ... 4 t + 3.
@@ -92,14 +97,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   // Tiles are walked from the last to the first: rows begin at the last tile, tiles lie backwards.
   Cursor<T, 32> u_rows(u + batch * u_batch + end * u_step + c0, u_step, -TILE * u_step, 0, I - c0);
   Cursor<T, 32> dt_rows(dt + batch * dt_batch + end * dt_step + c0, dt_step, -TILE * dt_step, 2, I - c0);
-  Cursor<T, 32> z_rows(z ? z + batch * z_batch + end * z_step + c0 : nullptr, z_step, -TILE * z_step, 4, I - c0);
+  Cursor<T, 32> z_rows(GATED ? z + batch * z_batch + end * z_step + c0 : nullptr, z_step, -TILE * z_step, 4, I - c0);
   Cursor<T, 32> g_rows(g + batch * g_batch + end * g_step + c0, g_step, -TILE * g_step, 6, I - c0);
   Cursor<TB, N> B_rows(B + batch * B_batch + end * B_step, B_step, -TILE * B_step, 1, N);
   Cursor<TB, N> C_rows(C + batch * C_batch + end * C_step, C_step, -TILE * C_step, 3, N);
   Cursor<Kept, 32, N> kept_rows(kept + (batch * tiles + tiles - 1) * N * I + c0, I, -N * I, 5, I - c0);
   Cursor<T, 32> d_u_rows(d_u + (batch * L + end) * I + c0, I, -TILE * I, 0, I - c0);
   Cursor<T, 32> d_dt_rows(d_dt + (batch * L + end) * I + c0, I, -TILE * I, 2, I - c0);
-  Cursor<T, 32> d_z_rows(d_z ? d_z + batch * d_z_batch + end * d_z_step + c0 : nullptr, d_z_step, -TILE * d_z_step, 4,
+  Cursor<T, 32> d_z_rows(GATED ? d_z + batch * d_z_batch + end * d_z_step + c0 : nullptr, d_z_step, -TILE * d_z_step, 4,
                          I - c0);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
   parts += ((block * (int64)(gridDim.x / blocks) + batch) * tiles + tiles - 1) * PART;
@@ -109,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     const int t0 = (tiles - 1 - i) * TILE, left = (int)L - t0;
     u_rows.copy_in(s.u[0], 32, left);
     dt_rows.copy_in(s.dt[0], 32, left);
-    z_rows.copy_in(s.z[0], 32, left);
+    if (GATED) z_rows.copy_in(s.z[0], 32, left);
     g_rows.copy_in(s.g[0], 32, left);
     B_rows.copy_in(s.BC[0], BC_ROW, left);
     C_rows.copy_in(s.BC[0] + N, BC_ROW, left);
@@ -129,12 +134,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       read_pair(raw, &s.dt[t][edge.c]);
       read_pair(us, &s.u[t][edge.c]);
       read_pair(gs, &s.g[t][edge.c]);
-      if (z) read_pair(gate, &s.z[t][edge.c]);
+      if (GATED) read_pair(gate, &s.z[t][edge.c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         dts[j][k] = softplus(raw[j] + bias_c[j]);
         xs[j][k] = dts[j][k] * us[j];
-        dys[j][k] = z ? gs[j] * (gate[j] * sigmoid(gate[j])) : gs[j];
+        dys[j][k] = GATED ? gs[j] * (gate[j] * sigmoid(gate[j])) : gs[j];
       }
     }
     if (s.special) {
@@ -167,68 +172,85 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     read_steps(dys, pool.dy[from], lane, 0);
 #pragma unroll
     for (int t = 0; t < TILE; ++t) gB[t] = qA[t] = Ch[t] = 0.0f;
-#pragma unroll(STATES <= 2 ? STATES : 1)
-    for (int j = 0; j < STATES; ++j) {
-      const int n = warp * STATES + j;
-      const float a2 = pool.a2[n][lane];
-      float Bs[TILE], Cs[TILE], a[TILE], h[TILE + 1];
-      read_broadcast(Bs, pool.BC[from][n]);
-      read_broadcast(Cs, pool.BC[from][N + n]);
-      h[0] = to_float(s.kept[n][lane]);
-#pragma unroll
-      for (int t = 0; t < TILE; ++t) {
-        a[t] = exp2_approx(dts[t] * a2);
-        h[t + 1] = a[t] * h[t] + xs[t] * Bs[t];
-        Ch[t] += Cs[t] * h[t + 1];
+    // Forward through the tile with one state, in quarters; what the way back needs stays in registers.
+    auto forward = [&](Trace& to, int n, int quarter) {
+      float Bs[4], Cs[4];
+      read_broadcast(Bs, &pool.BC[from][n][quarter * 4]);
+      read_broadcast(Cs, &pool.BC[from][N + n][quarter * 4]);
+      if (quarter == 0) {
+        to.a2 = pool.a2[n][lane];
+        to.h[0] = to_float(s.kept[n][lane]);
       }
-      float carry = pool.carry[n][lane], dA = 0.0f, dB[4], dC[4], sums[FRAGMENTS][4] = {};
 #pragma unroll
-      for (int t = TILE - 1; t >= 0; --t) {
-        const float back = Cs[t] * dys[t] + carry;
-        dC[t % 4] = h[t + 1] * dys[t];
-        dB[t % 4] = back * xs[t];
-        gB[t] += back * Bs[t];
-        carry = a[t] * back;
-        const float q = carry * h[t];
-        qA[t] += q * a2;
-        dA += q * dts[t];
-        if (t % 4 == 0) {
-          add_lanes(sums[t / 16], one, t % 16 / 4, dB);
-          add_lanes(sums[(TILE + t) / 16], one, (TILE + t) % 16 / 4, dC);
-        }
+      for (int k = 0; k < 4; ++k) {
+        const int t = quarter * 4 + k;
+        to.a[t] = exp2_approx(dts[t] * to.a2);
+        to.h[t + 1] = to.a[t] * to.h[t] + xs[t] * Bs[k];
+        Ch[t] += Cs[k] * to.h[t + 1];
       }
-      pool.carry[n][lane] = carry;
-      pool.dA[n][lane] += dA;
+    };
+    auto backward = [&](Trace& of, int n, int quarter) {
+      float Bs[4], Cs[4], dB[4], dC[4];
+      read_broadcast(Bs, &pool.BC[from][n][quarter * 4]);
+      read_broadcast(Cs, &pool.BC[from][N + n][quarter * 4]);
+      if (quarter == TILE / 4 - 1) {
+        of.carry = pool.carry[n][lane];
+        of.dA = 0.0f;
 #pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f)
-        store_vec<float, 4>(&pool.groups[from][n][f][lane / 4][lane % 4 * 4],
-                            {{sums[f][0], sums[f][1], sums[f][2], sums[f][3]}});
+        for (int f = 0; f < FRAGMENTS; ++f) of.sums[f][0] = of.sums[f][1] = of.sums[f][2] = of.sums[f][3] = 0.0f;
+      }
+#pragma unroll
+      for (int k = 3; k >= 0; --k) {
+        const int t = quarter * 4 + k;
+        const float back = Cs[k] * dys[t] + of.carry;
+        dC[k] = of.h[t + 1] * dys[t];
+        dB[k] = back * xs[t];
+        gB[t] += back * Bs[k];
+        of.carry = of.a[t] * back;
+        const float q = of.carry * of.h[t];
+        qA[t] += q * of.a2;
+        of.dA += q * dts[t];
+      }
+      add_lanes(of.sums[quarter / 4], one, quarter % 4, dB);
+      add_lanes(of.sums[(TILE / 4 + quarter) / 4], one, (TILE / 4 + quarter) % 4, dC);
+      if (quarter == 0) {
+        pool.carry[n][lane] = of.carry;
+        pool.dA[n][lane] += of.dA;
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f)
+          store_vec<float, 4>(&pool.groups[from][n][f][lane / 4][lane % 4 * 4],
+                              {{of.sums[f][0], of.sums[f][1], of.sums[f][2], of.sums[f][3]}});
+      }
+    };
+    // Back with one state and forward with the next at once: two chains of dependent instructions keep a warp busy.
+    auto both = [&](Trace& of, int n, Trace& next) {
+#pragma unroll
+      for (int quarter = 0; quarter < TILE / 4; ++quarter) {
+        backward(of, n, TILE / 4 - 1 - quarter);
+        forward(next, n + 1, quarter);
+      }
+    };
+
+    Trace even, odd;
+    const int n0 = warp * STATES;
+#pragma unroll
+    for (int quarter = 0; quarter < TILE / 4; ++quarter) forward(even, n0, quarter);
+#pragma unroll 1
+    for (int j = 0; j + 2 < STATES; j += 2) {
+      both(even, n0 + j, odd);
+      both(odd, n0 + j + 1, even);
     }
+    if (STATES > 1) both(even, n0 + STATES - 2, odd);
+#pragma unroll
+    for (int quarter = TILE / 4 - 1; quarter >= 0; --quarter)
+      backward(STATES > 1 ? odd : even, n0 + STATES - 1, quarter);
     write_steps(pool.gB[from][warp], lane, 0, gB);
     write_steps(pool.qA[from][warp], lane, 0, qA);
     write_steps(pool.Ch[from][warp], lane, 0, Ch);
   };
 
-  auto stage_out = [&](int i) {
-    Slot& s = pool.slot[i % SLOTS];
-    const int from = i % BUFFERS;
-    auto total = [&](float(&sum)[2][PER], const Rows(&of)[WARPS]) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        read_steps(sum[j], of[0], edge.c + j, edge.t0);
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) {
-          float part[PER];
-          read_steps(part, of[w], edge.c + j, edge.t0);
-#pragma unroll
-          for (int k = 0; k < PER; ++k) sum[j][k] += part[k];
-        }
-      }
-    };
-    float gB[2][PER], qA[2][PER], Ch[2][PER];
-    total(gB, pool.gB[from]);
-    total(qA, pool.qA[from]);
-    total(Ch, pool.Ch[from]);
+  auto gradients = [&](Slot& s, const float(&gB)[2][PER], const float(&qA)[2][PER], const float(&Ch)[2][PER],
+                       bool special) {
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
@@ -236,28 +258,38 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       read_pair(raw, &s.dt[t][edge.c]);
       read_pair(us, &s.u[t][edge.c]);
       read_pair(gs, &s.g[t][edge.c]);
-      if (z) read_pair(gate, &s.z[t][edge.c]);
-      const bool pad = s.special && s.mark[t] == PAD;
+      if (GATED) read_pair(gate, &s.z[t][edge.c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float dy = gs[j];
-        if (z) {
-          const float open = sigmoid(gate[j]), slope = open + gate[j] * open * (1.0f - open);  // of silu
-          to_z[j] = gs[j] * (Ch[j][k] + D_c[j] * us[j]) * slope;
-          dy *= gate[j] * open;
+        if (GATED) {
+          const float open = sigmoid(gate[j]), gated = gate[j] * open;  // silu, whose slope is open + gated (1 - open)
+          to_z[j] = gs[j] * (Ch[j][k] + D_c[j] * us[j]) * (open + gated * (1.0f - open));
+          dy *= gated;
         }
         const float step = raw[j] + bias_c[j];
         to_u[j] = softplus(step) * gB[j][k] + D_c[j] * dy;
         to_dt[j] = (us[j] * gB[j][k] + LN2 * qA[j][k]) * sigmoid(step);
         float to_D = dy * us[j];
-        if (pad) to_u[j] = to_dt[j] = to_z[j] = to_D = 0.0f;
+        if (special && s.mark[t] == PAD) to_u[j] = to_dt[j] = to_z[j] = to_D = 0.0f;
         sum_D[j] += to_D;
         sum_bias[j] += to_dt[j];
       }
       write_pair(&s.u[t][edge.c], to_u);
       write_pair(&s.dt[t][edge.c], to_dt);
-      if (z) write_pair(&s.z[t][edge.c], to_z);
+      if (GATED) write_pair(&s.z[t][edge.c], to_z);
     }
+  };
+
+  auto stage_out = [&](int i) {
+    Slot& s = pool.slot[i % SLOTS];
+    const int from = i % BUFFERS;
+    float gB[2][PER], qA[2][PER], Ch[2][PER];
+    add_shares(gB, pool.gB[from], edge);
+    add_shares(qA, pool.qA[from], edge);
+    add_shares(Ch, pool.Ch[from], edge);
+    if (s.special) gradients(s, gB, qA, Ch, true);
+    else gradients(s, gB, qA, Ch, false);
 #pragma unroll
     for (int k = threadIdx.x; k < N * VALUES / 4; k += THREADS) {
       const int n = k / (VALUES / 4), v = k % (VALUES / 4) * 4;
@@ -279,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     const int left = (int)L - (tiles - 1 - i) * TILE;
     d_u_rows.copy_out(s.u[0], 32, left);
     d_dt_rows.copy_out(s.dt[0], 32, left);
-    d_z_rows.copy_out(s.z[0], 32, left);
+    if (GATED) d_z_rows.copy_out(s.z[0], 32, left);
   };
 
   run_tiles(tiles, load, arrive, stage_in, body, stage_out, flush);

@@ -1,4 +1,4 @@
-// moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=4 PIPED=0 TILE=16 SHARED=49152 | T=float TB=float N=64 WARPS=4 PIPED=0 TILE=16 SHARED=98304
+// moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=4 GATED=1 PIPED=0 TILE=16 SHARED=49152 | T=float TB=float N=64 WARPS=4 GATED=0 PIPED=0 TILE=16 SHARED=98304
 //
 // The selective scan of Mamba-1, forward: h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = (C_t . h_t + D u_t) silu(z_t),
 // dt = softplus(raw dt + bias). Source: arXiv 2312.00752, algorithm 2; what is new is the order of the work.
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
   Cursor<T, 32> u_rows(u + batch * u_batch + c0, u_step, TILE * u_step, 0, I - c0);
   Cursor<T, 32> dt_rows(dt + batch * dt_batch + c0, dt_step, TILE * dt_step, 2, I - c0);
-  Cursor<T, 32> z_rows(z ? z + batch * z_batch + c0 : nullptr, z_step, TILE * z_step, 4, I - c0);
+  Cursor<T, 32> z_rows(GATED ? z + batch * z_batch + c0 : nullptr, z_step, TILE * z_step, 4, I - c0);
   Cursor<TB, N> B_rows(B + batch * B_batch, B_step, TILE * B_step, 6, N);
   Cursor<TB, N> C_rows(C + batch * C_batch, C_step, TILE * C_step, 7, N);
   Cursor<T, 32> y_rows(y + batch * L * I + c0, I, TILE * I, 0, I - c0);
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     const int left = (int)L - i * TILE;
     u_rows.copy_in(s.u[0], 32, left);
     dt_rows.copy_in(s.dt[0], 32, left);
-    z_rows.copy_in(s.z[0], 32, left);
+    if (GATED) z_rows.copy_in(s.z[0], 32, left);
     B_rows.copy_in(s.BC[0], BC_ROW, left);
     C_rows.copy_in(s.BC[0] + N, BC_ROW, left);
     marker.fetch(i * TILE);
@@ -144,36 +144,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
   };
 
-  auto stage_out = [&](int i) {
-    Slot& s = pool.slot[i % SLOTS];
-    const int from = i % BUFFERS;
-    float sum[2][PER];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      read_steps(sum[j], pool.y[from][0], edge.c + j, edge.t0);
-#pragma unroll
-      for (int w = 1; w < WARPS; ++w) {
-        float part[PER];
-        read_steps(part, pool.y[from][w], edge.c + j, edge.t0);
-#pragma unroll
-        for (int k = 0; k < PER; ++k) sum[j][k] += part[k];
-      }
-    }
+  auto gate_and_store = [&](Slot& s, const float(&sum)[2][PER], bool special) {
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
       float us[2], out[2], gate[2];
       read_pair(us, &s.u[t][edge.c]);
-      if (z) read_pair(gate, &s.z[t][edge.c]);
-      const bool pad = s.special && s.mark[t] == PAD;
+      if (GATED) read_pair(gate, &s.z[t][edge.c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         out[j] = sum[j][k] + D_c[j] * us[j];
-        if (z) out[j] *= gate[j] * sigmoid(gate[j]);
-        if (pad) out[j] = 0.0f;
+        if (GATED) out[j] *= gate[j] * sigmoid(gate[j]);
+        if (special && s.mark[t] == PAD) out[j] = 0.0f;
       }
       write_pair(&s.u[t][edge.c], out);
     }
+  };
+
+  auto stage_out = [&](int i) {
+    Slot& s = pool.slot[i % SLOTS];
+    float sum[2][PER];
+    add_shares(sum, pool.y[i % BUFFERS], edge);
+    if (s.special) gate_and_store(s, sum, true);
+    else gate_and_store(s, sum, false);
   };
 
   auto flush = [&](int i) { y_rows.copy_out(pool.slot[i % SLOTS].u[0], 32, (int)L - i * TILE); };

@@ -98,7 +98,7 @@ def scan_forward(
     u, dt, B, C, z = (_rows(x) for x in (u, dt, B, C, z))
     A, D, dt_bias, state, seq_idx = (_solid(x) for x in (A, D, dt_bias, state, seq_idx))
     shape = _division(u.device.index, "forward", u.dtype, B.dtype, states, batch, channels)
-    kernel = cuda.kernel("scan_forward.cu", "scan_forward", u.device, **shape.macros(u.dtype, B.dtype, states))
+    kernel = cuda.kernel("scan_forward.cu", "scan_forward", u.device, **shape.macros(u.dtype, B.dtype, states, z is not None))
     kernel(
         batch * _blocks(channels), 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, state, seq_idx, y, last,
         kept if keep else None, length, channels, *_strides(u, dt, z, B, C), shared=shape.shared,
@@ -138,7 +138,7 @@ def scan_backward(
     u, dt, B, C, z, g_y = (_rows(x) for x in (u, dt, B, C, z, g_y))
     A, D, dt_bias, seq_idx, g_last = (_solid(x) for x in (A, D, dt_bias, seq_idx, g_last))
     shape = _division(u.device.index, "backward", u.dtype, B.dtype, states, batch, channels)
-    macros = shape.macros(u.dtype, B.dtype, states)
+    macros = shape.macros(u.dtype, B.dtype, states, z is not None)
     cuda.kernel("scan_backward.cu", "scan_backward", u.device, **macros)(
         batch * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, d_u, d_dt,
         None if z is None else d_z, d_A, parts, d_D, d_bias, d_first if continues else None, length, channels,
@@ -215,9 +215,9 @@ class Division(NamedTuple):
     piped: bool
     shared: int
 
-    def macros(self, dtype: torch.dtype, states_dtype: torch.dtype, states: int) -> dict[str, str | int]:
+    def macros(self, dtype: torch.dtype, states_dtype: torch.dtype, states: int, gated: bool) -> dict[str, str | int]:
         return {
-            "T": _NAMES[dtype], "TB": _NAMES[states_dtype], "N": states, "WARPS": self.warps,
+            "T": _NAMES[dtype], "TB": _NAMES[states_dtype], "N": states, "WARPS": self.warps, "GATED": int(gated),
             "PIPED": int(self.piped), "TILE": TILE, "SHARED": self.shared,
         }  # fmt: skip
 
