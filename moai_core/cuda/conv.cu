@@ -295,7 +295,10 @@ struct Backward {
         g[i] = dy[i] * (r * (1.0f + p * (1.0f - r)));
         own[i] = filter.w[i * K + P] * g[i];
 #pragma unroll
-        for (int k = 0; k < P; ++k) dx[k][i] += !edge || P - k <= age ? filter.w[i * K + k] * g[i] : 0.0f;
+        for (int k = 0; k < P; ++k) {
+          const float sum = fmaf(filter.w[i * K + k], g[i], dx[k][i]);
+          dx[k][i] = !edge || P - k <= age ? sum : dx[k][i];
+        }
         if (edge && t >= n) continue;  // the next run counts it
 #pragma unroll
         for (int k = 0; k < P; ++k) dw[k][i] += g[i] * past[k][i];
