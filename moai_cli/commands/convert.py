@@ -54,6 +54,7 @@ def convert(
     task = bar.add_task("reading", total=None)
 
     def on_event(event: dict[str, Any]) -> None:
+        flag.check()  # a signal inside a library that swallows every exception
         if event["event"] == "tensor":
             bar.update(task, description="tensors", completed=event["done"], total=event["total"])
         elif event["event"] == "fetch":

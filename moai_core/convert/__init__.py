@@ -19,7 +19,7 @@ import torch
 
 from moai_core import storage
 from moai_core.convert import folder as hf
-from moai_core.convert import hub, parity
+from moai_core.convert import hub, legacy, parity
 from moai_core.convert.card import card
 from moai_core.convert.source import Lazy, OnEvent, Options, Source
 from moai_core.errors import CheckpointError, UsageError, storage_error
@@ -75,9 +75,9 @@ def convert(
     appears complete and compared, or not at all.
 
     outtype None keeps the stored dtypes; f32, f16 and bf16 cast (A_log, D and the dt bias stay as they are); q8_0 and
-    q4_0 are GGUF's. trim_vocab drops the rows that pad the vocabulary. force replaces an earlier result. Events: fetch,
-    tensor (name, done, total, bytes), check. Returns the report: source, target, parameters, tensors, bytes, dtype,
-    vocab_size, notes, parity (the numbers of source.Parity, or why it was skipped), seconds.
+    q4_0 are GGUF's. trim_vocab drops the rows that pad the vocabulary. force replaces an earlier result. Events: fetch
+    (name), tensor (name, done, total, bytes), check, compared. Returns the report: source, target, parameters, tensors,
+    bytes, dtype, vocab_size, notes, parity (the numbers of source.Parity, or why it was skipped), seconds.
 
     Raises UsageError (flags, a target that exists), CheckpointError (the source is damaged or doesn't fit the format,
     the check failed), StorageError.
@@ -86,15 +86,17 @@ def convert(
     options = _options(to, outtype)
     target = _target(Path(dst), to, force)
     path = _find(os.fspath(src), on_event)
-    if target == path.resolve() or path.resolve() in target.parents or target in path.resolve().parents:
-        raise UsageError(f"{dst}: lies inside the source, or the source in it", hint="choose another target")
+    if target == path.resolve() or target in path.resolve().parents:
+        raise UsageError(f"{dst}: would replace the source", hint="choose another target")
     module, format = _detect(path)
+    writer = next(module for module in _modules() if to in module.FORMATS)
     source = module.read(path)
+    if (format == legacy.SOURCE) != (to == "qwen3"):
+        legacy.refuse(format)
     if trim_vocab:
         _trim(source)
-    rounded = _cast(source, options) if to != "gguf" else outtype
-    writer = next(module for module in _modules() if to in module.FORMATS)
-    report = {
+    options = options if to == "gguf" else Options(to, _cast(source, options))
+    report: dict[str, Any] = {
         "source": {"name": _name(src), "path": str(source.path), "format": format},
         "target": {"path": str(dst), "format": to},
         "parameters": sum(torch.Size(lazy.shape).numel() for lazy in source.tensors.values()),
@@ -102,33 +104,20 @@ def convert(
         "dtype": outtype or hf.dtype(source.tensors),
         "vocab_size": source.config["vocab_size"],
         "notes": source.notes,
+        "parity": {"skipped": "--no-check"},
     }
-
-    def compare(written: Path) -> dict[str, Any]:
-        if not check:
-            return {"skipped": "--no-check"}
-        return parity.check(
-            source,
-            Path(dst),
-            lambda: module.open_runtime(source.path, format),
-            lambda: writer.open_runtime(written, to),
-            getattr(writer, "judge", parity.judge),
-            Options(to, rounded),
-            vocab=source.config["vocab_size"],
-            on_event=on_event,
-        )
-
-    if getattr(writer, "FILE", False):
-        with _new_file(target) as written:
-            writer.write(source, written, options, on_event)
-            report["parity"] = compare(written)
-            report["bytes"] = written.stat().st_size
-    else:
-        with storage.new_folder(target) as folder:
-            writer.write(source, folder, options, on_event)
-            report["parity"] = compare(folder.path)
-            report["bytes"] = sum(file.stat().st_size for file in folder.path.iterdir())
-            folder.write(hf.CARD, card(source.files.get(hf.CARD), report))
+    with _new_file(target) if getattr(writer, "FILE", False) else storage.new_folder(target) as place:
+        writer.write(source, place, options, on_event)
+        written = place if isinstance(place, Path) else place.path
+        if check:
+            ends = [lambda: module.open_runtime(source.path, format), lambda: writer.open_runtime(written, to)]
+            # moai's runtime comes first where it takes part: it makes the greedy tokens a step at a time
+            ends = ends[::-1] if to == "moai" else ends
+            judge = getattr(writer, "judge", parity.judge)
+            report["parity"] = parity.check(source, Path(dst), ends, judge, options, on_event=on_event)
+        report["bytes"] = sum(file.stat().st_size for file in ([written] if written.is_file() else written.iterdir()))
+        if isinstance(place, storage.FolderWriter):
+            place.write(hf.CARD, card(source.files.get(hf.CARD), report))
     return {**report, "seconds": round(time.perf_counter() - begun, 2)}
 
 
@@ -137,9 +126,9 @@ def convert(
 
 def _options(to: str, outtype: str | None) -> Options:
     if to not in TARGETS:
-        raise UsageError(f"--to must be one of {', '.join(TARGETS)} (got {to!r})")
+        raise UsageError(f"--to can't be {to!r}", hint=f"formats: {', '.join(TARGETS)}")
     if outtype is not None and outtype not in OUTTYPES:
-        raise UsageError(f"--outtype must be one of {', '.join(OUTTYPES)} (got {outtype!r})")
+        raise UsageError(f"--outtype can't be {outtype!r}", hint=f"types: {', '.join(OUTTYPES)}")
     if to != "gguf" and outtype is not None and OUTTYPES[outtype] is None:
         raise UsageError(f"--outtype {outtype} is for --to gguf", hint="f32, f16 and bf16 are for every format")
     return Options(to, outtype)

@@ -1,7 +1,7 @@
 """A model as a folder of the Hugging Face layout, whatever its model type: read with every claim checked, and written.
 
     config.json                                what the format makes of it
-    model*.safetensors and its index           or, of old, pytorch_model*.bin and its index (pickles.py)
+    model*.safetensors and its index           or, of old, pytorch_model*.bin and its index (torch_bin.py)
     tokenizer, generation_config.json, card    carried along as they are
 
 Nothing of a folder runs: `auto_map` is ignored, because no class of it is ever asked for. Sizes are believed only as
@@ -20,7 +20,7 @@ import torch
 
 from moai_core import config as numbers
 from moai_core import storage, tensors, weights
-from moai_core.convert import pickles
+from moai_core.convert import torch_bin
 from moai_core.convert.source import Lazy, OnEvent, emit
 from moai_core.errors import CheckpointError, MoaiError, UsageError
 
@@ -136,8 +136,8 @@ def model_type(path: Path) -> str | None:
 
 def read_tensors(path: Path) -> dict[str, Lazy]:
     """The folder's tensors by their own names, headers checked, none read. Raises CheckpointError."""
-    if not any((path / name).exists() for name in (weights.SINGLE, weights.INDEX)) and pickles.files(path):
-        return pickles.read(path)
+    if not any((path / name).exists() for name in (weights.SINGLE, weights.INDEX)) and torch_bin.files(path):
+        return torch_bin.read(path)
     return {
         name: Lazy(info.dtype, info.shape, _reader(path / file, name), f"{path / file}: tensor {name}")
         for file, infos in weights.shards(path).items()

@@ -111,10 +111,6 @@ def _wanted(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
 def write(source: Source, target: Any, options: Options, on_event: OnEvent | None = None) -> None:
     """See source.py; takes MOAI-LLM's transformer only."""
     config = source.config
-    if source.format != SOURCE:
-        raise Refused(
-            "qwen3 is a transformer, this model is a Mamba", hint="qwen3 is for MOAI-LLM's old transformer checkpoints"
-        )
     if not config["use_qk_norm"]:
         raise Refused("qwen3 norms queries and keys, this model doesn't (use_qk_norm is false)")
     if config["mlp_bias"]:
@@ -131,6 +127,15 @@ def write(source: Source, target: Any, options: Options, on_event: OnEvent | Non
         **{name: config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     }
     hf.write(target, values, source.tensors, source.files, on_event)
+
+
+def refuse(format: str) -> None:
+    """Raises Refused: a transformer can't become a Mamba, nor the other way round."""
+    if format == SOURCE:
+        raise Refused("this model is MOAI-LLM's transformer, no Mamba", hint="it fits: qwen3 (transformers' Qwen3)")
+    raise Refused(
+        "qwen3 is a transformer, this model is a Mamba", hint="qwen3 is for MOAI-LLM's old transformer checkpoints"
+    )
 
 
 def rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 
 from moai_core import storage
 from moai_core.convert import folder as hf
-from moai_core.convert import mamba, pickles
+from moai_core.convert import mamba, torch_bin
 from moai_core.convert.runtimes import TransformersRuntime
 from moai_core.convert.source import Lazy, OnEvent, Options, Refused, Runtime, Source, Unavailable, holders
 from moai_core.errors import CheckpointError
@@ -160,7 +160,7 @@ def write(source: Source, target: Any, options: Options, on_event: OnEvent | Non
     if config["tie_word_embeddings"]:
         found["lm_head.weight"] = found["backbone.embedding.weight"]
     target.write("config.json", storage.json_bytes(values))
-    pickles.write(target, found, hf.Progress(on_event, len(found)).tell)
+    torch_bin.write(target, found, hf.Progress(on_event, len(found)).tell)
     ids = {name: config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     for name, content in {"generation_config.json": storage.json_bytes(ids), **source.files}.items():
         if name != hf.CARD:

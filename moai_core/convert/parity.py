@@ -8,7 +8,7 @@ memory at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,15 +95,13 @@ def fits(source: Source) -> str | None:
 def check(
     source: Source,
     target: Path,
-    open_source: Open,
-    open_target: Open,
+    ends: Sequence[Open],
     judge: Callable[[Parity, Options], str | None],
     options: Options,
     *,
-    vocab: int,
     on_event: OnEvent | None = None,
 ) -> dict[str, Any]:
-    """The comparison as a report: the numbers of `Parity`, or `{"skipped": why}`.
+    """The comparison of the two `ends` as a report: the numbers of `Parity`, or `{"skipped": why}`.
 
     Raises CheckpointError where it fails: what was written must not be kept then.
     """
@@ -113,7 +111,7 @@ def check(
         on_event({"event": "check"})
     begun = time.perf_counter()
     try:
-        parity = compare(open_source, open_target, vocab=vocab)
+        parity = compare(*ends, vocab=source.config["vocab_size"])
     except Unavailable as exc:
         return {"skipped": str(exc)}
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as exc:
@@ -127,4 +125,7 @@ def check(
             f"{target}: the check failed, nothing was kept: {why} ({' and '.join(parity.runtimes)})",
             hint="please report it; --no-check converts without comparing",
         )
-    return {**asdict(parity), "seconds": round(time.perf_counter() - begun, 2)}
+    report = {**asdict(parity), "seconds": round(time.perf_counter() - begun, 2)}
+    if on_event is not None:
+        on_event({"event": "compared", **report})
+    return report
