@@ -99,9 +99,5 @@ def usable(*tensors: Tensor) -> bool:
     """Whether moai's kernels can work on these tensors: they are not empty, on a device that has kernels, of a dtype
     that they know.
     """
-    return all(t.dtype in ops.NAMES and t.numel() > 0 for t in tensors) and _has_kernels(tensors[0].device)
-
-
-@torch.compiler.assume_constant_result
-def _has_kernels(device: torch.device) -> bool:
-    return cuda.why_not(device) is None
+    known = all(t.dtype in ops.NAMES and t.numel() > 0 for t in tensors)
+    return known and cuda.why_not(tensors[0].device) is None
