@@ -70,6 +70,7 @@ def measure(
     """
     numbers = plan.numbers(o.recipe)
     dtype, mixed = setup.precision(o.recipe)
+    backend = _backend(o.recipe, device, torch.bfloat16 if mixed else dtype, o.packed, numbers)
     clock = timing.Clock(device)
     product = product_rate(clock, torch.bfloat16 if mixed else dtype)
     makers = {
@@ -95,7 +96,7 @@ def measure(
         "optimizer": "torch.optim.AdamW (fused)" if o.optimizer == "torch" else o.recipe.optim.name,
         "clip": o.recipe.optim.clip,
         "packed": o.packed,
-        "backend": _backend(o.recipe, device, torch.bfloat16 if mixed else dtype, o.packed, numbers),
+        "backend": backend,
         "product": product,
         "results": results,
         "prefill": reading,
@@ -286,7 +287,11 @@ def run(
     if where.type == "cpu":
         shape = replace(asked.recipe.train, batch_size=max(asked.batches), accumulation=1, effective_batch=None)
         data = replace(asked.recipe.data, max_length=max(asked.lengths))
-        devices.require(replace(asked.recipe, train=shape, data=data))
+        try:
+            devices.require(replace(asked.recipe, train=shape, data=data))
+        except UsageError as exc:
+            hint = "use a smaller --batch or --seq-len, --layers N, or --checkpointing full"
+            raise UsageError(exc.message, hint=hint) from exc
     return measure(asked, where, command=command, on_event=on_event)
 
 
