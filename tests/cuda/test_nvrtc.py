@@ -120,7 +120,7 @@ def test_a_folder_that_cant_be_written_costs_only_time(compiler, source, monkeyp
 
 
 def test_processes_compile_at_once(source, tmp_path):
-    """Four start together on an empty cache with the real compiler; one file is left, whole."""
+    """Two start together on an empty cache with the real compiler; one file is left, whole."""
     try:
         nvrtc.load()
     except nvrtc.NotFound as exc:
@@ -131,7 +131,7 @@ def test_processes_compile_at_once(source, tmp_path):
     )
     environment = {**os.environ, "MOAI_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", code, str(source)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(4)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(2)]
     outputs = {one.communicate(timeout=120)[0] for one in running}
     assert len(outputs) == 1 and outputs.pop()[:4] == b"\x7fELF" and len(kept(tmp_path)) == 1
 
