@@ -64,15 +64,24 @@ def warn(text: str) -> None:
 
 
 class _Notes(logging.Handler):
+    """Each message once: a file of kernels is compiled for several types."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._said: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            note(text)
 
 
 def show_log() -> None:
     """What the core logs of work that happens once (GPU kernels that are compiled) becomes a note."""
     log = logging.getLogger("moai")
     if not log.handlers:
-        log.addHandler(_Notes(logging.INFO))
+        log.addHandler(_Notes())
         log.setLevel(logging.INFO)
 
 

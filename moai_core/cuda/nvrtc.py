@@ -183,8 +183,7 @@ def cubin(path: Path, defines: Mapping[str, str], arch: int) -> bytes:
     kept = cache_dir() / "cubin" / f"{path.stem}-{key}"
     code = _read(kept)
     if code is None:
-        what = " ".join((path.stem, *(f"{name}={value}" for name, value in defines.items())))
-        _log.info("compiling GPU kernels for sm_%d (once): %s", arch, what)
+        _log.info("compiling GPU kernels for sm_%d (once): %s", arch, path.stem)
         code, _ = compiler.compile(path.name, text, included, flags)
         _write(kept, code)
     return code
