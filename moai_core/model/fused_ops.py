@@ -55,17 +55,13 @@ def _rms_norm_backward(
     d, narrow, d_weight = _norm_gradients(total, weight, dtype)
     rows, weight = _rows(total), weight.contiguous()
     d_y, d_total = d_y.contiguous(), None if d_total is None else d_total.contiguous()
-    shape = _team(_vector(rows.shape[1], rows, weight, d_y, d_total), rows.shape[1])
-    macros = {"R": NAMES[total.dtype], "X": NAMES[dtype], "W": NAMES[weight.dtype], **shape.macros}
-    grid = min(-(-len(rows) // shape.teams), _multiprocessors(total.device) * -(-512 // shape.block))
-    partial = rstd.new_empty(grid, rows.shape[1])
-    cuda.kernel("norm.cu", "norm_backward", total.device, **macros)(
-        grid, shape.block, d_y, d_total, rows, weight, rstd, d, narrow if narrow.numel() else None, partial,
-        len(rows), rows.shape[1], rows.stride(0),
-    )  # fmt: skip
-    cuda.kernel("norm.cu", "norm_sum", total.device, **macros)(
-        -(-rows.shape[1] // 32), 1024, partial, d_weight, grid, rows.shape[1]
-    )
+    count, size = rows.shape
+    v = _vector(size, rows, weight, d_y, d_total)
+    k = _norm_kernels(total.device, total.dtype, dtype, weight.dtype, v, size)
+    partial = rstd.new_empty(min(-(-count // k.teams), k.resident), size)
+    second = None if dtype == total.dtype else narrow
+    k.backward(len(partial), k.block, d_y, d_total, rows, weight, rstd, d, second, partial, count, size, rows.stride(0))
+    k.sum(-(-size // 32), 1024, partial, d_weight, len(partial), size)
     return d, narrow, d_weight
 
 
@@ -78,13 +74,11 @@ def _norm_forward(
     residual: Tensor, x: Tensor | None, weight: Tensor, total: Tensor | None, y: Tensor, rstd: Tensor, eps: float
 ) -> None:
     residual, x, weight = _rows(residual), None if x is None else _rows(x), weight.contiguous()
-    shape = _team(_vector(residual.shape[1], residual, weight, x), residual.shape[1])
-    types = {"R": residual.dtype, "X": residual.dtype if x is None else x.dtype, "W": weight.dtype}
-    macros = {**{key: NAMES[dtype] for key, dtype in types.items()}, **shape.macros}
-    cuda.kernel("norm.cu", "norm_forward", residual.device, **macros)(
-        -(-len(residual) // shape.teams), shape.block, residual, x, weight, total, y, rstd, len(residual),
-        residual.shape[1], residual.stride(0), 0 if x is None else x.stride(0), eps,
-    )  # fmt: skip
+    count, size = residual.shape
+    v, added = _vector(size, residual, weight, x), residual if x is None else x
+    k = _norm_kernels(residual.device, residual.dtype, added.dtype, weight.dtype, v, size)
+    strides = residual.stride(0), added.stride(0)
+    k.forward(-(-count // k.teams), k.block, residual, x, weight, total, y, rstd, count, size, *strides, eps)
 
 
 def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -127,10 +121,9 @@ def _small_norms(
     """The norms of three slices and rstd (..., 3) fp32."""
     weights = [weight.contiguous() for weight in (weight0, weight1, weight2)]
     ys, rows = _small_outputs(x, weights), _rows(x)
-    sizes = [len(weight) for weight in weights]
-    cuda.kernel("small_norms.cu", "small_norms_forward", x.device, **_small_macros(rows, weights))(
-        -(-len(rows) // 8), 256, rows, *weights, *ys, len(rows), *sizes, rows.stride(0), eps
-    )
+    sizes = [weight.shape[0] for weight in weights]
+    forward, _, _ = _small_kernels(x.device, x.dtype, weights[0].dtype, _small_vector(rows, weights), sum(sizes))
+    forward(-(-len(rows) // 8), 256, rows, *weights, *ys, len(rows), *sizes, rows.stride(0), eps)
     return ys
 
 
@@ -147,16 +140,12 @@ def _small_norms_backward(
     weights = [weight.contiguous() for weight in (weight0, weight1, weight2)]
     d_ys = [d_y.contiguous() for d_y in (d_y0, d_y1, d_y2)]
     rows, (d_x, *d_weights) = _rows(x), _small_gradients(x, weights)
-    sizes = [len(weight) for weight in weights]
+    sizes, v = [weight.shape[0] for weight in weights], _small_vector(rows, [*weights, *d_ys])
+    _, backward, add = _small_kernels(x.device, x.dtype, weights[0].dtype, v, sum(sizes))
     grid = min(-(-len(rows) // 8), 4 * _multiprocessors(x.device))
     partial = rstd.new_empty(grid, sum(sizes))
-    macros = _small_macros(rows, [*weights, *d_ys])
-    cuda.kernel("small_norms.cu", "small_norms_backward", x.device, **macros)(
-        grid, 256, *d_ys, rows, *weights, rstd, d_x, partial, len(rows), *sizes, rows.stride(0)
-    )
-    cuda.kernel("small_norms.cu", "small_norms_sum", x.device, **macros)(
-        -(-sum(sizes) // 32), 1024, partial, *d_weights, grid, *sizes
-    )
+    backward(grid, 256, *d_ys, rows, *weights, rstd, d_x, partial, len(rows), *sizes, rows.stride(0))
+    add(-(-sum(sizes) // 32), 1024, partial, *d_weights, grid, *sizes)
     return (d_x, *d_weights)  # type: ignore[return-value]
 
 
@@ -181,8 +170,8 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = _like(gate)
     gate, up = gate.contiguous(), up.contiguous()
     v = _vector(out.numel(), gate, up)
-    kernel = cuda.kernel("swiglu.cu", "swiglu_forward", gate.device, T=NAMES[gate.dtype], V=v)
-    kernel(-(-out.numel() // (256 * v)), 256, gate, up, out, out.numel())
+    forward, _ = _swiglu_kernels(gate.device, gate.dtype, v)
+    forward(-(-out.numel() // (256 * v)), 256, gate, up, out, out.numel())
     return out
 
 
@@ -196,8 +185,8 @@ def _swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
     d_gate, d_up = _like(gate), _like(up)
     d_out, gate, up = d_out.contiguous(), gate.contiguous(), up.contiguous()
     v = _vector(gate.numel(), d_out, gate, up)
-    kernel = cuda.kernel("swiglu.cu", "swiglu_backward", gate.device, T=NAMES[gate.dtype], V=v)
-    kernel(-(-gate.numel() // (256 * v)), 256, d_out, gate, up, d_gate, d_up, gate.numel())
+    _, backward = _swiglu_kernels(gate.device, gate.dtype, v)
+    backward(-(-gate.numel() // (256 * v)), 256, d_out, gate, up, d_gate, d_up, gate.numel())
     return d_gate, d_up
 
 
@@ -263,7 +252,7 @@ def _cross_entropy_kernel(name: str, x: Tensor, v: int, block: int) -> Any:
     return cuda.kernel("cross_entropy.cu", name, x.device, T=NAMES[x.dtype], V=v, BLOCK=block)
 
 
-# ---- Shapes of results, and how the work is divided
+# ---- Shapes of results, and what of a tensor a thread moves
 
 
 def _like(x: Tensor) -> Tensor:
@@ -289,12 +278,6 @@ def _small_gradients(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, 
     return _like(x), a, b, c
 
 
-def _small_macros(rows: Tensor, others: list[Tensor]) -> dict[str, str | int]:
-    v = min(_vector(weight.shape[-1], rows, weight) for weight in others)
-    per = -(-rows.shape[1] // (32 * v))
-    return {"X": NAMES[rows.dtype], "W": NAMES[others[0].dtype], "V": v, "PER": per}
-
-
 def _rows(x: Tensor) -> Tensor:
     """x as (rows, size) with values of a row side by side; rows may lie apart. Copies only where it must."""
     rows = x.reshape(-1, x.shape[-1])
@@ -305,35 +288,71 @@ def _vector(size: int, *tensors: Tensor | None) -> int:
     """Values that a thread moves at once: 16 bytes of the narrowest dtype, fewer where a row's size, the distance of
     rows or an address doesn't allow it.
     """
-    given = [t for t in tensors if t is not None]
-    v = 16 // min(t.element_size() for t in given)
-    while v > 1 and not all(_aligned(t, v, size) for t in given):
-        v //= 2
-    return v
+    most, steps = 4, size
+    for t in tensors:
+        if t is None:
+            continue
+        width, past = t.element_size(), t.data_ptr() & 15
+        if width == 2 and most == 4:
+            most = 8
+        if t.dim() > 1 and t.shape[-2] > 1:
+            steps |= t.stride(-2)
+        if past:
+            steps |= (past & -past) // width
+    return min(most, steps & -steps)
 
 
-def _aligned(x: Tensor, v: int, size: int) -> bool:
-    step = x.stride(-2) if x.dim() > 1 and x.shape[-2] > 1 else 0
-    return size % v == 0 and step % v == 0 and x.data_ptr() % min(16, v * x.element_size()) == 0
+def _small_vector(rows: Tensor, others: list[Tensor]) -> int:
+    return min(_vector(t.shape[-1], rows, t) for t in others)
 
 
-class _Team(NamedTuple):
-    """How norm.cu divides a row: `team` threads, `per` vectors of v values each; `teams` of them in a block."""
+# ---- Kernels, and how they divide the work
 
-    macros: dict[str, int]
+
+class _NormKernels(NamedTuple):
+    """norm.cu for rows of one size: blocks of `block` threads take `teams` rows at once; `resident` of them run."""
+
+    forward: cuda.Kernel
+    backward: cuda.Kernel
+    sum: cuda.Kernel
     teams: int
     block: int
+    resident: int
 
 
 @lru_cache(maxsize=256)
-def _team(v: int, size: int) -> _Team:
+def _norm_kernels(
+    device: torch.device, stream: torch.dtype, added: torch.dtype, weight: torch.dtype, v: int, size: int
+) -> _NormKernels:
     vectors = -(-size // v)
     if vectors <= 32:
         team = 1 << (vectors - 1).bit_length()
     else:
+        # Two vectors a thread: loads under way enough with few threads to meet at the barrier.
         team = min(512, 32 * -(-vectors // 64))
     block = team if team > 32 else 128
-    return _Team({"V": v, "TEAM": team, "PER": -(-vectors // team)}, block // team, block)
+    macros = {"R": NAMES[stream], "X": NAMES[added], "W": NAMES[weight]}
+    sizes = {"V": v, "TEAM": team, "PER": -(-vectors // team)}
+    forward, backward, add = (
+        cuda.kernel("norm.cu", f"norm_{name}", device, **macros, **sizes) for name in ("forward", "backward", "sum")
+    )
+    return _NormKernels(forward, backward, add, block // team, block, _multiprocessors(device) * -(-512 // block))
+
+
+@lru_cache(maxsize=256)
+def _small_kernels(
+    device: torch.device, row: torch.dtype, weight: torch.dtype, v: int, size: int
+) -> tuple[cuda.Kernel, cuda.Kernel, cuda.Kernel]:
+    macros = {"X": NAMES[row], "W": NAMES[weight]}
+    names = ("small_norms_forward", "small_norms_backward", "small_norms_sum")
+    a, b, c = (cuda.kernel("small_norms.cu", name, device, **macros, V=v, PER=-(-size // (32 * v))) for name in names)
+    return a, b, c
+
+
+@lru_cache(maxsize=64)
+def _swiglu_kernels(device: torch.device, dtype: torch.dtype, v: int) -> tuple[cuda.Kernel, cuda.Kernel]:
+    a, b = (cuda.kernel("swiglu.cu", f"swiglu_{way}", device, T=NAMES[dtype], V=v) for way in ("forward", "backward"))
+    return a, b
 
 
 @lru_cache(maxsize=64)
