@@ -34,17 +34,23 @@ def why_not(device: torch.device | None = None) -> str | None:
     """Why moai's kernels can't run on `device` (None: torch's current GPU), in one sentence, or None if they can."""
     if device is not None and device.type != "cuda":
         return f"it runs on CUDA GPUs only, not on {device.type}"
+    index = device.index if device is not None else None
+    if index is None:
+        return _no_gpu() or _refusal(torch.cuda.current_device())
+    return _refusal(index)
+
+
+def _no_gpu() -> str | None:
     if torch.version.hip:
         return "it needs an NVIDIA GPU; this torch is built for ROCm"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA GPU on this machine"
-    index = device.index if device is not None else None
-    return _refusal(torch.cuda.current_device() if index is None else index)
+    return None if torch.cuda.is_available() else "torch finds no CUDA GPU on this machine"
 
 
 @lru_cache(maxsize=64)
 @torch.compiler.assume_constant_result  # torch.compile asks once and doesn't look inside
 def _refusal(index: int) -> str | None:
+    if why := _no_gpu():
+        return why
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
         name, (major, minor) = torch.cuda.get_device_name(index), capability
