@@ -28,13 +28,17 @@ enum Mark { REAL = 0, RESET = 1, PAD = 2 };
 constexpr float FORGET = 1e38f;
 DEVICE float decay_rate(float A) { return fminf(A * LOG2E, -1e-30f); }
 
-// ---- fp32 tiles in shared memory: a row of TILE steps a channel. Groups of 4 steps are swapped from channel to channel,
-// so that 8 lanes on 8 neighbouring rows, 16 bytes each, touch all 32 banks.
+// ---- fp32 tiles in shared memory: a row of TILE steps a channel, even channels' rows before the odd ones'. Groups of 4
+// steps are swapped from row to row, so that 8 lanes on neighbouring channels, or on every second one, touch all 32 banks
+// with 16 bytes each.
 
 struct alignas(16) Rows {
   float at[32 * TILE];
 };
-DEVICE int place(int c, int t) { return c * TILE + (t ^ (c * TILE / 32 % (TILE / 4) * 4)); }
+DEVICE int place(int c, int t) {
+  const int r = c / 2 + c % 2 * 16;
+  return r * TILE + (t ^ ((r * TILE / 32 % (TILE / 4)) ^ (r / 16 * (TILE / 8))) * 4);
+}
 
 template <int n>
 DEVICE void read_steps(float (&to)[n], const Rows& from, int c, int t0) {
@@ -160,17 +164,20 @@ struct Cursor {
   }
 };
 
-constexpr int BC_ROW = 2 * N + per_16_bytes<TB>;  // B_t then C_t, padded against bank conflicts
+// A row of `states` numbers of B and C as they come, padded against bank conflicts.
+template <int states>
+constexpr int narrow_row = states + per_16_bytes<TB>;
 
-// B and C as fp32, one row of steps a state (B's states, then C's); zeros at padding, whatever stands there.
-DEVICE void widen_states(float (&to)[2 * N][TILE], const TB (&from)[TILE][BC_ROW], const int (&mark)[TILE],
+// They as fp32, one row of steps a state; zeros at padding, whatever stands there.
+template <int states>
+DEVICE void widen_states(float (&to)[states][TILE], const TB (&from)[TILE][narrow_row<states>], const int (&mark)[TILE],
                          bool special) {
   const int t = threadIdx.x % TILE;
   const bool pad = special && mark[t] == PAD;
 #pragma unroll
-  for (int k = 0; k < N; k += THREADS / TILE) {
+  for (int k = 0; k < states / 2; k += THREADS / TILE) {
     const int n = 2 * (k + threadIdx.x / TILE);
-    if (N % (THREADS / TILE) == 0 || n < 2 * N) {
+    if (states / 2 % (THREADS / TILE) == 0 || n < states) {
       float both[2];
       read_pair(both, &from[t][n]);
       to[n][t] = pad ? 0.0f : both[0];
@@ -178,6 +185,27 @@ DEVICE void widen_states(float (&to)[2 * N][TILE], const TB (&from)[TILE][BC_ROW
     }
   }
 }
+
+// ---- Segments: a row's tiles in spans of `span`, each a block's, where rows alone are too few for the GPU.
+
+struct Segment {
+  int64 batch, c0;           // the row, the block's first channel
+  int block, blocks;         // of a row's channels
+  int index, count;          // the segment, and how many there are
+  int first, tiles;          // its first tile, and how many it has
+  DEVICE Segment(int64 L, int64 I, int64 segments, int64 span) {
+    blocks = (int)((I + 31) / 32);
+    block = blockIdx.x % blocks;
+    count = (int)segments;
+    index = blockIdx.x / blocks % count;
+    batch = blockIdx.x / blocks / count;
+    c0 = (int64)block * 32;
+    const int all = (int)((L + TILE - 1) / TILE);
+    first = index * (int)span;
+    tiles = all - first < (int)span ? all - first : (int)span;
+  }
+  DEVICE int64 row() const { return batch * count + index; }
+};
 
 // Where documents begin and padding stands, one step a thread. A load's answer is stored one tile later, so that no
 // thread waits for it.

@@ -17,11 +17,13 @@
 constexpr bool EXACT = sizeof(T) == 4;
 constexpr int VALUES = 2 * TILE;            // summed over channels, of one state: dB of each step, then dC
 constexpr int FRAGMENTS = VALUES / 16;      // of the tensor cores' results
+constexpr bool MANY = N > 32;               // states: less of them in shared memory, at the cost of time
+constexpr int GROUPS = MANY ? 1 : 8;
 constexpr int64 PART = (int64)N * VALUES;   // numbers of a tile's partial sums
 
 struct alignas(16) Slot {  // one tile as it comes from memory
   T u[TILE][32], dt[TILE][32], z[TILE][32], g[TILE][32];
-  TB BC[TILE][BC_ROW];
+  TB BC[TILE][narrow_row<2 * N>];
   Kept kept[N][32];
   int mark[TILE], special;
 };
@@ -31,8 +33,8 @@ struct alignas(16) Pool {
   Rows dt[BUFFERS], x[BUFFERS], dy[BUFFERS];
   float BC[BUFFERS][2 * N][TILE];
   Rows gB[BUFFERS][WARPS], qA[BUFFERS][WARPS], Ch[BUFFERS][WARPS];  // sums over a warp's states
-  float groups[BUFFERS][N][FRAGMENTS][8][16];                       // sums over 4 channels
-  float a2[N][32], carry[N][32], dA[N][32];  // each used by one thread; here because registers can't be indexed
+  float groups[BUFFERS][N][FRAGMENTS][GROUPS][16];                  // sums over 4 channels, or all
+  float a2[MANY ? 1 : N][32], carry[N][32], dA[N][32];  // each one thread's; here because registers can't be indexed
 };
 static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
 
@@ -62,25 +64,31 @@ DEVICE void add_lanes(float (&sums)[4], const uint32 (&one)[8], int j, const flo
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     scan_backward(const T* u, const T* dt, const float* A, const TB* B, const TB* C, const float* D, const T* z,
-                  const float* bias, const int* seq_idx, const Kept* kept, const T* g, const float* d_last, T* d_u,
-                  T* d_dt, T* d_z, float* d_A, float* parts, float* d_D, float* d_bias, float* d_first, int64 L, int64 I,
+                  const float* bias, const int* seq_idx, const Kept* kept, const T* g, const float* d_last,
+                  const float* ends, const float* sums, T* d_u, T* d_dt, T* d_z, float* d_A, float* parts, float* d_D,
+                  float* d_bias, float* d_first, int64 L, int64 I, int64 segments, int64 span,
                   int64 u_batch, int64 u_step, int64 dt_batch, int64 dt_step, int64 z_batch, int64 z_step,
                   int64 B_batch, int64 B_step, int64 C_batch, int64 C_step, int64 g_batch, int64 g_step,
                   int64 d_z_batch, int64 d_z_step) {
   extern __shared__ __align__(16) unsigned char shared[];
   Pool& pool = *reinterpret_cast<Pool*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int blocks = (int)((I + 31) / 32), block = blockIdx.x % blocks;  // of a row's channels
-  const int64 batch = blockIdx.x / blocks, c0 = (int64)block * 32, c = c0 + lane;
+  const Segment at(L, I, segments, span);
+  const int64 batch = at.batch, c0 = at.c0, c = c0 + lane;
   const bool mine = c < I;
-  const int tiles = (int)((L + TILE - 1) / TILE);
-  const int64 end = (int64)(tiles - 1) * TILE;  // the first step of the last tile
+  const int all = (int)((L + TILE - 1) / TILE), last = at.first + at.tiles - 1;  // tiles of the row, the segment's last
+  const int64 end = (int64)last * TILE;
   const Edge edge;
 
 #pragma unroll 1
   for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
-    pool.a2[n][lane] = mine ? decay_rate(A[c * N + n]) : -1.0f;
-    pool.carry[n][lane] = mine && d_last ? d_last[(batch * I + c) * N + n] : 0.0f;
+    const float a2 = mine ? decay_rate(A[c * N + n]) : -1.0f;
+    float carry = mine && d_last ? d_last[(batch * I + c) * N + n] : 0.0f;
+#pragma unroll 1
+    for (int64 s = (batch + 1) * at.count - 1; mine && s > at.row(); --s)  // through the segments after this one
+      carry = exp2_approx(a2 * sums[s * I + c]) * carry + ends[(s * I + c) * N + n];
+    if (!MANY) pool.a2[n][lane] = a2;
+    pool.carry[n][lane] = carry;
     pool.dA[n][lane] = 0.0f;
   }
   uint32 one[8];
@@ -101,23 +109,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   Cursor<T, 32> g_rows(g + batch * g_batch + end * g_step + c0, g_step, -TILE * g_step, 6, I - c0);
   Cursor<TB, N> B_rows(B + batch * B_batch + end * B_step, B_step, -TILE * B_step, 1, N);
   Cursor<TB, N> C_rows(C + batch * C_batch + end * C_step, C_step, -TILE * C_step, 3, N);
-  Cursor<Kept, 32, N> kept_rows(kept + (batch * tiles + tiles - 1) * N * I + c0, I, -N * I, 5, I - c0);
+  Cursor<Kept, 32, N> kept_rows(kept + (batch * all + last) * N * I + c0, I, -N * I, 5, I - c0);
   Cursor<T, 32> d_u_rows(d_u + (batch * L + end) * I + c0, I, -TILE * I, 0, I - c0);
   Cursor<T, 32> d_dt_rows(d_dt + (batch * L + end) * I + c0, I, -TILE * I, 2, I - c0);
   Cursor<T, 32> d_z_rows(GATED ? d_z + batch * d_z_batch + end * d_z_step + c0 : nullptr, d_z_step, -TILE * d_z_step, 4,
                          I - c0);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
-  parts += ((block * (int64)(gridDim.x / blocks) + batch) * tiles + tiles - 1) * PART;
+  const int64 batches = gridDim.x / at.blocks / at.count;
+  parts += ((at.block * batches + batch) * all + last) * PART;
 
   auto load = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
-    const int t0 = (tiles - 1 - i) * TILE, left = (int)L - t0;
+    const int t0 = (last - i) * TILE, left = (int)L - t0;
     u_rows.copy_in(s.u[0], 32, left);
     dt_rows.copy_in(s.dt[0], 32, left);
     if (GATED) z_rows.copy_in(s.z[0], 32, left);
     g_rows.copy_in(s.g[0], 32, left);
-    B_rows.copy_in(s.BC[0], BC_ROW, left);
-    C_rows.copy_in(s.BC[0] + N, BC_ROW, left);
+    B_rows.copy_in(s.BC[0], narrow_row<2 * N>, left);
+    C_rows.copy_in(s.BC[0] + N, narrow_row<2 * N>, left);
     kept_rows.copy_in(s.kept[0], 32, N);
     marker.fetch(t0);
   };
@@ -178,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       read_broadcast(Bs, &pool.BC[from][n][quarter * 4]);
       read_broadcast(Cs, &pool.BC[from][N + n][quarter * 4]);
       if (quarter == 0) {
-        to.a2 = pool.a2[n][lane];
+        to.a2 = !MANY ? pool.a2[n][lane] : mine ? decay_rate(A[c * N + n]) : -1.0f;
         to.h[0] = to_float(s.kept[n][lane]);
       }
 #pragma unroll
@@ -217,9 +226,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         pool.carry[n][lane] = of.carry;
         pool.dA[n][lane] += of.dA;
 #pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f)
-          store_vec<float, 4>(&pool.groups[from][n][f][lane / 4][lane % 4 * 4],
-                              {{of.sums[f][0], of.sums[f][1], of.sums[f][2], of.sums[f][3]}});
+        for (int f = 0; f < FRAGMENTS; ++f) {
+          Vec<float, 4> sum = {{of.sums[f][0], of.sums[f][1], of.sums[f][2], of.sums[f][3]}};
+          if (MANY) {
+#pragma unroll
+            for (int other = 4; other < 32; other *= 2) {
+#pragma unroll
+              for (int k = 0; k < 4; ++k) sum.at[k] += __shfl_xor_sync(0xffffffffu, sum.at[k], other);
+            }
+          }
+          if (lane / 4 < GROUPS) store_vec<float, 4>(&pool.groups[from][n][f][lane / 4][lane % 4 * 4], sum);
+        }
       }
     };
     // Back with one state and forward with the next at once: two chains of dependent instructions keep a warp busy.
@@ -296,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       const float* from_v = &pool.groups[from][n][v / 16][0][v % 16];
       Vec<float, 4> sum = load_vec<float, 4>(from_v);
 #pragma unroll
-      for (int p = 1; p < 8; ++p) {
+      for (int p = 1; p < GROUPS; ++p) {
         const Vec<float, 4> part = load_vec<float, 4>(from_v + p * 16);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum.at[j] += part.at[j];
@@ -308,19 +325,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
   auto flush = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
-    const int left = (int)L - (tiles - 1 - i) * TILE;
+    const int left = (int)L - (last - i) * TILE;
     d_u_rows.copy_out(s.u[0], 32, left);
     d_dt_rows.copy_out(s.dt[0], 32, left);
     if (GATED) d_z_rows.copy_out(s.z[0], 32, left);
   };
 
-  run_tiles(tiles, load, arrive, stage_in, body, stage_out, flush);
+  run_tiles(at.tiles, load, arrive, stage_in, body, stage_out, flush);
 
   if (mine) {
 #pragma unroll 1
     for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
-      d_A[(batch * I + c) * N + n] = pool.dA[n][lane];
-      if (d_first) d_first[(batch * I + c) * N + n] = pool.carry[n][lane];
+      d_A[(at.row() * I + c) * N + n] = pool.dA[n][lane];
+      if (d_first && at.index == 0) d_first[(batch * I + c) * N + n] = pool.carry[n][lane];
     }
   }
   block_barrier();
@@ -337,8 +354,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       to_D += both[0][k][lane];
       to_bias += both[1][k][lane];
     }
-    if (d_D) d_D[batch * I + c] = to_D;
-    if (d_bias) d_bias[batch * I + c] = to_bias;
+    if (d_D) d_D[at.row() * I + c] = to_D;
+    if (d_bias) d_bias[at.row() * I + c] = to_bias;
   }
 }
 

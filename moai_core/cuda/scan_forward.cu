@@ -9,6 +9,9 @@
 // gate, conversions) is done once, at the edges of a tile of TILE steps, by all warps together; B and C are turned to fp32
 // there too and broadcast from shared memory. WARPS > 1 gives small batches enough threads without cutting time.
 //
+// Few rows and long: time is cut into segments. scan_summary finds each segment's end state from a zero state and its sum
+// of dt, whose exponential is the decay over it; every block then finds its first state from those before it.
+//
 //   stage_in    raw tile (arrived by asynchronous copies) -> dt, dt u, B, C in fp32
 //   body        the recurrence; each warp leaves its share of C . h
 //   stage_out   sum of the shares, D u, gate; the result takes u's place, from where flush stores it
@@ -19,7 +22,7 @@
 
 struct alignas(16) Slot {  // one tile as it comes from memory
   T u[TILE][32], dt[TILE][32], z[TILE][32];
-  TB BC[TILE][BC_ROW];
+  TB BC[TILE][narrow_row<2 * N>];
   int mark[TILE], special;
 };
 
@@ -33,24 +36,26 @@ static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     scan_forward(const T* u, const T* dt, const float* A, const TB* B, const TB* C, const float* D, const T* z,
-                 const float* bias, const float* first, const int* seq_idx, T* y, float* last, Kept* kept, int64 L,
-                 int64 I, int64 u_batch, int64 u_step, int64 dt_batch, int64 dt_step, int64 z_batch, int64 z_step,
+                 const float* bias, const float* first, const int* seq_idx, const float* ends, const float* sums, T* y,
+                 float* last, Kept* kept, int64 L, int64 I, int64 segments, int64 span, int64 u_batch, int64 u_step, int64 dt_batch, int64 dt_step, int64 z_batch, int64 z_step,
                  int64 B_batch, int64 B_step, int64 C_batch, int64 C_step) {
   extern __shared__ __align__(16) unsigned char shared[];
   Pool& pool = *reinterpret_cast<Pool*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int blocks = (int)((I + 31) / 32), block = blockIdx.x % blocks;  // of a row's channels
-  const int64 batch = blockIdx.x / blocks, c0 = (int64)block * 32, c = c0 + lane;
+  const Segment at(L, I, segments, span);
+  const int64 batch = at.batch, c0 = at.c0, c = c0 + lane, t_first = (int64)at.first * TILE;
   const bool mine = c < I;
-  const int tiles = (int)((L + TILE - 1) / TILE);
   const Edge edge;
 
   float a2[STATES], h[STATES];
 #pragma unroll
   for (int j = 0; j < STATES; ++j) {
-    const int64 at = (batch * I + c) * N + warp * STATES + j;
-    a2[j] = mine ? decay_rate(A[c * N + warp * STATES + j]) : -1.0f;
-    h[j] = mine && first ? first[at] : 0.0f;
+    const int n = warp * STATES + j;
+    a2[j] = mine ? decay_rate(A[c * N + n]) : -1.0f;
+    h[j] = mine && first ? first[(batch * I + c) * N + n] : 0.0f;
+#pragma unroll 1
+    for (int64 s = batch * at.count; mine && s < at.row(); ++s)  // through the segments before this one
+      h[j] = exp2_approx(a2[j] * sums[s * I + c]) * h[j] + ends[(s * I + c) * N + n];
   }
   float bias_c[2], D_c[2];
 #pragma unroll
@@ -59,25 +64,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     bias_c[k] = there && bias ? bias[c0 + edge.c + k] : 0.0f;
     D_c[k] = there && D ? D[c0 + edge.c + k] : 0.0f;
   }
-  if (kept) kept += batch * tiles * N * I + c;
+  if (kept) kept += (batch * ((L + TILE - 1) / TILE) + at.first) * N * I + c;
 
-  Cursor<T, 32> u_rows(u + batch * u_batch + c0, u_step, TILE * u_step, 0, I - c0);
-  Cursor<T, 32> dt_rows(dt + batch * dt_batch + c0, dt_step, TILE * dt_step, 2, I - c0);
-  Cursor<T, 32> z_rows(GATED ? z + batch * z_batch + c0 : nullptr, z_step, TILE * z_step, 4, I - c0);
-  Cursor<TB, N> B_rows(B + batch * B_batch, B_step, TILE * B_step, 6, N);
-  Cursor<TB, N> C_rows(C + batch * C_batch, C_step, TILE * C_step, 7, N);
-  Cursor<T, 32> y_rows(y + batch * L * I + c0, I, TILE * I, 0, I - c0);
+  Cursor<T, 32> u_rows(u + batch * u_batch + t_first * u_step + c0, u_step, TILE * u_step, 0, I - c0);
+  Cursor<T, 32> dt_rows(dt + batch * dt_batch + t_first * dt_step + c0, dt_step, TILE * dt_step, 2, I - c0);
+  Cursor<T, 32> z_rows(GATED ? z + batch * z_batch + t_first * z_step + c0 : nullptr, z_step, TILE * z_step, 4, I - c0);
+  Cursor<TB, N> B_rows(B + batch * B_batch + t_first * B_step, B_step, TILE * B_step, 6, N);
+  Cursor<TB, N> C_rows(C + batch * C_batch + t_first * C_step, C_step, TILE * C_step, 7, N);
+  Cursor<T, 32> y_rows(y + (batch * L + t_first) * I + c0, I, TILE * I, 0, I - c0);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
 
   auto load = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
-    const int left = (int)L - i * TILE;
+    const int t0 = (at.first + i) * TILE, left = (int)L - t0;
     u_rows.copy_in(s.u[0], 32, left);
     dt_rows.copy_in(s.dt[0], 32, left);
     if (GATED) z_rows.copy_in(s.z[0], 32, left);
-    B_rows.copy_in(s.BC[0], BC_ROW, left);
-    C_rows.copy_in(s.BC[0] + N, BC_ROW, left);
-    marker.fetch(i * TILE);
+    B_rows.copy_in(s.BC[0], narrow_row<2 * N>, left);
+    C_rows.copy_in(s.BC[0] + N, narrow_row<2 * N>, left);
+    marker.fetch(t0);
   };
   auto arrive = [&](int i) { marker.store(pool.slot[i % SLOTS].mark, pool.slot[i % SLOTS].special); };
 
@@ -169,11 +174,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     else gate_and_store(s, sum, false);
   };
 
-  auto flush = [&](int i) { y_rows.copy_out(pool.slot[i % SLOTS].u[0], 32, (int)L - i * TILE); };
+  auto flush = [&](int i) { y_rows.copy_out(pool.slot[i % SLOTS].u[0], 32, (int)L - (at.first + i) * TILE); };
 
-  run_tiles(tiles, load, arrive, stage_in, body, stage_out, flush);
+  run_tiles(at.tiles, load, arrive, stage_in, body, stage_out, flush);
 
-  if (mine) {
+  if (mine && at.index == at.count - 1) {
 #pragma unroll
     for (int j = 0; j < STATES; ++j) last[(batch * I + c) * N + warp * STATES + j] = h[j];
   }

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from moai_core.errors import UsageError
-from moai_core.scan import cpu, mamba_ssm, reference
+from moai_core.scan import cpu, cuda, mamba_ssm, reference
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "mamba_ssm": mamba_ssm, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "mamba_ssm": mamba_ssm, "reference": reference}
 
-__all__ = ["BACKENDS", "conv", "conv_step", "explain", "pick", "scan", "step"]
+__all__ = ["BACKENDS", "conv", "conv_step", "explain", "fallback", "pick", "scan", "step"]
 
 
 def explain(
@@ -32,6 +32,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
     *,
     op: str = "scan",
+    I: int = 64,  # noqa: E741 (the papers' letter)
     N: int = 16,
     K: int = 4,
     state: bool = False,
@@ -44,9 +45,24 @@ def explain(
     """
     device = torch.device(device)
     return [
-        (name, backend.why_not(device, dtype, op=op, N=N, K=K, state=state, seq_idx=seq_idx))
+        (name, backend.why_not(device, dtype, op=op, I=I, N=N, K=K, state=state, seq_idx=seq_idx))
         for name, backend in BACKENDS.items()
     ]
+
+
+def fallback(
+    device: torch.device | str, dtype: torch.dtype = torch.float32, *, I: int = 64, N: int = 16, K: int = 4
+) -> str | None:
+    """One line for a CUDA device on which moai's own kernels refuse to train on packed rows: what runs in their place,
+    and why. None where they run, and for other devices.
+    """
+    reasons = dict(explain(device, dtype, I=I, N=N, K=K, seq_idx=True))
+    refusal = reasons.get("cuda")
+    if torch.device(device).type != "cuda" or refusal is None:
+        return None
+    taker = next(name for name, reason in reasons.items() if reason is None)
+    slow = ", a loop over time, slow" if BACKENDS[taker] is reference else ""
+    return f"the scan on {device} falls back to '{taker}'{slow}; the backend 'cuda' refuses: {refusal}"
 
 
 @lru_cache(maxsize=256)
@@ -56,6 +72,7 @@ def pick(
     *,
     backend: str = "auto",
     op: str = "scan",
+    I: int = 64,  # noqa: E741 (the papers' letter)
     N: int = 16,
     K: int = 4,
     state: bool = False,
@@ -67,7 +84,7 @@ def pick(
     """
     if backend != "auto" and backend not in BACKENDS:
         raise UsageError(f"unknown scan backend '{backend}'", hint=f"choose one of: auto, {', '.join(BACKENDS)}")
-    reasons = explain(device, dtype, op=op, N=N, K=K, state=state, seq_idx=seq_idx)
+    reasons = explain(device, dtype, op=op, I=I, N=N, K=K, state=state, seq_idx=seq_idx)
     for name, reason in reasons:
         if reason is None and backend in ("auto", name):
             return BACKENDS[name]
@@ -111,6 +128,7 @@ def scan(
         u.dtype,
         backend=backend,
         op="scan",
+        I=u.shape[-1],
         N=A.shape[1],
         state=state is not None,
         seq_idx=seq_idx is not None,
@@ -142,6 +160,7 @@ def conv(
         u.dtype,
         backend=backend,
         op="conv",
+        I=u.shape[-1],
         K=weight.shape[-1],
         state=state is not None,
         seq_idx=seq_idx is not None,
@@ -163,7 +182,7 @@ def step(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`scan` for one token a row: u, dt, z (B, I); B, C (B, N); state (B, I, N). Returns (y (B, I), the new state)."""
-    chosen = pick(u.device, u.dtype, backend=backend, op="step", N=A.shape[1], state=True)
+    chosen = pick(u.device, u.dtype, backend=backend, op="step", I=u.shape[-1], N=A.shape[1], state=True)
     return chosen.step(u, dt, A, B, C, D, z, dt_bias, state)
 
 
@@ -171,5 +190,5 @@ def conv_step(
     u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """`conv` for one token a row: u (B, I); state (B, I, K-1). Returns (y (B, I), the new state)."""
-    chosen = pick(u.device, u.dtype, backend=backend, op="conv_step", K=weight.shape[-1], state=True)
+    chosen = pick(u.device, u.dtype, backend=backend, op="conv_step", I=u.shape[-1], K=weight.shape[-1], state=True)
     return chosen.conv_step(u, weight, bias, state)

@@ -20,7 +20,11 @@ import torch
 from torch import Tensor
 
 from moai_core import cuda
-from moai_core.scan import reference
+from moai_core.scan import cuda_conv, reference
+from moai_core.scan.cuda_conv import conv, conv_step
+from moai_core.scan.cuda_step import step
+
+__all__ = ["conv", "conv_step", "scan", "step", "why_not"]
 
 STATES = (8, 16, 32, 64, 128)
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
@@ -38,15 +42,17 @@ def why_not(
     seq_idx: bool = False,
 ) -> str | None:
     """Why these kernels can't do such a call, or None."""
-    if device.type != "cuda":
-        return f"it runs on CUDA GPUs only, not on {device.type}"
+    if (reason := cuda.why_not(device)) is not None:
+        return reason
     if dtype not in _NAMES:
         return f"it computes float32, bfloat16 and float16, not {dtype}"
+    if op in ("conv", "conv_step"):
+        return cuda_conv.why_not(I, K)
     if I % 8:
         return f"it needs a multiple of 8 channels (this model has {I})"
-    if op in ("scan", "step") and N not in STATES:
+    if N not in STATES:
         return f"it needs {', '.join(map(str, STATES[:-1]))} or {STATES[-1]} states a channel (this model has {N})"
-    return cuda.why_not(device)
+    return _too_large(device, dtype, N) if op == "scan" else None
 
 
 def scan(
@@ -93,15 +99,15 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y (B, L, I), final state (B, I, N) fp32, kept states (B, tiles, N, I), empty unless `keep`)."""
     batch, length, channels = u.shape
-    states = A.shape[1]
     y, last, kept = _outputs(u, A, keep)
     u, dt, B, C, z = (_rows(x) for x in (u, dt, B, C, z))
     A, D, dt_bias, state, seq_idx = (_solid(x) for x in (A, D, dt_bias, state, seq_idx))
-    shape = _division(u.device.index, "forward", u.dtype, B.dtype, states, batch, channels)
-    kernel = cuda.kernel("scan_forward.cu", "scan_forward", u.device, **shape.macros(u.dtype, B.dtype, states, z is not None))
-    kernel(
-        batch * _blocks(channels), 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, state, seq_idx, y, last,
-        kept if keep else None, length, channels, *_strides(u, dt, z, B, C), shared=shape.shared,
+    shape = _divide("forward", u, A, B)
+    ends, sums = _summary(shape, False, u, dt, A, B, None, dt_bias, seq_idx)
+    _kernel("scan_forward", shape, u, A, B, GATED=int(z is not None))(
+        batch * shape.segments * _blocks(channels), 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, state, seq_idx,
+        ends, sums, y, last, kept if keep else None, length, channels, shape.segments, shape.span,
+        *_strides(u, dt, z, B, C), shared=shape.shared,
     )  # fmt: skip
     return y, last, kept
 
@@ -132,23 +138,24 @@ def scan_backward(
     batch, length, channels = u.shape
     states, blocks = A.shape[1], _blocks(channels)
     d_u, d_dt, _, d_B, d_C, _, d_z, _, d_first = _gradients(u, A, B, D, z, dt_bias, continues)
-    d_A = A.new_empty(batch, channels, states)
-    d_D, d_bias = (A.new_empty(batch, channels) if x is not None else None for x in (D, dt_bias))
-    parts = A.new_empty(blocks, batch, -(-length // TILE), states, 2 * TILE)
     u, dt, B, C, z, g_y = (_rows(x) for x in (u, dt, B, C, z, g_y))
     A, D, dt_bias, seq_idx, g_last = (_solid(x) for x in (A, D, dt_bias, seq_idx, g_last))
-    shape = _division(u.device.index, "backward", u.dtype, B.dtype, states, batch, channels)
-    macros = shape.macros(u.dtype, B.dtype, states, z is not None)
-    cuda.kernel("scan_backward.cu", "scan_backward", u.device, **macros)(
-        batch * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, d_u, d_dt,
-        None if z is None else d_z, d_A, parts, d_D, d_bias, d_first if continues else None, length, channels,
-        *_strides(u, dt, z, B, C, g_y), length * channels, channels, shared=shape.shared,
+    shape = _divide("backward", u, A, B)
+    rows = batch * shape.segments
+    d_A = A.new_empty(rows, channels, states)
+    d_D, d_bias = (A.new_empty(rows, channels) if x is not None else None for x in (D, dt_bias))
+    parts = A.new_empty(blocks, batch, -(-length // shape.tile), states, 2 * shape.tile)
+    ends, sums = _summary(shape, True, g_y, dt, A, C, z, dt_bias, seq_idx)
+    _kernel("scan_backward", shape, u, A, B, GATED=int(z is not None))(
+        rows * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ends, sums,
+        d_u, d_dt, None if z is None else d_z, d_A, parts, d_D, d_bias, d_first if continues else None, length, channels,
+        shape.segments, shape.span, *_strides(u, dt, z, B, C, g_y), length * channels, channels, shared=shape.shared,
     )  # fmt: skip
-    cuda.kernel("scan_backward.cu", "scan_reduce", u.device, **macros)(
+    _kernel("scan_reduce", shape, u, A, B, GATED=int(z is not None))(
         -(-parts[0].numel() // 1024), 256, parts, d_B, d_C, blocks, batch, length
     )
-    sums = (A.new_empty(0) if x is None else x.sum(0) if batch > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias))
-    d_A, d_D, d_bias = sums
+    absent = A.new_empty(0)
+    d_A, d_D, d_bias = (absent if x is None else x.sum(0) if rows > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias))
     return d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first
 
 
@@ -181,7 +188,7 @@ scan_forward.register_autograd(_backward, setup_context=_setup)
 def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = u.shape
     states = A.shape[1]
-    kept = (batch, -(-length // TILE), states, channels) if keep else (0,)
+    kept = (batch, -(-length // tile_of(states)), states, channels) if keep else (0,)
     return (
         u.new_empty(batch, length, channels),
         u.new_empty(batch, channels, states, dtype=torch.float32),
@@ -203,55 +210,115 @@ def _gradients(
     )  # fmt: skip
 
 
-# ---- The division of the work
+def _summary(
+    shape: Division,
+    reverse: bool,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    states: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(ends (B, segments, I, N), sums of dt (B, segments, I)) of the segments of time, None where there is only one."""
+    if shape.segments == 1:
+        return None, None
+    batch, length, channels = x.shape
+    N = A.shape[1]
+    warps = next(w for w in (2, 4, 8) if N // w <= 32)
+    shared = shared_bytes("summary", warps, shape.tile, False, x.itemsize, states.itemsize, N)
+    ends, sums = A.new_empty(batch, shape.segments, channels, N), A.new_empty(batch, shape.segments, channels)
+    own = shape._replace(warps=warps, shared=shared)
+    _kernel("scan_summary", own, x, A, states, GATED=int(z is not None), REVERSE=int(reverse))(
+        batch * shape.segments * _blocks(channels), 32 * warps, x, dt, A, states, z, dt_bias, seq_idx, ends, sums,
+        length, channels, shape.segments, shape.span, *_strides(x, dt, z, states), shared=shared,
+    )  # fmt: skip
+    return ends, sums
 
-TILE = 16  # steps; also the distance of the kept states
+
+def _kernel(name: str, shape: Division, u: Tensor, A: Tensor, B: Tensor, **macros: int) -> cuda.Kernel:
+    file = "scan_backward.cu" if name == "scan_reduce" else f"{name}.cu"
+    return cuda.kernel(
+        file, name, u.device, T=_NAMES[u.dtype], TB=_NAMES[B.dtype], N=A.shape[1], WARPS=shape.warps, TILE=shape.tile,
+        PIPED=int(shape.piped), SHARED=shape.shared, **macros,
+    )  # fmt: skip
+
+
+def _divide(direction: str, u: Tensor, A: Tensor, B: Tensor) -> Division:
+    return _division(u.device.index, direction, u.itemsize, B.itemsize, *u.shape, A.shape[1])
+
+
+# ---- The division of the work
 
 
 class Division(NamedTuple):
-    """warps that share the states of 32 channels; whether stages overlap; bytes of shared memory a block."""
+    """warps that share the states of 32 channels; steps of a tile, which is also the distance of the kept states;
+    whether stages overlap; tiles of a segment of time, and segments of a row; bytes of shared memory a block."""
 
     warps: int
+    tile: int
     piped: bool
+    span: int
+    segments: int
     shared: int
 
-    def macros(self, dtype: torch.dtype, states_dtype: torch.dtype, states: int, gated: bool) -> dict[str, str | int]:
-        return {
-            "T": _NAMES[dtype], "TB": _NAMES[states_dtype], "N": states, "WARPS": self.warps, "GATED": int(gated),
-            "PIPED": int(self.piped), "TILE": TILE, "SHARED": self.shared,
-        }  # fmt: skip
 
-
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _division(
-    index: int, direction: str, dtype: torch.dtype, states_dtype: torch.dtype, states: int, batch: int, channels: int
+    index: int, direction: str, size: int, states_size: int, batch: int, length: int, channels: int, states: int
 ) -> Division:
-    """As few warps a block as still fill the GPU, each with as many states as its registers hold."""
+    """How much of a call a block, a warp and a thread do; from the shape and the GPU alone, so that the same call has
+    the same bits. Raises LookupError where no block fits the GPU's shared memory.
+
+    A row's 32 channels are one block's: two warps, each with half of the states, keep a GPU busy if there are 4 blocks
+    a multiprocessor. Fewer blocks get more warps, and time is cut into segments, which costs a pass of its own
+    (`scan_summary`).
+    """
     properties = torch.cuda.get_device_properties(index)
     limit = properties.shared_memory_per_block_optin
-    blocks = batch * _blocks(channels)
+    tile = tile_of(states)
+    tiles, blocks = -(-length // tile), batch * _blocks(channels)
+    enough = 4 * properties.multi_processor_count
     most = 32 if direction == "forward" else states  # states of one thread
-    candidates = [w for w in (1, 2, 4, 8) if states % w == 0 and states // w <= most]
-    enough = [w for w in candidates if blocks * w >= 6 * properties.multi_processor_count]
-    for warps in [*enough[:1], *reversed(candidates)]:
-        for piped in (True, False) if warps >= 8 else (False,):
-            shared = shared_bytes(direction, warps, piped, dtype.itemsize, states_dtype.itemsize, states)
-            if shared <= limit:
-                return Division(warps, piped, shared)
-    raise AssertionError(f"no division of {states} states fits {limit} bytes of shared memory")
+    warps = next(w for w in (2, 4, 8) if states // w <= most)
+    segments = max(1, min(enough // blocks, tiles // 4))
+    span = -(-tiles // segments)
+    shared = shared_bytes(direction, warps, tile, False, size, states_size, states)
+    if shared > limit:
+        raise LookupError(f"it needs {shared} bytes of shared memory a block, and this GPU has {limit}")
+    return Division(warps, tile, False, span, -(-tiles // span), shared)
 
 
-def shared_bytes(direction: str, warps: int, piped: bool, size: int, states_size: int, states: int) -> int:
-    """sizeof(Pool) of scan_forward.cu or scan_backward.cu, which check that it is enough."""
+def tile_of(states: int) -> int:
+    """Steps of a tile: fewer where a tile of many states would fill the shared memory."""
+    return 16 if states <= 32 else 8
+
+
+def shared_bytes(direction: str, warps: int, tile: int, piped: bool, size: int, states_size: int, states: int) -> int:
+    """sizeof(Pool) of scan_forward.cu, scan_summary.cu or scan_backward.cu, which check that it is enough."""
     slots, buffers = (5, 2) if piped else (2, 1)
-    wide, narrow = 32 * TILE * 4, 32 * TILE * size
-    marks = TILE * 4 + 16
-    slot = TILE * (2 * states + 16 // states_size) * states_size + marks
+    wide, narrow, marks = 32 * tile * 4, 32 * tile * size, tile * 4 + 16
+    few = tile * (states + 16 // states_size) * states_size  # of one or, with B and C in a row, two times the states
+    both = tile * (2 * states + 16 // states_size) * states_size
+    if direction == "summary":
+        return slots * (3 * narrow + few + marks) + buffers * (2 * wide + states * tile * 4)
     if direction == "forward":
-        return slots * (3 * narrow + slot) + buffers * ((2 + warps) * wide + 2 * states * TILE * 4)
-    slot += 4 * narrow + states * 32 * (4 if size == 4 else 2)
-    groups = states * 2 * TILE * 8 * 4
-    return slots * slot + buffers * ((3 + 3 * warps) * wide + 2 * states * TILE * 4 + groups) + 3 * states * 32 * 4
+        return slots * (3 * narrow + both + marks) + buffers * ((2 + warps) * wide + 2 * states * tile * 4)
+    slot = 4 * narrow + both + states * 32 * (4 if size == 4 else 2) + marks
+    groups = states * 2 * tile * (8 if states <= 32 else 1) * 4
+    held = (2 * states + (states if states <= 32 else 1)) * 32 * 4
+    return slots * slot + buffers * ((3 + 3 * warps) * wide + 2 * states * tile * 4 + groups) + held
+
+
+def _too_large(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    try:
+        for direction in ("forward", "backward"):
+            _division(index, direction, dtype.itemsize, 4, 1, 1, 32, states)
+    except LookupError as refusal:
+        return str(refusal)
+    return None
 
 
 def _blocks(channels: int) -> int:
