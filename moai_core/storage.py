@@ -351,6 +351,25 @@ def tidy(run_dir: Path) -> list[Path]:
     return [path for path, _ in stale]
 
 
+def sweep(final: Path) -> list[Path]:
+    """Remove what dead processes of this machine left half done of `final` (`NAME.tmp-PID` beside it); returns the
+    paths. For a name that no run's lock guards. Never raises.
+    """
+    try:
+        names = os.listdir(final.parent)
+    except OSError:
+        return []
+    swept = []
+    for name in names:
+        match = _TEMPORARY.fullmatch(name)
+        path = final.parent / name
+        if match and match["name"] == final.name and match["kind"] == "tmp" and _is_stale(path, int(match["pid"])):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                swept.append(path)
+    return swept
+
+
 def _is_stale(path: Path, pid: int) -> bool:
     if pid == os.getpid():
         return Path(os.path.abspath(path)) not in _writing

@@ -35,7 +35,7 @@ def convert(
 
     Examples:
 
-    - `moai convert runs/cpu-tiny tiny-jamba --to jamba` (transformers, vLLM)
+    - `moai convert runs/cpu-tiny tiny-jamba --to jamba` (transformers)
 
     - `moai convert runs/cpu-tiny tiny.gguf --to gguf --outtype q8_0` (llama.cpp)
 

@@ -96,6 +96,8 @@ def convert(
     if trim_vocab:
         _trim(source)
     options = options if to == "gguf" else Options(to, _cast(source, options))
+    if not any(name in source.files for name in hf.TOKENIZER):
+        source.notes.append("no tokenizer was found beside the model: copy its files into the result")
     report: dict[str, Any] = {
         "source": {"name": _name(src), "path": str(source.path), "format": format},
         "target": {"path": str(dst), "format": to},
@@ -106,6 +108,7 @@ def convert(
         "notes": source.notes,
         "parity": {"skipped": "--no-check"},
     }
+    storage.sweep(target)
     with _new_file(target) if getattr(writer, "FILE", False) else storage.new_folder(target) as place:
         writer.write(source, place, options, on_event)
         written = place if isinstance(place, Path) else place.path

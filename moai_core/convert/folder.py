@@ -63,7 +63,7 @@ class Fields:
     def integer(self, name: str, default: int | None = None) -> int:
         """A whole number >= 0. Raises CheckpointError where it is missing without a default, or no such number."""
         value = self.values.get(name, default)
-        if isinstance(value, float) and value == int(value):
+        if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _INTEGER_LIMIT:
             raise self.wrong(name, "a whole number")
@@ -135,7 +135,15 @@ def model_type(path: Path) -> str | None:
 
 
 def read_tensors(path: Path) -> dict[str, Lazy]:
-    """The folder's tensors by their own names, headers checked, none read. Raises CheckpointError."""
+    """The folder's tensors by their own names, headers checked, none read. Raises CheckpointError, also for a model
+    that config.json calls quantized.
+    """
+    fields = read_config(path)
+    if method := fields.values.get("quantization_config"):
+        name = method.get("quant_method") if isinstance(method, dict) else None
+        raise CheckpointError(
+            f"{fields.file}: the model is quantized ({str(name or method)[:40]}), only plain ones can be converted"
+        )
     if not any((path / name).exists() for name in (weights.SINGLE, weights.INDEX)) and torch_bin.files(path):
         return torch_bin.read(path)
     return {

@@ -67,6 +67,10 @@ def read(path: Path) -> Source:
     fields.must("use_bias", False, False, why="moai's projections have no bias")
     fields.must("hidden_act", "silu", "silu", "swish", why="only silu is Mamba's")
     hidden = fields.integer("hidden_size", 768)
+    # transformers takes intermediate_size where it is there, whatever expand says (falcon-mamba-7b: 16, and it is 2)
+    inner = fields.integer("intermediate_size", int(fields.number("expand", 2) * hidden))
+    if not hidden or inner % hidden:
+        raise fields.wrong("intermediate_size", f"a multiple of hidden_size, {hidden},")
     found = hf.read_tensors(path)
     depth = fields.integer("num_hidden_layers", 32)
     hf.check_layers(fields.file, "num_hidden_layers", depth, found)
@@ -81,7 +85,7 @@ def read(path: Path) -> Source:
         num_hidden_layers=depth,
         state_size=fields.integer("state_size", 16),
         conv_kernel_size=fields.integer("conv_kernel", 4),
-        expand_factor=fields.integer("expand", 2),
+        expand_factor=inner // hidden,
         time_step_rank=fields.rank("time_step_rank", hidden),
         rms_norm_eps=eps,
         residual_in_fp32=fields.flag("residual_in_fp32", True),

@@ -68,7 +68,7 @@ def test_a_run_is_converted_from_its_latest_step(make, tmp_path, stored, same):
             model.model.final_layernorm.weight.add_(step)
         checkpoint.save(tmp_path / "run", step, model=model)
     report = convert(tmp_path / "run", tmp_path / "out", "jamba", check=False)
-    assert report["notes"] == ["the latest checkpoint was taken: step-12"] and report["source"]["name"] == "run"
+    assert report["notes"][0] == "the latest checkpoint was taken: step-12" and report["source"]["name"] == "run"
     assert torch.equal(stored(tmp_path / "out")["model.final_layernorm.weight"], model.model.final_layernorm.weight)
 
 
@@ -230,6 +230,20 @@ def test_an_interruption_leaves_nothing(at, make, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(folder, tmp_path / "out", "jamba", on_event=on_event)
     assert intact(tmp_path)
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next(make, tmp_path):
+    import subprocess
+
+    folder, _ = make()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f"out.tmp-{dead.pid}", f"out.tmp-{os.getppid()}", f"other.tmp-{dead.pid}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    convert(folder, tmp_path / "out", "moai", check=False)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"moai", "out", f"out.tmp-{os.getppid()}", f"other.tmp-{dead.pid}"}
 
 
 def test_a_full_disk_leaves_nothing(make, tmp_path, monkeypatch):

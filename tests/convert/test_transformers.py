@@ -10,6 +10,7 @@ import transformers
 from convert_helpers import SHAPES, ours, shake, step_by_step, whole
 
 from moai_core.convert import convert
+from moai_core.errors import CheckpointError
 
 FIELDS = {
     "transformers-mamba": {"ffn": "none", "dt_bc_norm": False},
@@ -184,7 +185,7 @@ def test_the_null_attention_layer(exportable, tmp_path):
     assert config.layers_block_type == ["mamba", "mamba", "attention"]
     assert config.hidden_size // config.num_attention_heads == 128 and config.num_key_value_heads == 1
     report = convert(tmp_path / "jamba", tmp_path / "back", "moai", check=False)
-    assert report["notes"] == ["null attention layer 2 dropped: it changes nothing"]
+    assert report["notes"][0] == "null attention layer 2 dropped: it changes nothing"
 
 
 def test_a_model_without_feed_forward_fits_a_jamba(exportable, stored, same, tmp_path):
@@ -196,8 +197,6 @@ def test_a_model_without_feed_forward_fits_a_jamba(exportable, stored, same, tmp
 
 
 def test_attention_that_does_something_is_refused(tmp_path):
-    from moai_core.errors import CheckpointError
-
     transformers.JambaForCausalLM(
         transformers.JambaConfig(
             vocab_size=50, hidden_size=32, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
@@ -210,8 +209,6 @@ def test_attention_that_does_something_is_refused(tmp_path):
 
 
 def test_experts_are_refused(tmp_path):
-    from moai_core.errors import CheckpointError
-
     transformers.JambaForCausalLM(
         transformers.JambaConfig(
             vocab_size=50, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -219,6 +216,31 @@ def test_experts_are_refused(tmp_path):
         )
     ).save_pretrained(tmp_path / "theirs")  # fmt: skip
     with pytest.raises(CheckpointError, match="num_experts is 4"):
+        convert(tmp_path / "theirs", tmp_path / "moai", "moai")
+
+
+@pytest.mark.parametrize(("expand", "inner"), [(16, 32), (2.0, None), (3, 48)])
+def test_the_inner_width_counts_and_not_what_expand_says(expand, inner, tmp_path):
+    """falcon-mamba-7b says expand 16 where it means 2."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "expand": int(expand)}
+    config = transformers.FalconMambaConfig(**sizes, **({"intermediate_size": inner} if inner else {}))
+    shake(transformers.FalconMambaForCausalLM(config)).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    values = {**json.loads(file.read_text()), "expand": expand}
+    if inner is None:
+        del values["intermediate_size"]
+    file.write_text(json.dumps(values))
+    report = convert(tmp_path / "theirs", tmp_path / "moai", "moai", check=inner is not None)
+    assert json.loads((tmp_path / "moai" / "config.json").read_text())["expand_factor"] == (inner or 32) // 16
+    assert inner is None or report["parity"]["max_delta"] < 1e-4
+
+
+def test_a_quantized_model_is_refused_by_name(tmp_path):
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(CheckpointError, match=r"the model is quantized \(gptq\)"):
         convert(tmp_path / "theirs", tmp_path / "moai", "moai")
 
 
