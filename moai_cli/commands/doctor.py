@@ -49,7 +49,7 @@ def _examine(seed: int) -> dict[str, Any]:
     from moai_core.bench import install
 
     report: dict[str, Any] = {"moai": __version__, "seed": seed, "versions": list(install.versions())}
-    report |= {"devices": [], "backends": [], "self_test": [], "folders": list(install.folders())}
+    report |= {"devices": [], "backends": [], "fallbacks": [], "self_test": [], "folders": list(install.folders())}
     try:
         from moai_core.bench import selftest
     except (ImportError, OSError) as exc:
@@ -60,6 +60,7 @@ def _examine(seed: int) -> dict[str, Any]:
     report["devices"] = selftest.devices()
     for device in report["devices"]:
         report["backends"] += selftest.backends(device["name"])
+        report["fallbacks"] += [line for line in [selftest.fallback(device["name"])] if line]
         report["self_test"] += selftest.self_tests(device["name"], seed)
     return report
 
@@ -79,6 +80,8 @@ def _show(report: dict[str, Any]) -> None:
         for b in report["backends"]
     ]
     table(("device", "operation", "backend", ""), picks)
+    for line in report["fallbacks"]:
+        console.print(clean(line), style="yellow", markup=False)
     console.print()
     tests = [
         (

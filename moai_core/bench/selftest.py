@@ -42,6 +42,11 @@ def backends(name: str) -> Iterator[Finding]:
             yield {"device": name, "operation": op, "backend": backend, "picked": chosen, "why_not": why, "slow": slow}
 
 
+def fallback(name: str) -> str | None:
+    """One line where moai's kernels refuse a CUDA device."""
+    return scan.fallback(name, torch.bfloat16)
+
+
 def self_tests(name: str, seed: int) -> Iterator[Finding]:
     """Each backend that runs on a device, in fp32 and on a GPU in bf16: relative norm errors `forward` (results,
     states) and `backward` (gradients)."""

@@ -132,6 +132,7 @@ class Loop(Run):
         return self._result()
 
     def _announce(self) -> None:
+        setup.warn_of_fallback(self.model, self.ranks.device, self.on_event)
         self.on_event(
             {
                 "event": "start",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moai_core import checkpoint
+from moai_core import checkpoint, scan
 from moai_core.data import tokenize
 from moai_core.errors import UsageError
 from moai_core.recipe import Recipe
@@ -141,6 +141,16 @@ def make_ready(model: MoaiMambaForCausalLM, recipe: Recipe, dtype: torch.dtype) 
     model.set_scan_backend(recipe.model.scan if recipe.model.use_fast_scan is not False else "reference")
     model.set_checkpointing(recipe.train.checkpointing)
     model.train()
+
+
+def warn_of_fallback(model: MoaiMambaForCausalLM, device: torch.device, on_event: Any) -> None:
+    """A warning where a GPU has to train without moai's kernels, and nobody chose another scan."""
+    config = model.config
+    if model.model.scan_backend == "auto":
+        sizes = {"I": config.expand_factor * config.hidden_size, "N": config.state_size, "K": config.conv_kernel_size}
+        line = scan.fallback(device, torch.bfloat16, **sizes)
+        if line is not None:
+            on_event({"event": "warning", "message": line})
 
 
 def total_steps(recipe: Recipe, rows_in_epoch: int | None, rows_in_step: int) -> int:

@@ -99,6 +99,15 @@ def test_a_cache_that_cannot_be_written(moai, tmp_path, monkeypatch):
     assert code == 1 and cache["ok"] is False and "not writable" in cache["why"] and "MOAI_CACHE" in cache["hint"]
 
 
+def test_a_fallback_is_one_line(moai, monkeypatch):
+    line = "the scan on cuda:0 falls back to 'reference'; the backend 'cuda' refuses: too old [7.5]"
+    monkeypatch.setattr(scan, "fallback", lambda device, dtype: line)
+    code, out, _ = moai("doctor", "--json")
+    assert code == 0 and json.loads(out)["fallbacks"] == [line]
+    code, out, _ = moai("doctor")
+    assert code == 0 and line in out.splitlines()
+
+
 @pytest.mark.gpu
 def test_gpu_backends_pass():
     found = list(selftest.self_tests("cuda:0", 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_unknown_name_is_refused_with_the_choices():
     with pytest.raises(UsageError, match="unknown scan backend 'fast'") as caught:
         pick("cpu", backend="fast")
     assert caught.value.exit_code == 2
-    assert caught.value.hint == "choose one of: auto, cpu, mamba_ssm, reference"
+    assert caught.value.hint == "choose one of: auto, cuda, cpu, mamba_ssm, reference"
 
 
 def test_a_named_backend_is_never_replaced():
@@ -63,7 +65,7 @@ def test_explain_lists_every_backend_in_order():
 
 
 def test_integers_suit_no_backend():
-    with pytest.raises(UsageError, match=r"no scan backend works on cpu with torch.int64 \(cpu: not torch.int64; "):
+    with pytest.raises(UsageError, match=r"no scan backend works on cpu with torch.int64 \(.*; cpu: not torch.int64; "):
         pick("cpu", torch.int64)
 
 
@@ -79,3 +81,23 @@ def test_without_numba_the_reason_is_said(monkeypatch):
     finally:
         package.cpu._numba_problem.cache_clear()
         pick.cache_clear()
+
+
+def test_a_gpu_without_moais_kernels_names_what_runs_instead(monkeypatch):
+    """Whatever the reason (too old, no NVRTC, sizes), one line says it, and other devices say nothing."""
+    gpu = torch.device("cuda", 0)
+    reason = "it needs compute capability 8.0 or newer, and Tesla T4 has 7.5"
+    refusing = SimpleNamespace(why_not=lambda *args, **options: reason)
+    packed = SimpleNamespace(why_not=lambda *args, seq_idx=False, **options: "no packing" if seq_idx else None)
+    monkeypatch.setattr(
+        package, "BACKENDS", {"cuda": refusing, "mamba_ssm": packed, "reference": BACKENDS["reference"]}
+    )
+    assert package.fallback(gpu) == (
+        f"the scan on cuda:0 falls back to 'reference', a loop over time, slow; the backend 'cuda' refuses: {reason}"
+    )
+    assert package.fallback("cpu") is None
+    willing = SimpleNamespace(why_not=lambda *args, **options: None)
+    monkeypatch.setattr(package, "BACKENDS", {"cuda": refusing, "other": willing, "reference": BACKENDS["reference"]})
+    assert package.fallback(gpu).startswith("the scan on cuda:0 falls back to 'other'; the backend 'cuda' refuses: ")
+    monkeypatch.setattr(package, "BACKENDS", {"cuda": willing, "reference": BACKENDS["reference"]})
+    assert package.fallback(gpu) is None
