@@ -3,8 +3,8 @@ tokens. Plain arithmetic, no torch.
 
 Memory is counted, not guessed: the tensors that autograd keeps are listed term by term from moai_core/model and
 moai_core/scan, and the peak is taken over the phases of a step, which don't need their working memory at the same
-time. On a GPU it stands for a scan that keeps its inputs; the reference scan keeps every step and needs far more. Not
-counted: several devices (states are not sharded yet), and time, which needs a measured throughput.
+time. On a GPU it stands for moai's own kernels; the reference scan keeps every step and needs far more. Not counted:
+several devices (states are not sharded yet), and time, which needs a measured throughput.
 
 Letters as in the model: H hidden, I inner, N state, K convolution, R time-step rank, V vocabulary, F feed-forward
 width; T tokens a micro-batch.
@@ -42,12 +42,15 @@ GPUS = {
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090 (24 GB)", int(23.5 * GIB)),
 }
 
-# Logits that exist at once (moai_core/model/loss.py) and elements that adamw_bf16 updates at once
-# (moai_core/training/optim.py).
-LOSS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+# Logits that exist at once (moai_core/model/loss.py: on a GPU counted as if they had 16 bits) and elements that
+# adamw_bf16 updates at once on a CPU (moai_core/training/optim.py).
+LOSS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 30}
+LOSS_FEW = 4
 BF16_CHUNK = 1 << 24
-# Tokens between two states that the CUDA scan of mamba_ssm keeps for its backward pass.
-SCAN_CHUNK = 2048
+# Tokens between two states that the scan keeps for its backward pass, and channels whose gradients of B and C are one
+# partial sum (moai_core/scan/cuda.py, cpu_kernels.py).
+SCAN_TILE = {"cpu": 16, "cuda": 16}
+SCAN_WIDTH = {"cpu": 128, "cuda": 32}
 
 # Share of a device that a plan may fill: the rest goes to gaps between blocks (torch reserved 5 to 10 % more than it
 # used, measured on an H100).
@@ -79,7 +82,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, int]:
 
 def flops_per_token(config: Mapping[str, Any], length: int = 1, *, checkpointing: str = "none") -> dict[str, int]:
     """FLOPs a token: `forward`, `training` (forward and backward: three times forward, what MFU counts), and
-    `recompute`, which checkpointing adds.
+    `recompute`, which checkpointing adds (selective: the convolution and dt_proj).
 
     A multiply-add counts as two. Matrix products: 2 a parameter, the head's included, the embedding's look-up not.
     Convolution: 2 K I. Scan: 9 N a channel (dt A, exp, dt u B: two, state: two, C h: two, and the softplus and skip
@@ -90,7 +93,9 @@ def flops_per_token(config: Mapping[str, Any], length: int = 1, *, checkpointing
     products = sum(p[part] for part in ("in_proj", "x_proj", "dt_proj", "out_proj", "feed-forward"))
     layers = 2 * products + c["layers"] * c["I"] * (2 * c["K"] + 9 * c["N"] + 6)
     forward = layers + 2 * c["V"] * c["H"]
-    return {"forward": forward, "training": 3 * forward, "recompute": layers if checkpointing == "full" else 0}
+    selective = 2 * p["dt_proj"] + c["layers"] * c["I"] * 2 * c["K"]
+    again = {"none": 0, "selective": selective, "full": layers}[checkpointing]
+    return {"forward": forward, "training": 3 * forward, "recompute": again}
 
 
 @dataclass(frozen=True)
@@ -148,37 +153,58 @@ def _tensors(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(size, n) for size in layer] + [(size, 1) for size in ends]
 
 
-def saved_per_token(config: Mapping[str, Any], precision: str, device: str = "cuda") -> dict[str, float]:
-    """Bytes a token that one layer keeps for its backward pass without checkpointing: `activations` and, apart from
-    them, `scan states`.
+def saved_per_token(
+    config: Mapping[str, Any], precision: str, device: str = "cuda", checkpointing: str = "none"
+) -> dict[str, float]:
+    """Bytes a token that one layer keeps for its backward pass: `activations` and, apart from them, `scan states`.
 
-    device "cuda" stands for fused norms and a scan that works in the products' dtype, keeps its result before the
-    gate and a state every 2048 tokens; "cpu" for norms of single operations and the scan of moai_core/scan/cpu.py:
-    fp32 inputs, no result, a state every 16 tokens.
+    device "cuda" stands for moai's kernels, which keep their inputs and a number a row; "cpu" for norms and SwiGLU of
+    single operations, which keep a product each. checkpointing "selective" leaves out what moai_core/model/recompute.py
+    makes again, "full" all but the layer's input.
     """
     c, b = _letters(config), _bytes(config, precision)
     H, I, N, R, F = c["H"], c["I"], c["N"], c["R"], c["F"]
-    on_cpu = device == "cpu"
-    wide = 4 if on_cpu else b.a
-    # A norm computes in fp32: it keeps its fp32 input, the scale and, on a CPU, the product; what comes out is kept
-    # by the matrix product after it.
-    inner = 4 * (2 if on_cpu else 1)
-    norm = (inner + b.a) * H + 4
-    mixer = norm
-    mixer += wide * 2 * I  # in_proj's result: u for the convolution, z for the gate
-    mixer += b.a * I + (4 * I if on_cpu and b.a < 4 else 0)  # the convolution's result, input of x_proj and of the scan
-    mixer += wide * I  # dt
+    if checkpointing == "full":
+        return {"activations": float(b.r * H), "scan states": 0.0}
+    on_cpu, keep = device == "cpu", checkpointing == "none"
+    # A norm keeps the stream and its scale. On a CPU it works on an fp32 copy, if the stream isn't fp32, and keeps the
+    # scaled stream too; the stream itself stays where the norm is made again.
+    norm = b.r * H + 4
+    if on_cpu:
+        norm = (4 + 4 + (b.r if b.r < 4 and not keep else 0)) * H + 4
+    # Its result is kept by the matrix products after it; autocast makes a copy for each of them.
+    copies = 2 if b.cast else 1
+    mixer: float = norm + (b.a * H if keep else 0)
+    mixer += b.a * 2 * I  # in_proj's result: the convolution's input u and the gate z
+    mixer += (2 * b.a * I) if keep else 0  # the convolution's result and dt
     mixer += b.a * I  # the gated y: input of out_proj
-    mixer += 1 if on_cpu else b.a * I  # document marks; y before the gate
     if config["dt_bc_norm"]:
-        mixer += (
-            inner * (R + 2 * N) + 12 + b.a * R + (4 if on_cpu else b.w) * 2 * N
-        )  # the three norms; input of dt_proj; B and C
+        wide = 4 if on_cpu else b.a
+        mixer += wide * (R + 2 * N) + 12 + (4 * (R + 2 * N) if on_cpu else 0)  # three norms
+        mixer += b.a * R + b.w * 2 * N  # input of dt_proj; B and C
+        mixer += b.w * R if b.cast and not keep else 0  # what dt_proj's input was before autocast
     else:
-        mixer += b.a * (R + 2 * N) + (8 * N if on_cpu and b.a < 4 else 0)
-    feed = norm + 4 * b.a * F if F else 0  # gate, silu(gate), up, and their product: input of down_proj
-    states = 4 * I * N / 16 if on_cpu else 4 * 2 * I * N / SCAN_CHUNK
+        mixer += b.a * (R + 2 * N)
+    feed: float = 0
+    if F:
+        feed = norm + 2 * b.a * F + (b.a * F if on_cpu else 0)  # gate, up; on a CPU silu(gate)
+        feed += (copies * b.a * H + b.a * F) if keep else 0  # input of gate and up, input of down_proj
+    states = (4 if on_cpu or b.a == 4 else 2) * I * N / SCAN_TILE[device]
     return {"activations": float(mixer + feed), "scan states": states}
+
+
+def _flight_per_token(config: Mapping[str, Any], precision: str, device: str, checkpointing: str) -> float:
+    """Bytes a token in the backward pass of one layer beyond what the forward pass kept: what is made again, and the
+    gradients on their way through the wider of feed-forward and scan."""
+    c, b = _letters(config), _bytes(config, precision)
+    I, N, F = c["I"], c["N"], c["F"]
+    feed = 3 * b.a * F  # gradients of SwiGLU's product, gate and up
+    scan = 4 * b.a * I + 8 * N * I / SCAN_WIDTH[device]  # gradients of y, u, dt and z; parts of those of B and C
+    scan += 2 * b.a * I if checkpointing == "selective" else 0  # u and dt
+    scan -= 2 * b.a * F  # the feed-forward's gate and up are gone by then
+    layer = saved_per_token(config, precision, device)
+    again = sum(layer.values()) if checkpointing == "full" else 0
+    return again + max(feed, scan) + (4 + b.r) * c["H"]
 
 
 def memory(config: Mapping[str, Any], recipe: Recipe) -> dict[str, int]:
@@ -196,42 +222,57 @@ def _phases(config: Mapping[str, Any], recipe: Recipe) -> dict[str, dict[str, in
     device = "cpu" if recipe.hardware.gpu == "cpu" else "cuda"
     precision = resolved_precision(recipe)
     b, p = _bytes(config, precision), parameters(config)
-    T, H, I, F, V = t.batch_size * recipe.data.max_length, c["H"], c["I"], c["F"], c["V"]
+    T, H, V = t.batch_size * recipe.data.max_length, c["H"], c["V"]
     held = weights_gradients_optimizer(config, recipe, precision)
-    many = recipe.accumulation(recipe.hardware.count) > 1
-    layer = saved_per_token(config, precision, device)
-    full = t.checkpointing == "full"
-    # With checkpointing each layer keeps its input; the final norm keeps its fp32 input and the loss its result.
-    stash = T * c["layers"] * (b.r * H if full else layer["activations"]) + T * H * (4 + b.a)
-    states = 0 if full else T * c["layers"] * layer["scan states"]
-    # Autocast keeps a bf16 copy of every matrix it met until the forward pass, loss included, is over.
-    copies = b.cast * sum(p[k] for k in ("in_proj", "x_proj", "dt_proj", "out_proj", "feed-forward")) + b.cast * V * H
+    layer = saved_per_token(config, precision, device, t.checkpointing)
+    # The final norm keeps its input and, on a CPU, the scaled one; the loss has its result.
+    ends = T * H * ((b.r if device == "cuda" else 4 + 4) + b.w)
+    stash = T * c["layers"] * layer["activations"] + ends
+    states = T * c["layers"] * layer["scan states"]
+    # Autocast keeps a bf16 copy of every matrix it met until the forward pass, loss included, is over; the backward
+    # pass needs those of layers that aren't computed again.
+    copies = b.cast * sum(p[k] for k in ("in_proj", "x_proj", "dt_proj", "out_proj", "feed-forward"))
 
-    rows = min(T, max(16, LOSS_CHUNK[device] // V))
-    # A chunk's logits in the products' dtype and up to three fp32 tensors of their size; the gradient of the head in
-    # fp32, a chunk's part of it (once more in fp32 under autocast), and the gradient of the hidden states.
-    chunk = rows * V * ((b.a if b.a < 4 else 0) + 3 * 4)
-    loss = chunk + V * H * (4 + b.w + b.cast) + T * H * b.a
-    # The last layer's backward pass: its recomputed activations, the head's gradient that the loss kept, its product
-    # with the incoming one, and the gradients in flight through the widest part (feed-forward: three of width F;
-    # scan: du, dt, dz, dy of width I).
-    again = T * layer["activations"] if full else 0
-    flight = T * (b.a * max(3 * F, 5 * I) + (4 + b.r) * H)
-    step = 5 * 4 * min(BF16_CHUNK, V * H) if recipe.optim.name == "adamw_bf16" or b.w == 2 else 0
+    flight = T * _flight_per_token(config, precision, device, t.checkpointing)
+    many = recipe.accumulation(recipe.hardware.count) > 1
+    head = V * H * b.w
+    # fp32 values of a part of one tensor at a time; on a GPU one kernel updates all of them.
+    step = 5 * 4 * min(BF16_CHUNK, V * H) if device == "cpu" and (recipe.optim.name == "adamw_bf16" or b.w == 2) else 0
     base: dict[str, float] = {"weights": held["weights"], "optimizer": held["optimizer"], "overhead": _overhead(recipe)}
     grads = held["gradients"] if many else 0
     phases: dict[str, dict[str, float]] = {
-        "loss": {**base, "gradients": grads, "activations": stash + copies, "scan states": states, "logits": loss},
+        "loss": {
+            **base,
+            "gradients": grads,
+            "activations": stash + copies + b.cast * V * H,
+            "scan states": states,
+            "logits": _loss(T, V, H, b, device),
+        },
         "backward": {
             **base,
-            "gradients": max(grads, V * H * b.w),
-            "activations": stash + again + flight,
-            "scan states": states + (T * layer["scan states"] if full else 0),
-            "logits": V * H * 2 * b.w,
+            "gradients": grads + head,
+            "activations": stash + flight + (copies if t.checkpointing != "full" else 0),
+            "scan states": states,
+            "logits": T * H * b.w,
         },
         "update": {**base, "gradients": held["gradients"], "activations": step, "scan states": 0, "logits": 0},
     }
     return {name: {kind: int(kinds[kind]) for kind in KINDS} for name, kinds in phases.items()}
+
+
+def _loss(T: int, V: int, H: int, b: _Bytes, device: str) -> int:
+    """Bytes of the loss of T tokens: a chunk of logits, the gradients of the head and of the hidden states."""
+    if device == "cpu":
+        # Logits in the products' dtype and up to three fp32 tensors of their size; the gradient of the head in fp32
+        # and a chunk's part of it (once more in fp32 under autocast).
+        rows = min(T, max(16, LOSS_CHUNK[device] // V))
+        return rows * V * ((b.a if b.a < 4 else 0) + 3 * 4) + V * H * (4 + b.w + b.cast) + T * H * b.w
+    # The kernel leaves the gradient in the logits' place. Chunks are of one size, a multiple of 256 rows; a few add
+    # their parts of the head's gradient in its own dtype, more of them in fp32.
+    pieces = -(-T // max(256, LOSS_CHUNK[device] * 2 // (b.a * V) // 256 * 256))
+    rows = -(-T // (pieces * 256)) * 256
+    total = 0 if pieces == 1 else b.w if pieces <= LOSS_FEW else 4
+    return min(T, rows) * V * b.a + V * H * (b.w + b.cast + total) + T * H * b.w * min(2, pieces)
 
 
 def resolved_precision(recipe: Recipe) -> str:
@@ -365,7 +406,7 @@ def plan(recipe: Recipe) -> Plan:
             f"tokenizer is not set: a tokenizer of at most {config['vocab_size']:,} entries is needed, tokenizer=PATH"
         )
     if gpu != "cpu":
-        notes.append("memory assumes a fused CUDA scan; `moai doctor` says which scan a machine runs")
+        notes.append("memory is that of moai's CUDA kernels; `moai doctor` says which scan a machine runs")
     return Plan(
         recipe=recipe.name,
         device=GPUS[gpu].label if gpu in GPUS else {"cpu": "this machine"}.get(gpu or "", "a device"),

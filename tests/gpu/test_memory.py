@@ -1,12 +1,13 @@
-"""The planner's peak against what a training step of a 2b recipe really allocates on a GPU: `pytest -m gpu tests/gpu`.
+"""The planner's peak against what a training step of a 2b recipe really allocates on a GPU, and what selective
+checkpointing leaves in its memory: `pytest -m gpu tests/gpu/test_memory.py -s` prints the table.
 
-Model, loss, autocast, checkpointing and optimizer are the real ones. Scan and convolution are stand-ins that compute
-nothing but allocate and keep what a fused kernel keeps (inputs, the result before the gate, a state every 2048 tokens):
-the plan describes such a kernel, and the reference loop keeps far more.
+Model, kernels, loss, autocast, checkpointing and optimizer are the real ones. The figures of a run without accumulation
+(bf16 weights and moments, 4 and 8 rows of 2048 tokens) are those of docs/bench/training.md.
 """
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -14,46 +15,51 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-
-class Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, z, dt_bias):
-        batch, length, inner = u.shape
-        before_gate = torch.zeros_like(u, memory_format=torch.contiguous_format)
-        states = u.new_zeros(batch, -(-length // 2048), 2 * inner, A.shape[1], dtype=torch.float32)
-        ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, before_gate, states)
-        return torch.zeros_like(before_gate), states.new_zeros(batch, inner, A.shape[1])
-
-    @staticmethod
-    def backward(ctx, *_):
-        return tuple(torch.zeros_like(t) for t in ctx.saved_tensors[:8])
+BF16 = ["train.precision=bf16", "optim.name=adamw_bf16"]
 
 
-class Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, weight, bias):
-        ctx.save_for_backward(u, weight, bias)
-        return torch.zeros_like(u, memory_format=torch.contiguous_format), u.new_zeros(u.shape[0], u.shape[2], 3)
-
-    @staticmethod
-    def backward(ctx, *_):
-        return tuple(torch.zeros_like(t) for t in ctx.saved_tensors)
+def rows(count: int, mode: str) -> list[str]:
+    """A step of one micro-batch of so many rows."""
+    return [f"train.batch_size={count}", f"train.effective_batch={count}", f"train.checkpointing={mode}", *BF16]
 
 
-@pytest.mark.parametrize("name", ["h100-2b", "a40-2b", "rtx4090-2b"])
-def test_the_planned_peak_is_within_10_percent(monkeypatch, name):
-    from moai_core import plan, recipe, scan
+CASES = [
+    ("h100-2b", []),
+    ("a100-2b", []),
+    ("a40-2b", []),
+    ("rtx4090-2b", []),
+    ("h100-2b", rows(4, "none")),
+    ("h100-2b", rows(4, "selective")),
+    ("h100-2b", rows(4, "full")),
+    ("h100-2b", rows(8, "selective")),
+    ("h100-2b", ["train.batch_size=4", "train.checkpointing=none"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_kernels():
+    from moai_core import scan
+
+    reason = scan.BACKENDS["cuda"].why_not(torch.device("cuda", 0), torch.bfloat16)
+    if reason:
+        pytest.skip(reason)
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize(("name", "overrides"), CASES, ids=str)
+def test_the_planned_peak_is_within_5_percent(name, overrides):
+    from moai_core import plan, recipe
     from moai_core.model import MoaiMambaConfig, MoaiMambaForCausalLM
     from moai_core.training import optim, setup
 
-    made = recipe.load(name, ["hardware.gpu=null"])
-    planned = plan.plan(recipe.load(name))
+    made = recipe.load(name, ["hardware.gpu=null", *overrides])
+    planned = plan.plan(recipe.load(name, overrides))
     if torch.cuda.get_device_properties(0).total_memory < planned.peak * 1.1:
         pytest.skip("this GPU is too small for the recipe")
-    monkeypatch.setattr(scan, "scan", lambda *tensors, **_: Scan.apply(*tensors))
-    monkeypatch.setattr(scan, "conv", lambda u, weight, bias, **_: Conv.apply(u, weight, bias))
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     dtype, mixed = setup.precision(made)
     with torch.device("cuda"):
@@ -62,15 +68,83 @@ def test_the_planned_peak_is_within_10_percent(monkeypatch, name):
     torch.cuda.reset_peak_memory_stats()  # casting held both copies
     optimizer = optim.make_optimizer(model, made.optim, lr=1e-4, seed=0)
     shape = (made.train.batch_size, made.data.max_length)
+    accumulation = min(2, made.accumulation(1))  # the gradients of the first beside the second
     for _ in range(2):
-        for _ in range(2):  # accumulation keeps the gradients of the first beside the second
+        for _ in range(accumulation):
             ids = torch.randint(10, 100, shape, device="cuda")
+            seq_idx = torch.zeros(shape, dtype=torch.int32, device="cuda")
             with torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext():
-                loss = model(ids, labels=ids, num_items=2 * ids.numel()).loss
+                items = accumulation * ids.numel()
+                loss = model(ids, labels=ids, seq_idx=seq_idx, num_items=items, seq_idx_in_order=True).loss
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     measured = torch.cuda.max_memory_allocated() - before
     want = planned.peak - planned.memory["overhead"]
-    print(f"{name}: measured {measured / 2**30:.2f} GiB, planned {want / 2**30:.2f} GiB, {want / measured:.3f}")
-    assert want == pytest.approx(measured, rel=0.1)
+    print(
+        f"\n{name} {' '.join(overrides)}: measured {measured / 1e9:.2f} GB ({measured / 2**30:.2f} GiB), "
+        f"planned {want / 1e9:.2f}, {want / measured:.3f}, in the {planned.phase}"
+    )
+    assert want == pytest.approx(measured, rel=0.05)
+
+
+def small(precision: str, layers: int = 3, **fields):
+    from moai_core.model import MoaiMambaConfig, MoaiMambaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": layers}
+    model = MoaiMambaForCausalLM(MoaiMambaConfig(initializer_range=0.1, **{**shape, **fields})).train().cuda()
+    return model.to(torch.bfloat16) if precision == "bf16" else model
+
+
+def mixed(precision: str):
+    return torch.autocast("cuda", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize("fields", [{}, {"dt_bc_norm": False, "ffn": "none"}, {"residual_in_fp32": True}], ids=str)
+def test_gradients_are_the_same_bits_in_every_mode(fields, precision):
+    model = small(precision, **fields)
+    ids = torch.randint(5, 512, (2, 333), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    seq_idx = (torch.arange(333, device="cuda") >= 100).int().expand(2, -1).contiguous()
+    found = []
+    for mode in ("none", "selective", "full"):
+        model.set_checkpointing(mode)
+        model.zero_grad(set_to_none=True)
+        for _ in range(2):
+            with mixed(precision):
+                loss = model(ids, labels=ids, seq_idx=seq_idx).loss
+            loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    none, selective, full = found
+    for name, grad in none.items():
+        assert torch.isfinite(grad).all() and grad.abs().sum() > 0, name
+        assert torch.equal(grad, selective[name]), f"selective: {name}"
+        assert torch.equal(grad, full[name]), f"full: {name}"
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+def test_a_layer_keeps_what_the_planner_counts(precision, mode):
+    """The allocator rounds each tensor up to 512 bytes, so within 1 %."""
+    from moai_core import plan
+
+    def held(layers: int, length: int) -> int:
+        model = small(precision, layers)
+        model.set_checkpointing(mode)
+        ids = torch.zeros(4, length, dtype=torch.long, device="cuda")
+        with mixed(precision):
+            model.model(ids)  # what libraries reserve at first use
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        with mixed(precision):
+            out = model.model(ids)
+        torch.cuda.synchronize()
+        after = torch.cuda.memory_allocated()
+        assert out.last_hidden_state.requires_grad
+        return after - before
+
+    lengths = (512, 1536)
+    short, long = (held(3, length) - held(2, length) for length in lengths)
+    want = plan.saved_per_token(small(precision, 1).config.numbers(), precision, "cuda", mode)
+    assert (long - short) / (4 * (lengths[1] - lengths[0])) == pytest.approx(sum(want.values()), rel=0.01)

@@ -11,11 +11,12 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM
+from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, config, cuda, plan, scan
 from moai_core.errors import UsageError
 from moai_core.model import fused
 from moai_core.model.recompute import Recomputed, call, repeatable, split_halves
@@ -123,11 +124,11 @@ class Live(TorchDispatchMode):
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
-def held(mode, precision, layers, **fields):
+def held(mode, precision, layers, length=LENGTH, **fields):
     """Bytes that a forward pass of the stack leaves behind for the backward pass."""
     model = make(precision, num_hidden_layers=layers, **fields)
     model.set_checkpointing(mode)
-    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    ids = torch.zeros(BATCH, length, dtype=torch.long)
     gc.disable()  # what only a garbage collection frees is held
     try:
         with Live(model) as live:
@@ -158,6 +159,54 @@ def test_autocasts_copies_are_dropped_too():
     none, selective, full = (held_by_a_layer(mode, "bf16-mixed") for mode in ("none", "selective", "full"))
     assert none - selective == 2 * (3 * H + 2 * I + F) - 4 * R
     assert full == 4 * H
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize("fields", SHAPES, ids=["jamba-like", "mamba", "fp32-stream"])
+def test_the_planner_counts_what_a_layer_keeps(fields, precision, mode):
+    fields = {**fields, "hidden_size": 64, "intermediate_size": 96, "state_size": 16, "time_step_rank": 7}
+    few, many = (
+        held(mode, precision, 3, length, **fields) - held(mode, precision, 2, length, **fields) for length in (64, 192)
+    )
+    planned = plan.saved_per_token(make(**fields).config.numbers(), precision, "cpu", mode)
+    # By token alone: copies of weights do not count.
+    assert (many - few) / (BATCH * 128) == sum(planned.values())
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("precision", "fields"),
+    [("fp32", {}), ("bf16", {}), ("bf16-mixed", {}), ("bf16", {"dt_bc_norm": False, "ffn": "none"})],
+    ids=str,
+)
+def test_the_planner_counts_what_a_layer_of_2b_keeps_with_the_gpu_operators(monkeypatch, precision, fields, mode):
+    """Their fake implementations say what they allocate; no GPU and no memory is needed for that."""
+    for backend in (scan.BACKENDS["cuda"], cuda):
+        monkeypatch.setattr(backend, "why_not", lambda *_, **__: None)
+    scan.pick.cache_clear()
+    numbers = config.fields("2b", **fields)
+
+    def held(layers, length):
+        with torch.device("meta"):
+            model = MoaiMambaForCausalLM(MoaiMambaConfig(**{**numbers, "num_hidden_layers": layers})).train()
+        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        model.set_scan_backend("cuda")
+        model.set_checkpointing(mode)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            ids = torch.zeros(2, length, dtype=torch.long)
+            with Live(model) as live:
+                with mixed(precision):
+                    out = model.model(ids).last_hidden_state
+                return live.bytes() - out.nbytes
+
+    few, many = (held(3, length) - held(2, length) for length in (64, 192))
+    try:
+        planned = plan.saved_per_token(numbers, precision, "cuda", mode)
+        assert (many - few) / (2 * 128) == sum(planned.values())
+    finally:
+        scan.pick.cache_clear()
 
 
 def test_nothing_outlives_the_backward_pass():
