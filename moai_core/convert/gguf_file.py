@@ -163,8 +163,10 @@ class _Reader:
         if inner in _SCALARS:
             code = "<" + _SCALARS[inner]
             return np.frombuffer(self.take(count * struct.calcsize(code)), dtype=np.dtype(code))
-        if inner != _STRING or count * 8 > self.left:
-            raise self.fail("damaged header (an array of an unknown type or beyond the end of the file)")
+        if inner != _STRING:
+            raise self.fail(f"damaged header (an array of the unknown type {inner})")
+        if count * 8 > self.left:
+            raise self.fail(f"truncated or damaged header (a list of {count} strings)")
         return [self.text() for _ in range(count)]
 
 

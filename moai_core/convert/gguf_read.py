@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from moai_core import config as numbers
 from moai_core.convert import folder as hf
@@ -75,7 +76,7 @@ def read(path: Path) -> Source:
         raise CheckpointError(f"{path}: tensor {unknown[0]} has no place in this model")
     files, entries, notes = gguf_tokenizer.from_keys(header.keys, values["vocab_size"], path)
     ids = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    files |= gguf_tokenizer.settings_from_keys(header.keys, ids)
+    files |= gguf_tokenizer.settings_from_keys(header.keys, ids) | _card(header)
     notes = [f"null attention layer {number} dropped: it changes nothing" for number in nulls] + notes
     if architecture == "jamba" and not ffn:
         notes.append("the feed-forwards are zero, they were dropped")
@@ -83,6 +84,19 @@ def read(path: Path) -> Source:
     if dtype == torch.float32 and kinds:
         notes.append(f"{', '.join(kinds)} is read as fp32, which holds every number exactly")
     return Source(path, "gguf", values, taken, files, entries, notes)
+
+
+def _card(header: Header) -> dict[str, bytes]:
+    """A model card of what the keys say of licence, languages and tags."""
+    found = {}
+    for ours, theirs, kind in (("license", "license", str), ("language", "languages", list), ("tags", "tags", list)):
+        value = header.keys.get(f"general.{theirs}")
+        if isinstance(value, kind):
+            found[ours] = value
+    name = header.keys.get("general.name")
+    title = f"# {name}\n" if isinstance(name, str) else ""
+    text = f"---\n{yaml.safe_dump(found, allow_unicode=True)}---\n\n{title}"
+    return {"README.md": text.encode()} if found else {}
 
 
 def _names(layers: list[int]) -> list[tuple[str, str]]:
@@ -95,7 +109,7 @@ def _layers(header: Header, keys: _Keys) -> tuple[list[int], list[int]]:
     """The numbers of the Mamba layers and those of the null attention layers. Raises CheckpointError."""
     path, depth = header.path, keys.count("block_count")
     there = {int(match[1]) for name in header.tensors if (match := re.match(r"blk\.(\d{1,9})\.", name))}
-    if there != set(range(depth)) or len(there) != depth:
+    if len(there) != depth or max(there) >= depth:
         raise CheckpointError(
             f"{path}: the key {keys.architecture}.block_count is {depth}, the tensors have {len(there)}"
         )

@@ -241,7 +241,7 @@ def from_keys(keys: Mapping[str, Any], rows: int, path: Path) -> tuple[dict[str,
         index = keys.get(f"tokenizer.ggml.{theirs}_token_id")
         if type(index) is int and 0 <= index < used:
             config[f"{ours}_token"] = tokens[index]
-    config["model_max_length"] = 1000000000
+    config |= {"model_max_length": 1000000000, "padding_side": "left"}
     files = {"tokenizer.json": raw, "tokenizer_config.json": json_bytes(config)}
     if template := _original_template(keys):
         files["chat_template.jinja"] = template.encode()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 
 from moai_core.convert import gguf_tokenizer
 from moai_core.convert.gguf_file import BF16, BLOCK, F16, F32, PLAIN, library
@@ -23,7 +25,7 @@ _FILE_TYPE = {F32: "ALL_F32", F16: "MOSTLY_F16", BF16: "MOSTLY_BF16", Q8_0: "MOS
 # Fields of config.json without a key of their own in GGUF; they travel in moai.config.
 EXTRA = (
     "pad_token_id", "bos_token_id", "eos_token_id", "dt_bc_norm_eps", "initializer_range", "residual_in_fp32",
-    "use_fast_scan", "use_checkpoint", "quantization_bits", "use_quantization",
+    "use_fast_scan", "use_checkpoint", "quantization_bits", "use_quantization", "intermediate_size",
 )  # fmt: skip
 
 # GGUF's name, moai's name.
@@ -273,6 +275,7 @@ def _keys(source: Source, architecture: str, weightless: bool, parts: list[_Part
         "general.type": "model",
         "general.name": source.path.name.removesuffix(".gguf") or "moai",
         "general.size_label": gguf.size_label(count, count, 0, 0),
+        **_card_keys(source.files),
         "general.file_type": int(gguf.LlamaFileType[_FILE_TYPE[main]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **{f"{architecture}.{name}": value for name, value in own.items()},
@@ -280,6 +283,22 @@ def _keys(source: Source, architecture: str, weightless: bool, parts: list[_Part
         **gguf_tokenizer.settings_to_keys(source.files, source.path),
         "moai.config": json.dumps({name: config[name] for name in EXTRA}),
     }
+
+
+def _card_keys(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Licence, languages and tags from the front matter of the model card, as far as it has them."""
+    front = re.match(r"---\n(.*?)\n---\n", files.get("README.md", b"").decode(errors="replace"), re.DOTALL)
+    try:
+        given = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:  # a card is for people; what can't be parsed stays where it is
+        given = None
+    keys: dict[str, Any] = {}
+    for ours, theirs in (("license", "license"), ("language", "languages"), ("tags", "tags")):
+        value = given.get(ours) if isinstance(given, dict) else None
+        listed = [str(item) for item in (value if isinstance(value, list) else [value]) if item]
+        if listed:
+            keys[f"general.{theirs}"] = listed[0] if ours == "license" else listed
+    return keys
 
 
 def _add_key(writer: Any, name: str, value: Any) -> None:
