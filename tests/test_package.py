@@ -1,4 +1,4 @@
-"""The wheel carries the recipes, the packaged text and the tokenizers, and finds them without a checkout."""
+"""The wheel carries recipes, packaged text, tokenizers and GPU kernels, and finds them without a checkout."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def test_a_wheel_finds_its_recipes_and_tokenizers(tmp_path):
         archive.extractall(tmp_path / "site")
     top = {path.name for path in (tmp_path / "site").iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"moai_core", "moai_cli"}, "a top-level tokenizers/ would shadow the library"
+    kernels = {path.name for path in (ROOT / "moai_core" / "cuda").glob("*.cu*")}
+    inside = {path.name for path in (tmp_path / "site" / "moai_core" / "cuda").glob("*.cu*")}
+    assert {"common.cuh", "adamw.cu"} <= kernels == inside
     code = (
         "import moai_core; from moai_core import paths, recipe; from moai_core.data.tokenize import load_tokenizer; "
         "assert str(paths.RECIPES).startswith(sys.argv[1]); made = recipe.load('cpu-tiny'); "

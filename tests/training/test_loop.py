@@ -11,7 +11,7 @@ import signal
 import pytest
 import torch
 
-from moai_core import checkpoint, storage
+from moai_core import checkpoint, scan, storage
 from moai_core.errors import (
     CheckpointError,
     DataError,
@@ -49,6 +49,23 @@ def stop_at(flag, kind, step):
 
 
 # ---- learning
+
+
+def test_a_gpu_without_moais_kernels_is_a_warning(tiny, tmp_path, monkeypatch):
+    """Once, before the first step; not where the recipe itself chose another scan."""
+    asked = []
+
+    def fallback(device, dtype, **sizes):
+        asked.append(sizes)
+        return "the scan falls back"
+
+    monkeypatch.setattr(scan, "fallback", fallback)
+    for chosen, expected in (("auto", 1), ("reference", 0)):
+        events = []
+        train(tiny("train.steps=2", f"model.scan={chosen}"), output=tmp_path / chosen, on_event=events.append)
+        warnings = [e for e in events[: [e["event"] for e in events].index("start")] if e["event"] == "warning"]
+        assert [e["message"] for e in warnings] == ["the scan falls back"] * expected
+    assert asked == [{"I": 64, "N": 4, "K": 4}]
 
 
 def test_training_lowers_the_loss_and_writes_a_run(tiny, tmp_path):
