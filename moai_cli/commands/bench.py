@@ -254,7 +254,11 @@ def _show(run: Callable[..., dict[str, Any]], tables: Callable[[Any], list[Any]]
     console.print(f"[dim]{escape(report.headline(found['environment']))}[/]")
     for one in tables(found):
         console.print()
-        table(one.columns, one.rows, title=escape(one.title) or None, right=one.right)
+        lines = report.plain(one).split("\n")
+        if max(map(len, lines[bool(one.title) :])) <= console.width:
+            table(one.columns, one.rows, title=escape(one.title) or None, right=one.right)
+        else:  # cells folded to two letters a line are worse than a long line
+            typer.echo(clean("\n".join(lines)))
     if found["notes"]:
         console.print()
     for text in found["notes"]:

@@ -162,7 +162,6 @@ def measure(
         for name, one in found.timings.items():
             last[direction][name] = (length, one.median)
         results.append(_result(length, direction, found.timings, {**left_out, **found.left_out}))
-        notes += [f"{n} left out at {length} tokens, {direction}: {why}" for n, why in results[-1]["left_out"].items()]
     on_event({"event": "progress", "task": "done", "done": len(todo), "total": len(todo)})
     return {
         "benchmark": "lengths",
@@ -172,8 +171,21 @@ def measure(
         "backend": next(name for name, module in kernels.BACKENDS.items() if module is picked),
         "parameters": {name: sum(p.numel() for p in weights) for name, weights in blocks.weights.items()},
         "results": results,
-        "notes": notes,
+        "notes": notes + omissions(results),
     }
+
+
+def omissions(results: list[dict[str, Any]]) -> list[str]:
+    """What was left out: a line a name and direction, with the last reason."""
+    found: dict[tuple[str, str], tuple[list[str], str]] = {}
+    for one in results:
+        for name, why in one["left_out"].items():
+            lengths = found.get((name, one["direction"]), ([], ""))[0]
+            found[name, one["direction"]] = ([*lengths, f"{one['length']:,}"], why)
+    return [
+        f"{name}, {direction}, left out at {' and '.join(lengths)} tokens: {why}"
+        for (name, direction), (lengths, why) in found.items()
+    ]
 
 
 def affordable(
@@ -197,9 +209,10 @@ def affordable(
         seconds = expected(case, length, before)
         count = timing.calls(seconds, repeats, share)
         free = left - (later if case.order > 1 else 0.0)
-        if count * seconds > free:
-            rest = f"{count} calls, {max(0.0, free):.0f} s of the time limit left"
-            why[case.name] = f"a call would take about {timing.words(seconds)} ({rest})"
+        if count * seconds > free or free <= 0:
+            rest = f"{max(0.0, free):.0f} s of the time limit left"
+            about = f"a call would take about {timing.words(seconds)} ({count} calls, {rest})"
+            why[case.name] = about if seconds else rest
             continue
         left -= count * seconds
         chosen.append(case)

@@ -188,6 +188,9 @@ def remarks(found: dict[str, Any], inputs: Inputs) -> list[str]:
 # ---- what is shown
 
 
+_BRIEF = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+
+
 def tables(found: dict[str, Any]) -> list[Table]:
     """The report as one table; a rival's cell has its time and how many times moai's that is."""
     rows, results = [], found["results"]
@@ -196,7 +199,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     for one in results:
         ours = one["timings"].get("moai")
         spread = f"{report.ms(ours['low_ms'])}-{report.ms(ours['high_ms'])}" if ours else ""
-        line = [f"{one['operation']} {one['direction']}", str(_shape(one))]
+        line = [f"{one['operation']} {_BRIEF[one['direction']]}", str(_shape(one))]
         line += [report.ms(ours["median_ms"]) if ours else "left out", spread]
         line.append(report.ms(one["us_per_million"]))
         line += [_cell(one["timings"].get(name), one["ratios"].get(name)) for name in names]

@@ -216,7 +216,7 @@ def compare(
         try:
             if why is None:
                 on_call(case.name)
-                seconds = (known or {}).get(case.name) or estimate(case, length, clock)
+                seconds = (known or {}).get(case.name) or estimate(case, length, clock, limit)
                 count = calls(seconds, repeats, share)
                 if count * seconds > limit:
                     why = f"a call would take about {words(seconds)} ({count} calls, limit {limit:.0f} s)"
@@ -246,14 +246,21 @@ def too_large(case: Case, length: int, device: torch.device) -> str | None:
     return None
 
 
-def estimate(case: Case, length: int, clock: Clock) -> float:
-    """Seconds that a call at this length would take at most, judged by two at a sixteenth of it; 0 for a short one."""
-    part = max(16, length // 16)
-    if part >= length:
-        return 0.0
-    work = case.make(part)
-    clock(work)  # compiles what is compiled at first use
-    return clock(work)[0] * (length / part) ** case.order
+def estimate(case: Case, length: int, clock: Clock, limit: float) -> float:
+    """Seconds that a call at this length would take at most, judged by shorter ones; 0 for a short length.
+
+    A sixteenth of the length tells enough where the time it foretells is far from `limit`; else a quarter is asked.
+    """
+    seconds = 0.0
+    for part in (length // 16, length // 4):
+        if part < 16 or 4 * seconds * 4**-case.order > limit:
+            break
+        work = case.make(part)
+        clock(work)  # compiles what is compiled at first use
+        seconds = min(clock(work)[0] for _ in range(2)) * (length / part) ** case.order
+        if seconds < limit / 20:
+            break
+    return seconds
 
 
 def words(seconds: float) -> str:

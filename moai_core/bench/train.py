@@ -305,15 +305,16 @@ def tables(found: dict[str, Any]) -> list[Table]:
     clip = "no clipping" if found["clip"] is None else f"clip {found['clip']:g}"
     title = f"{found['model']}, {found['parameters']:,} parameters, {found['precision']}, {found['optimizer']}, {clip}"
     title += f"{', packed documents' if found['packed'] else ''}, scan backend {found['backend']}; {rate}"
+    title += "; ms by phase; peak GB (reserved)" if found["environment"].get("gpu") else "; ms by phase"
     result = []
     if found["results"]:
         columns: tuple[str, ...] = ("model", "checkpointing", "B x L", "tokens/s", "ms a step", "quartiles", *PHASES)
-        columns = (*columns, "peak GB", "reserved GB", "MFU")
+        columns = (*columns, "peak GB", "MFU")
         rows = [_training(row, found["results"]) for row in found["results"]]
         result.append(_recorded(Table(title, columns, rows, left=3), found["results"], _speed))
         title = ""
     if found["prefill"]:
-        columns = ("model", "prompt", "chunk", "ms", "quartiles", "tokens/s", "peak GB", "reserved GB")
+        columns = ("model", "prompt", "chunk", "ms", "quartiles", "tokens/s", "peak GB")
         rows = [_reading(row) for row in found["prefill"]]
         heading = "prefill: hidden states and state, without gradients" + (f"; {title}" if title else "")
         result.append(_recorded(Table(heading, columns, rows, left=1), found["prefill"], _milliseconds))
@@ -323,7 +324,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 def _training(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...]:
     head = (row["model"], row["checkpointing"], f"{row['batch']} x {row['length']}")
     if row.get("out_of_memory"):
-        return (*head, "out of memory", *[""] * (4 + len(PHASES) + 1))
+        return (*head, "out of memory", *[""] * (4 + len(PHASES)))
     same = [r for r in rows if r["model"] == "moai" and (r["batch"], r["length"]) == (row["batch"], row["length"])]
     speed = f"{row['tokens_per_s']:,.0f}"
     if row["model"] != "moai" and same and same[0].get("tokens_per_s"):
@@ -332,7 +333,7 @@ def _training(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...
     cells = [report.ms(step["median_ms"]), f"{report.ms(step['low_ms'])}-{report.ms(step['high_ms'])}"]
     cells += [report.ms(row["phases_ms"][name]) for name in PHASES]
     mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
-    return (*head, speed, *cells, _gb(row["peak_bytes"]), _gb(row["reserved_bytes"]), mfu)
+    return (*head, speed, *cells, _gb(row), mfu)
 
 
 def _reading(row: dict[str, Any]) -> tuple[str, ...]:
@@ -342,10 +343,10 @@ def _reading(row: dict[str, Any]) -> tuple[str, ...]:
         "whole" if row["chunk"] is None else f"{row['chunk']:,}",
     )
     if row.get("out_of_memory"):
-        return (*head, "out of memory", "", "", "", "")
+        return (*head, "out of memory", "", "", "")
     time = row["prefill"]
     cells = (report.ms(time["median_ms"]), f"{report.ms(time['low_ms'])}-{report.ms(time['high_ms'])}")
-    return (*head, *cells, f"{row['tokens_per_s']:,.0f}", _gb(row["peak_bytes"]), _gb(row["reserved_bytes"]))
+    return (*head, *cells, f"{row['tokens_per_s']:,.0f}", _gb(row))
 
 
 def _recorded(table: Table, rows: list[dict[str, Any]], words: Callable[[dict[str, Any]], str]) -> Table:
@@ -361,15 +362,17 @@ def _speed(known: dict[str, Any]) -> str:
     if known.get("out_of_memory"):
         return "out of memory"
     speed = f"{known['tokens_per_s']:,.0f}" if "tokens_per_s" in known else ""
-    return ", ".join(filter(None, (speed, f"{_gb(known['peak_bytes'])} GB" if "peak_bytes" in known else "")))
+    return ", ".join(filter(None, (speed, f"{_gb(known)} GB" if "peak_bytes" in known else "")))
 
 
 def _milliseconds(known: dict[str, Any]) -> str:
     return report.ms(known.get("ms"))
 
 
-def _gb(size: int | None) -> str:
-    return "" if size is None else f"{size / 1e9:.2f}"
+def _gb(row: dict[str, Any]) -> str:
+    """Bytes of tensors at the peak (of the process on a CPU), and what torch had reserved for them."""
+    reserved = f" ({row['reserved_bytes'] / 1e9:.1f})" if row.get("reserved_bytes") else ""
+    return f"{row['peak_bytes'] / 1e9:.2f}{reserved}" if row.get("peak_bytes") else ""
 
 
 def main(argv: list[str] | None = None) -> int:
