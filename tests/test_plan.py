@@ -146,24 +146,34 @@ def test_activations_are_what_autograd_keeps(fields, precision):
 
 
 def test_kinds_add_up_and_checkpointing_trades_memory_for_flops():
-    ways = [recipes.load("a100-2b", ["train.batch_size=2", f"train.checkpointing={way}"]) for way in ("full", "none")]
-    full, none = (plan.plan(recipe) for recipe in ways)
-    for p, recipe in zip((full, none), ways, strict=True):
+    ways = [
+        recipes.load("a100-2b", ["train.batch_size=2", f"train.checkpointing={way}"])
+        for way in ("full", "selective", "none")
+    ]
+    full, some, none = (plan.plan(recipe) for recipe in ways)
+    for p, recipe in zip((full, some, none), ways, strict=True):
         assert set(p.memory) == set(plan.KINDS)
         assert p.peak == sum(p.memory.values()) == sum(plan.memory(plan.numbers(recipe), recipe).values())
-    assert full.memory["activations"] < none.memory["activations"] / 3
-    assert full.flops["recompute"] > 0 == none.flops["recompute"]
+    assert full.memory["activations"] < some.memory["activations"] / 2 < none.memory["activations"] / 2
+    assert full.flops["recompute"] > 20 * some.flops["recompute"] > 0 == none.flops["recompute"]
+    assert some.memory["scan states"] == none.memory["scan states"] > 0
 
 
-# (recipe, overrides, torch.cuda.max_memory_allocated of a step in GiB on an H100 80GB; docs/LOG.md says how)
+def test_the_2b_step_meets_its_memory():
+    """bf16 weights and moments, one micro-batch of 4 x 2048 tokens: at most 30 GB without the CUDA context."""
+    four = ["train.batch_size=4", "train.effective_batch=4", "train.precision=bf16", "optim.name=adamw_bf16"]
+    p = plan.plan(recipes.load("h100-2b", [*four, "train.checkpointing=selective"]))
+    assert p.peak - p.memory["overhead"] <= 30e9
+
+
+# (recipe, overrides, torch.cuda.max_memory_allocated of a step in GiB on an H100 80GB; docs/LOG.md says how). With
+# checkpointing, so that little of it was the stand-ins' for scan and convolution; tests/gpu/test_memory.py measures all.
 SHORT = ["data.max_length=1024", "train.effective_batch=4"]
 MEASURED = [
-    ("h100-2b", [], 43.26),
+    ("a100-2b", [], 43.26),
     ("a40-2b", [], 39.83),
     ("rtx4090-2b", [], 18.75),
-    ("a100-2b", ["train.checkpointing=none", "train.batch_size=4"], 59.35),
-    ("rtx4090-2b", ["train.checkpointing=none", "train.batch_size=2"], 28.95),
-    ("h100-2b", ["train.effective_batch=8", "train.batch_size=8"], 32.40),
+    ("a100-2b", ["train.effective_batch=8", "train.batch_size=8"], 32.40),
     (
         "a100-2b",
         ["model.preset=8b", "train.precision=bf16", "optim.name=adamw_bf16", "train.batch_size=1", *SHORT],

@@ -195,7 +195,7 @@ def test_every_packaged_recipe_resolves():
 
 
 def test_the_2b_recipes_carry_the_specified_figures():
-    for name, rows, accumulation in (("a100-2b", 16, 4), ("a40-2b", 8, 8), ("rtx4090-2b", 4, 16), ("h100-2b", 16, 4)):
+    for name, rows, accumulation in (("a100-2b", 16, 4), ("a40-2b", 8, 8), ("rtx4090-2b", 4, 16), ("h100-2b", 8, 8)):
         r = load(name)
         assert r.train.batch_size == rows and r.accumulation(4) == accumulation and r.accumulation(1) == 256 // rows
         assert (r.optim.lr, r.optim.warmup_steps, r.optim.weight_decay, r.data.max_length) == (1e-4, 2000, 0.01, 2048)
