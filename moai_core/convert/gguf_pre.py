@@ -76,12 +76,17 @@ def samples() -> list[str]:
 
 
 def nearest(state: dict[str, Any], backend: Any) -> tuple[str, list[str]]:
-    """The name of the pre-tokenizer, and the sample strings that llama.cpp will tokenize otherwise."""
+    """The name of the pre-tokenizer for `backend`, whose tokenizer.json is `state`, and the sample strings that
+    llama.cpp will tokenize otherwise.
+    """
     written = re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', json.dumps(state["pre_tokenizer"]))
     own = (tuple(json.loads(pattern) for pattern in written) or (_GPT2,), bool(state["model"].get("ignore_merges")))
+    made: dict[bool, Any] = {}  # one a way of merging, because a tokenizer remembers words; a large one takes a second
     best: tuple[str, list[str]] | None = None
     for name in sorted(PRE, key=lambda name: PRE[name] != own):
-        found = differing(backend, as_llama(state, *PRE[name]))
+        patterns, whole = PRE[name]
+        made[whole] = as_llama(made.get(whole) or _copy(backend), patterns, whole)
+        found = differing(backend, made[whole])
         if best is None or len(found) < len(best[1]):
             best = name, found
         if not found:
@@ -90,12 +95,21 @@ def nearest(state: dict[str, Any], backend: Any) -> tuple[str, list[str]]:
     return best
 
 
-def as_llama(state: dict[str, Any], patterns: tuple[str, ...], whole: bool) -> Any:
-    """The tokenizer as llama.cpp runs it under one of its names."""
+def _copy(backend: Any) -> Any:
     from tokenizers import Tokenizer
 
-    bare = {**state, "normalizer": None, "post_processor": None, **split_by(patterns)}
-    return Tokenizer.from_str(json.dumps({**bare, "model": {**state["model"], "ignore_merges": whole}}))
+    return Tokenizer.from_str(backend.to_str())
+
+
+def as_llama(tokenizer: Any, patterns: tuple[str, ...], whole: bool) -> Any:
+    """`tokenizer` itself, changed to split and merge as llama.cpp does under one of its names."""
+    from tokenizers import Regex, pre_tokenizers
+
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = None, pre_tokenizers.Sequence([*splits, last])
+    tokenizer.model.ignore_merges = whole
+    return tokenizer
 
 
 def split_by(patterns: tuple[str, ...]) -> dict[str, Any]:
