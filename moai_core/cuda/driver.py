@@ -94,9 +94,9 @@ class Module:
             function = ctypes.c_void_p()
             with _Current(_context(self.index)):
                 status = _library().cuModuleGetFunction(ctypes.byref(function), self._handle, name.encode())
-            _check(status, f"kernel {name}")
-            assert function.value is not None
-            self._kernels[name] = Kernel(name, function.value, self.index)
+                _check(status, f"kernel {name}")
+                assert function.value is not None
+                self._kernels[name] = Kernel(name, function.value, self.index)
         return self._kernels[name]
 
 
@@ -153,11 +153,12 @@ class Kernel:
     def attributes(self) -> dict[str, int]:
         """What a thread or block takes: `registers`, `local` (stack and spills) and static `shared` bytes."""
         found = {}
-        for key, number in (("registers", _REGISTERS), ("local", _LOCAL), ("shared", _STATIC_SHARED)):
-            value = ctypes.c_int()
-            status = _library().cuFuncGetAttribute(ctypes.byref(value), number, self._function)
-            _check(status, f"attributes of {self.name}")
-            found[key] = value.value
+        with _Current(self._context):
+            for key, number in (("registers", _REGISTERS), ("local", _LOCAL), ("shared", _STATIC_SHARED)):
+                value = ctypes.c_int()
+                status = _library().cuFuncGetAttribute(ctypes.byref(value), number, self._function)
+                _check(status, f"attributes of {self.name}")
+                found[key] = value.value
         return found
 
     def _parameter_sizes(self) -> list[int] | None:
