@@ -99,7 +99,7 @@ class MambaMixer(nn.Module):
         """The input-dependent parameters: raw dt (..., I), made again if u is, B and C (..., N)."""
         mixed = call(self.x_proj, u)
         if self.norms:
-            weights = [norm.weight for norm in (self.dt_layernorm, self.b_layernorm, self.c_layernorm)]
+            weights: list[Tensor] = [norm.weight for norm in (self.dt_layernorm, self.b_layernorm, self.c_layernorm)]
             rank, B, C = fused.small_norms(mixed, weights, self.dt_layernorm.eps)
         else:
             rank, B, C = mixed.split(self.split, dim=-1)

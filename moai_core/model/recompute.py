@@ -56,15 +56,15 @@ class _Again:
 class Recomputed:
     """A tensor of the forward pass that need not be kept, and `make`, which gives the same bits again.
 
-    tensor: alone in its storage. make: called without gradients, under the autocast of the forward pass. What it holds
-    on to stays in memory until the backward pass: it must be what is kept anyway, detached.
+    make: called without gradients, under the autocast of the forward pass. What it holds on to stays in memory until
+    the backward pass: it must be what is kept anyway, detached. A tensor that shares its storage with others is kept.
     """
 
     __slots__ = ("again", "storage", "tensor")
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor], source: _Again | None = None) -> None:
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a tensor beside others can't be dropped alone"
-        self.tensor, self.storage = tensor, _storage(tensor)
+        alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+        self.tensor, self.storage = tensor, _storage(tensor) if alone else None
         self.again = _Again(make, tensor.device.type, source)
 
     def cast(self) -> Recomputed:
