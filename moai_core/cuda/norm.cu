@@ -1,5 +1,5 @@
 // moai: kernels norm_forward, norm_backward, norm_sum; macros R=bf16 X=bf16 W=bf16 V=8 TEAM=128 PER=2 | R=float X=bf16 W=bf16 V=8 TEAM=256 PER=2
-// moai: macros R=float X=float W=float V=4 TEAM=4 PER=1 | R=fp16 X=fp16 W=float V=1 TEAM=32 PER=2 | R=float X=float W=float V=8 TEAM=512 PER=4
+// moai: macros R=float X=float W=float V=4 TEAM=4 PER=1 | R=fp16 X=fp16 W=float V=1 TEAM=32 PER=2 | R=float X=float W=float V=4 TEAM=1024 PER=2 | R=bf16 X=bf16 W=bf16 V=8 TEAM=1024 PER=2
 //
 // RMSNorm over rows, alone or of the sum with the residual stream, forward and backward.
 //

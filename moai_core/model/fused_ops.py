@@ -329,7 +329,7 @@ def _norm_kernels(
         team = 1 << (vectors - 1).bit_length()
     else:
         # Two vectors a thread: loads under way enough with few threads to meet at the barrier.
-        team = min(512, 32 * -(-vectors // 64))
+        team = min(1024, 32 * -(-vectors // 64))
     block = team if team > 32 else 128
     macros = {"R": NAMES[stream], "X": NAMES[added], "W": NAMES[weight]}
     sizes = {"V": v, "TEAM": team, "PER": -(-vectors // team)}
