@@ -75,7 +75,7 @@ DEVICE void copy_row(Row* shared, const T* global, bool valid) {
 
 // Number i of words that hold numbers of type X.
 template <class X, int n>
-DEVICE float number(const uint32 (&words)[n], int i) {
+DEVICE float value(const uint32 (&words)[n], int i) {
   if constexpr (sizeof(X) == 4) return bits_float(words[i]);
   else return to_float(X{(uint16)(words[i / 2] >> 16 * (i % 2))});
 }
@@ -89,15 +89,14 @@ DEVICE void load_floats(float (&to)[n], const X* from) {
     uint32 words[width * sizeof(X) / 4];
     load_words(words, from + i);
 #pragma unroll
-    for (int j = 0; j < width; ++j) to[i + j] = number<X>(words, j);
+    for (int j = 0; j < width; ++j) to[i + j] = value<X>(words, j);
   }
 }
 
-DEVICE void load_row(float (&to)[C], const Row& from) {
-  uint32 words[WORDS];
-  load_words(words, &from);
-#pragma unroll
-  for (int i = 0; i < C; ++i) to[i] = number<T>(words, i);
+DEVICE Row load_row(const void* from) {
+  Row row;
+  load_words(row.word, from);
+  return row;
 }
 
 template <int n>
@@ -126,54 +125,67 @@ struct Filter {
     if (bias_) load_floats(bias, bias_ + c);
   }
 
-  // p of one token: `past` are the inputs before it, oldest first, `x` is its own.
-  DEVICE void apply(float (&p)[C], const float (&past)[P][C], const float (&x)[C]) const {
+  // p of one token: `past` are the inputs before it, oldest first, `row` is its own.
+  DEVICE void apply(float (&p)[C], const Row (&past)[P], const Row& row) const {
 #pragma unroll
     for (int i = 0; i < C; ++i) {
       p[i] = bias[i];
 #pragma unroll
-      for (int k = 0; k < P; ++k) p[i] += w[i * K + k] * past[k][i];
-      p[i] += w[i * K + P] * x[i];
+      for (int k = 0; k < P; ++k) p[i] += w[i * K + k] * value<T>(past[k].word, i);
+      p[i] += w[i * K + P] * value<T>(row.word, i);
     }
   }
 };
 
-DEVICE void shift(float (&past)[P][C], const float (&x)[C]) {
+// The window is kept as it is in memory: 16-bit numbers take half the registers.
+DEVICE void shift(Row (&past)[P], const Row& row) {
 #pragma unroll
-  for (int k = 0; k < P; ++k)
-#pragma unroll
-    for (int i = 0; i < C; ++i) past[k][i] = k + 1 < P ? past[k + 1 < P ? k + 1 : k][i] : x[i];
+  for (int k = 0; k + 1 < P; ++k) past[k] = past[k + 1];
+  past[P - 1] = row;
 }
 
-DEVICE void clear(float (&past)[P][C]) {
+DEVICE void clear(Row (&past)[P]) {
 #pragma unroll
   for (int k = 0; k < P; ++k)
 #pragma unroll
-    for (int i = 0; i < C; ++i) past[k][i] = 0.0f;
+    for (int j = 0; j < WORDS; ++j) past[k].word[j] = 0;
 }
 
-// States lie as (channel, P): `at` is that of C channels.
-DEVICE void load_state(float (&past)[P][C], const T* at) {
-  float flat[C * P];
-  load_floats(flat, at);
+// `to`, (m, n) of numbers, is `from`, (n, m), turned. A window is (P, C), a state in memory (C, P).
+template <int m>
+DEVICE void turn(Row (&to)[P], const Row (&from)[P]) {
+  constexpr int n = P * C / m, each = 4 / sizeof(T);
+  auto bits = [&](int at) {  // of number `at` of `to`, which is number `source` of `from`
+    const int source = at % n * m + at / n;
+    const uint32 word = from[source / C].word[source % C / each];
+    return each == 1 ? word : source % 2 ? word >> 16 : word & 0xffff;
+  };
 #pragma unroll
   for (int k = 0; k < P; ++k)
 #pragma unroll
-    for (int i = 0; i < C; ++i) past[k][i] = flat[i * P + k];
+    for (int j = 0; j < WORDS; ++j) {
+      const int at = k * C + j * each;
+      to[k].word[j] = each == 1 ? bits(at) : bits(at) | bits(at + 1) << 16;
+    }
 }
 
-DEVICE void store_state(T* at, const float (&past)[P][C]) {
-  float flat[C * P];
+DEVICE void load_state(Row (&past)[P], const T* at) {
+  Row flat[P];
 #pragma unroll
-  for (int k = 0; k < P; ++k)
+  for (int k = 0; k < P; ++k) flat[k] = load_row(at + k * C);
+  turn<P>(past, flat);
+}
+
+DEVICE void store_state(T* at, const Row (&past)[P]) {
+  Row flat[P];
+  turn<C>(flat, past);
 #pragma unroll
-    for (int i = 0; i < C; ++i) flat[i * P + k] = past[k][i];
-  store_floats(at, flat);
+  for (int k = 0; k < P; ++k) store_words(at + k * C, flat[k].word);
 }
 
 // The window before the first step of a run: the inputs that `previous`, the number of the step before, can see. `u`
 // and `seq` stand at the run's first step. The first run of a call continues `state`, if there is one.
-DEVICE void load_window(float (&past)[P][C], const T* u, int64 u_step, const int* seq, int previous, bool first_run,
+DEVICE void load_window(Row (&past)[P], const T* u, int64 u_step, const int* seq, int previous, bool first_run,
                         const T* state) {
   clear(past);
   if (first_run) {
@@ -182,7 +194,7 @@ DEVICE void load_window(float (&past)[P][C], const T* u, int64 u_step, const int
   }
 #pragma unroll
   for (int k = 0; k < P; ++k)
-    if (!seq || seq[k - P] == previous) load_floats(past[k], u + (k - P) * u_step);
+    if (!seq || seq[k - P] == previous) past[k] = load_row(u + (k - P) * u_step);
 }
 
 // A run of the forward pass on its way through time.
@@ -190,27 +202,27 @@ struct Forward {
   Filter filter;
   T *y, *last;       // where the next step's row goes; this row's last state
   const int* seq;    // numbers from the run's first step on, or null
-  int64 t0, I;       // the run's first step; channels of a row
+  int64 I;           // channels of a row
+  bool first, final;  // whether this is the row's first run, its last one
   int n, previous;   // steps of the run; number of the step before
-  float past[P][C];
+  Row past[P];
 
   // edge: the step may be none, padding or the first of its document.
   template <bool edge>
   DEVICE void step(const Row& row, int t) {
     if (edge && t >= n) return;
-    float x[C], out[C];
+    float out[C];
     bool token = true;
     if (edge) {
       const int number = seq ? seq[t] : 0;
       token = number >= 0;
       if (token && number != previous) clear(past);
-      if (!token && (previous >= 0 || t0 + t == 0)) store_state(last, past);
+      if (!token && (previous >= 0 || (first && t == 0))) store_state(last, past);
       previous = number;
     }
     if (token) {
-      load_row(x, row);
-      filter.apply(out, past, x);
-      shift(past, x);
+      filter.apply(out, past, row);
+      shift(past, row);
     }
 #pragma unroll
     for (int i = 0; i < C; ++i) out[i] = token ? out[i] * sigmoid(out[i]) : 0.0f;
@@ -244,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) fetch(stage);
 
-  Forward now{Filter(weight, bias, c), y + (b * L + t0) * I + c, last + (b * I + c) * P, seq, t0, I, n};
+  Forward now{Filter(weight, bias, c), y + (b * L + t0) * I + c, last + (b * I + c) * P, seq, I, t0 == 0, t0 + n == L, n};
   now.previous = seq ? seq[t0 > 0 ? -1 : 0] : 0;
   load_window(now.past, u, u_step, seq, now.previous, t0 == 0, state ? state + (b * I + c) * P : nullptr);
 
@@ -257,13 +269,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     const auto& rows = ring[stage % STAGES];
     if (t + S <= n && here == now.previous && here >= 0) {
 #pragma unroll
-      for (int s = 0; s < S; ++s) now.step<false>(rows[s][threadIdx.x], t + s);
+      for (int s = 0; s < S; ++s) now.step<false>(load_row(&rows[s][threadIdx.x]), t + s);
     } else {
 #pragma unroll
-      for (int s = 0; s < S; ++s) now.step<true>(rows[s][threadIdx.x], t + s);
+      for (int s = 0; s < S; ++s) now.step<true>(load_row(&rows[s][threadIdx.x]), t + s);
     }
   }
-  if (now.previous >= 0 && (t0 + n == L || (seq && seq[n] < 0))) store_state(now.last, now.past);
+  if (now.previous >= 0 && (now.final || (seq && seq[n] < 0))) store_state(now.last, now.past);
 }
 
 // A run of the backward pass on its way through time.
@@ -272,10 +284,12 @@ struct Backward {
   T *du, *d_state;       // the run's first row; gradient of this row's first state, or null
   const T* d_last;       // that of its last state, or null
   const int* seq;
-  int64 t0, du_step;
+  int64 du_step;
+  bool first;
   int n, steps;          // steps of the run, whose du it owns; steps up to the end of the row, at most n + P
   int previous, age;
-  float past[P][C], dx[P][C];  // inputs of the P steps before and their gradients as far as they are known
+  Row past[P];      // inputs of the P steps before
+  float dx[P][C];   // their gradients as far as they are known
   float dw[K][C], dbias[C];
 
   template <bool edge>
@@ -285,14 +299,12 @@ struct Backward {
     for (int i = 0; i < C; ++i) own[i] = 0.0f;
     const bool token = edge ? mark(t) : true;
     if (token) {
-      float x[C], g[C], dy[C];
-      load_row(x, u_row);
-      load_row(dy, dy_row);
-      filter.apply(g, past, x);
+      float g[C];
+      filter.apply(g, past, u_row);
 #pragma unroll
       for (int i = 0; i < C; ++i) {
         const float p = g[i], r = sigmoid(p);
-        g[i] = dy[i] * (r * (1.0f + p * (1.0f - r)));
+        g[i] = value<T>(dy_row.word, i) * (r * (1.0f + p * (1.0f - r)));
         own[i] = filter.w[i * K + P] * g[i];
 #pragma unroll
         for (int k = 0; k < P; ++k) {
@@ -301,20 +313,25 @@ struct Backward {
         }
         if (edge && t >= n) continue;  // the next run counts it
 #pragma unroll
-        for (int k = 0; k < P; ++k) dw[k][i] += g[i] * past[k][i];
-        dw[P][i] += g[i] * x[i];
+        for (int k = 0; k < P; ++k) dw[k][i] += g[i] * value<T>(past[k].word, i);
+        dw[P][i] += g[i] * value<T>(u_row.word, i);
         dbias[i] += g[i];
       }
-      shift(past, x);
+      shift(past, u_row);
       if (edge) age = age < P ? age + 1 : P;
     }
     if (!edge || (t >= P && t - P < n)) {
       store_floats(du + (t - P) * du_step, dx[0]);
-    } else if (t < P && t0 == 0 && d_state) {
+    } else if (t < P && first && d_state) {
 #pragma unroll
       for (int i = 0; i < C; ++i) d_state[i * P + t] = from_float<T>(dx[0][i]);
     }
-    shift(dx, own);
+#pragma unroll
+    for (int i = 0; i < C; ++i) {
+#pragma unroll
+      for (int k = 0; k + 1 < P; ++k) dx[k][i] = dx[k + 1][i];
+      dx[P - 1][i] = own[i];
+    }
   }
 
   // Whether step t is a token, after what its number asks for.
@@ -324,13 +341,13 @@ struct Backward {
       age = 0;
       clear(past);
     }
-    if (number < 0 && (previous >= 0 || t0 + t == 0) && d_last) {  // the row's last state is what came before
-      float add[P][C];
+    if (number < 0 && (previous >= 0 || (first && t == 0)) && d_last) {  // the row's last state is what came before
+      Row add[P];
       load_state(add, d_last);
 #pragma unroll
       for (int k = 0; k < P; ++k)
 #pragma unroll
-        for (int i = 0; i < C; ++i) dx[k][i] += P - k <= age ? add[k][i] : 0.0f;
+        for (int i = 0; i < C; ++i) dx[k][i] += P - k <= age ? value<T>(add[k].word, i) : 0.0f;
     }
     previous = number;
     return number >= 0;
@@ -389,13 +406,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     now.du = du + b * du_batch + t0 * du_step + c;
     now.d_state = d_state ? d_state + at : nullptr;
     now.d_last = d_last ? d_last + at : nullptr;
-    now.seq = seq, now.t0 = t0, now.du_step = du_step, now.n = n, now.steps = steps;
+    now.seq = seq, now.first = t0 == 0, now.du_step = du_step, now.n = n, now.steps = steps;
     now.previous = seq ? seq[t0 > 0 ? -1 : 0] : 0;
     now.age = P;
     if (seq && t0 > 0)
       for (now.age = 1; now.age < P && seq[-1 - now.age] == now.previous;) ++now.age;
     load_window(now.past, u, u_step, seq, now.previous, t0 == 0, state ? state + at : nullptr);
-    clear(now.dx);
+#pragma unroll
+    for (int k = 0; k < P; ++k)
+#pragma unroll
+      for (int i = 0; i < C; ++i) now.dx[k][i] = 0.0f;
 
     int number = seq ? seq[n < S ? n - 1 : S - 1] : 0;
     for (int stage = 0, t = 0; t < n + P; ++stage, t += S) {
@@ -406,10 +426,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       const auto &us = pool.ring[0][stage % STAGES], &dys = pool.ring[1][stage % STAGES];
       if (t >= P && t + S <= n && here == now.previous && here >= 0 && now.age == P) {
 #pragma unroll
-        for (int s = 0; s < S; ++s) now.step<false>(us[s][threadIdx.x], dys[s][threadIdx.x], t + s);
+        for (int s = 0; s < S; ++s) now.step<false>(load_row(&us[s][threadIdx.x]), load_row(&dys[s][threadIdx.x]), t + s);
       } else {
 #pragma unroll
-        for (int s = 0; s < S; ++s) now.step<true>(us[s][threadIdx.x], dys[s][threadIdx.x], t + s);
+        for (int s = 0; s < S; ++s) now.step<true>(load_row(&us[s][threadIdx.x]), load_row(&dys[s][threadIdx.x]), t + s);
       }
     }
     copy_async_wait<0>();
@@ -462,13 +482,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int64 item = (int64)blockIdx.x * THREADS + threadIdx.x, groups = I / C;
   const int64 b = item / groups, c = item % groups * C;
   if (b >= batch) return;
-  float past[P][C], x[C], out[C];
+  const Row row = load_row(u + b * u_batch + c);
+  Row past[P];
   load_state(past, state + (b * I + c) * P);
-  load_floats(x, u + b * u_batch + c);
-  Filter(weight, bias, c).apply(out, past, x);
+  float out[C];
+  Filter(weight, bias, c).apply(out, past, row);
 #pragma unroll
   for (int i = 0; i < C; ++i) out[i] *= sigmoid(out[i]);
   store_floats(y + b * I + c, out);
-  shift(past, x);
+  shift(past, row);
   store_state(last + (b * I + c) * P, past);
 }
