@@ -53,6 +53,11 @@ class Fetched:
     epoch: int
 
 
+def _pinned(batch: dict[str, Any]) -> dict[str, Any]:
+    """The tensors in memory that a GPU reads by itself: copies from other memory wait for the work queued before."""
+    return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
 class Run:
     """What one training run holds on this process, from its first state or a checkpoint's."""
 
@@ -90,7 +95,8 @@ class Run:
         if saved is not None:
             ranks.main_first(lambda: self._restore(*saved))
         self.consumed = self.loader.state_dict()
-        self.batches = iter(self.loader)
+        batches = iter(self.loader)
+        self.batches = map(_pinned, batches) if ranks.device.type == "cuda" else batches
         self.ahead: Fetched | None = None
         ranks.on_main(lambda: self._open_files(start.step_dir))
         # Known to every rank: they must agree on whether a checkpoint is due.
