@@ -154,8 +154,10 @@ def scan_backward(
     _kernel("scan_reduce", shape, u, A, B, GATED=int(z is not None))(
         -(-parts[0].numel() // 1024), 256, parts, d_B, d_C, blocks, batch, length
     )
-    absent = A.new_empty(0)
-    d_A, d_D, d_bias = (absent if x is None else x.sum(0) if rows > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias))
+    # Results may not share memory: two absent ones are two tensors.
+    d_A, d_D, d_bias = (
+        A.new_empty(0) if x is None else x.sum(0) if rows > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias)
+    )
     return d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first
 
 
