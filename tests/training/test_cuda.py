@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
     ("adamw", "fp32", torch.float32), ("adamw", "bf16-mixed", torch.float32), ("adamw", "bf16", torch.bfloat16),
     ("adamw_bf16", "bf16", torch.bfloat16), ("adamw", "auto", torch.float32),
 ])  # fmt: skip
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_learns_and_resumes(tiny, tmp_path, name, precision, stored, checkpointing):
     recipe = tiny(
         "hardware.gpu=null", f"optim.name={name}", f"train.precision={precision}", "train.accumulation=2",

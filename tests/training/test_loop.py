@@ -169,6 +169,19 @@ def test_epochs_become_steps(tiny, tmp_path):
     assert result.step == len(rows) and rows[-1]["epoch"] == 1
 
 
+def test_checkpointing_may_change_on_the_way_and_changes_no_bit(tiny, train_rows, tmp_path):
+    """What the backward pass computes again has no part in the result: three modes in one run, against one."""
+    settings = ["train.eval_every=0", "optim.schedule=constant"]
+    whole = train(tiny("train.steps=6", *settings), output=tmp_path / "whole")
+    for steps, mode in ((2, "selective"), (4, "full"), (6, "selective")):
+        last = train(tiny(f"train.steps={steps}", f"train.checkpointing={mode}", *settings), output=tmp_path / "cut")
+    assert last.resumed_from == 4
+    losses = [[row["loss"] for row in train_rows(tmp_path / name)] for name in ("whole", "cut")]
+    assert len(losses[0]) == 6 and losses[0] == losses[1]
+    one, other = weights(whole.checkpoint), weights(last.checkpoint)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("name,precision", [("adamw_bf16", "bf16"), ("adamw", "bf16"), ("adamw", "bf16-mixed"),
                                             ("adamw_8bit", "fp32")])  # fmt: skip
 def test_other_optimizers_and_precisions_learn_and_resume_exactly(tiny, train_rows, tmp_path, name, precision):
