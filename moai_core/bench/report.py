@@ -266,7 +266,8 @@ def draw(path: Path, panels: dict[str, list[Curve]], *, x: str, y: str, title: s
         axes.set_title(name)
         axes.set_xlabel(x)
         axes.grid(alpha=0.25, which="both")
-        axes.legend(frameon=False)
+        if curves:
+            axes.legend(frameon=False)
     grid[0].set_ylabel(y)
     figure.suptitle(title, fontsize=9)
     buffer = io.BytesIO()
