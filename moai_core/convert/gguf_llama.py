@@ -3,8 +3,9 @@
 Why its own: llama.cpp stops the whole process on a file it can't run (GGML_ASSERT), and a crash in it would take the
 conversion along. Only gguf_runtime.py starts this; it imports nothing of moai, so that it starts fast.
 
-    {"ids": [...], "more": false}          -> {"rows": L, "columns": V} and L x V floats; "more" continues the sequence
-    {"text": "...", "special": false}      -> {"ids": [...]}
+    {"ids": [...], "room": 96}           -> {"rows": L, "columns": V} and L x V floats, from a zero state
+    {"ids": [...], "room": null}         -> the same, but the sequence goes on; room is how long it may become
+    {"text": "...", "special": false}    -> {"ids": [...]}
 Any failure that llama.cpp reports -> {"error": "..."}.
 """
 
@@ -39,12 +40,12 @@ class Model:
         self.context: Any = None
         self.room = self.past = 0
 
-    def logits(self, ids: list[int], more: bool) -> Any:
-        """(L, V) fp32 for `ids` after what came before (`more`) or from a zero state."""
-        if not more:
+    def logits(self, ids: list[int], room: int | None) -> Any:
+        """(L, V) fp32 for `ids`, from a zero state with `room` tokens at most, or (None) after what came before."""
+        if room is not None:
             self.past = 0
-            if self.context is None or len(ids) + 64 > self.room:
-                self._open(-(-(len(ids) + 64) // 256) * 256)
+            if self.context is None or room > self.room:
+                self._open(-(-room // 256) * 256)
             self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         batch = self.api.llama_batch_init(len(ids), 0, 1)
         try:
@@ -101,7 +102,7 @@ def main() -> None:
             if "text" in asked:
                 answer({"ids": model.tokenize(asked["text"], asked["special"])})
             else:
-                body = model.logits(asked["ids"], asked["more"])
+                body = model.logits(asked["ids"], asked["room"])
                 answer({"rows": len(asked["ids"]), "columns": model.columns}, body)
         except Exception as exc:
             answer({"error": f"{type(exc).__name__}: {exc}"})

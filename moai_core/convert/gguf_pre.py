@@ -3,8 +3,9 @@
 A GGUF can't bring its own patterns, only name one of llama.cpp's (`tokenizer.ggml.pre`). Patterns differ on paper more
 than in effect: where no merge crosses a border, it doesn't matter who draws it. So the choice is made by tokenizing
 short strings (words of several scripts, digits, code and quotes, with all sorts of space) as llama.cpp would, with
-the tokenizer's own merges: the first pre-tokenizer without a difference is taken, else the one with the fewest.
-Source: llm_tokenizer_bpe in llama.cpp's src/llama-vocab.cpp, patterns as in the tokenizer.json files they come from.
+the tokenizer's own merges: the first pre-tokenizer without a difference is taken, else the one with the fewest. But
+patterns for which llama.cpp has a name get that name.
+Source: llm_tokenizer_bpe in llama.cpp's src/llama-vocab.cpp.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -24,15 +26,16 @@ def _modern(letters: str, digits: str, marks: str = r"\p{L}\p{N}", after: str = 
     return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}| ?[^\s{marks}]+{after}|{_SPACES}"
 
 
-def _cased(digits: str, contraction: str) -> str:
+def _cased(digits: str, contraction: str, upper: str = _UPPER, lower: str = _LOWER) -> str:
     """The pattern of GPT-4o and Tekken, which splits where capitals follow small letters."""
-    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     words = [rf"[^\r\n\p{{L}}\p{{N}}]?{upper}{a}{lower}{b}{contraction}" for a, b in (("*", "+"), ("+", "*"))]
     return rf"{words[0]}|{words[1]}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
 
-# tokenizer.ggml.pre -> the patterns that split one after the other, and whether a whole word of the vocabulary is taken
-# before any merge. The order is that of preference. Sources: llm_tokenizer_bpe in llama-vocab.cpp.
+# llama.cpp's own form of the two: any letter that isn't a small (a capital) one of ASCII, and no marks.
+_LLAMA_CASES = (r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])")
+# tokenizer.ggml.pre -> the patterns by which llama.cpp splits, one after the other, and whether a whole word of the
+# vocabulary is taken before any merge. The order is that of preference.
 PRE: dict[str, tuple[tuple[str, ...], bool]] = {
     "gpt-2": ((_GPT2,), False),
     "llama-bpe": ((_modern(r"\p{L}", r"\p{N}{1,3}"),), True),
@@ -41,13 +44,15 @@ PRE: dict[str, tuple[tuple[str, ...], bool]] = {
     "qwen35": ((_modern(r"[\p{L}\p{M}]", r"\p{N}", r"\p{L}\p{M}\p{N}"),), False),
     "starcoder": ((r"\p{N}", _GPT2), False),
     "falcon": ((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"), False),
-    "gpt-4o": ((_cased(r"\p{N}{1,3}", _CONTRACTIONS + "?"),), False),
-    "tekken": ((_cased(r"\p{N}", ""),), True),
+    "gpt-4o": ((_cased(r"\p{N}{1,3}", _CONTRACTIONS + "?", *_LLAMA_CASES),), False),
+    "tekken": ((_cased(r"\p{N}", "", *_LLAMA_CASES),), True),
     "seed-coder": ((_modern(r"\p{L}", r"\p{N}{1}", r"\p{L}\p{N}\r\n", ""),), False),
     "bloom": ((r" ?[^(\s|.,!?…。，、।۔،)]+",), False),
     "superbpe": ((r"\p{N}+", r"(?=(\d{3})+(?!\d))"), False),
     "default": ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False),
 }  # fmt: skip
+# What tokenizer.json files have where llama.cpp has something near it.
+ORIGINS = {"gpt-4o": (_cased(r"\p{N}{1,3}", _CONTRACTIONS + "?"),), "tekken": (_cased(r"\p{N}", ""),)}
 # Other names in llama.cpp for the same thing, for reading.
 ALIASES = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "lfm2": "llama-bpe", "pixtral": "llama-bpe",
@@ -83,7 +88,8 @@ def nearest(state: dict[str, Any], backend: Any) -> tuple[str, list[str]]:
     own = (tuple(json.loads(pattern) for pattern in written) or (_GPT2,), bool(state["model"].get("ignore_merges")))
     made: dict[bool, Any] = {}  # one a way of merging, because a tokenizer remembers words; a large one takes a second
     best: tuple[str, list[str]] | None = None
-    for name in sorted(PRE, key=lambda name: PRE[name] != own):
+    known = [name for name in PRE if own in (PRE[name], (ORIGINS.get(name), PRE[name][1]))]
+    for name in known[:1] or PRE:
         patterns, whole = PRE[name]
         made[whole] = as_llama(made.get(whole) or _copy(backend), patterns, whole)
         found = differing(backend, made[whole])

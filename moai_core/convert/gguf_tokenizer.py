@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moai_core.convert.gguf_pre import ALIASES, PRE, differing, nearest, samples, split_by
+from moai_core.convert.gguf_pre import ALIASES, ORIGINS, PRE, differing, nearest, samples, split_by
 from moai_core.convert.source import Refused
 from moai_core.data.regexes import check_patterns
 from moai_core.errors import CheckpointError
@@ -306,7 +306,7 @@ def _rebuilt(keys: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[
             f"{path}: the pre-tokenizer {str(name)[:40]!r} is none that moai knows",
             hint=f"known are {', '.join(PRE)} and their aliases",
         )
-    patterns, whole = PRE[known]
+    patterns, whole = ORIGINS.get(known, PRE[known][0]), PRE[known][1]
     merges = keys.get("tokenizer.ggml.merges")
     if not isinstance(merges, list) or not all(isinstance(merge, str) and " " in merge[1:] for merge in merges):
         raise CheckpointError(f"{path}: tokenizer.ggml.merges is missing or damaged")

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf_helpers import source_of
 
 from moai_core import convert, weights
 from moai_core.convert import gguf as ours
 from moai_core.convert import gguf_write
 from moai_core.convert.gguf_file import inspect
-from moai_core.convert.source import Lazy, Options, Refused, Source
+from moai_core.convert.source import Lazy, Options, Refused
 from moai_core.errors import CheckpointError
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package")
@@ -56,7 +57,7 @@ def tokenizer_files():
 
 
 @pytest.fixture
-def make(tiny_model, tokenizer_files):
+def made_of(tiny_model, tokenizer_files):
     """A function that makes a model and the Source that a folder with it would be."""
 
     def made(name="jamba", dtype=torch.float32, **more):
@@ -80,11 +81,7 @@ def make(tiny_model, tokenizer_files):
                     and key.endswith(("dt_layernorm.weight", "b_layernorm.weight", "c_layernorm.weight"))
                 ):
                     parameter.fill_(1)
-        state = dict(model.state_dict())
-        if model.config.tie_word_embeddings:
-            del state["lm_head.weight"]
-        lazy = {key: Lazy(value.dtype, tuple(value.shape), value.clone, key) for key, value in state.items()}
-        return model, Source(Path("/models/small"), "moai", model.config.numbers(), lazy, dict(tokenizer_files))
+        return model, source_of(model, tokenizer_files)
 
     return made
 
@@ -121,8 +118,8 @@ def expected_names(arch, layers, tied, null):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_keys_and_tensors_are_those_that_llama_cpp_asks_for(make, tmp_path, name):
-    model, source = make(name)
+def test_keys_and_tensors_are_those_that_llama_cpp_asks_for(made_of, tmp_path, name):
+    model, source = made_of(name)
     reader, config = written(source, tmp_path / "m.gguf", "f32"), model.config
     value = {key: field.contents() for key, field in reader.fields.items()}
     arch = "mamba" if name in ("mamba", "falcon-mamba") else "jamba"
@@ -167,8 +164,8 @@ def test_keys_and_tensors_are_those_that_llama_cpp_asks_for(make, tmp_path, name
 
 @pytest.mark.parametrize("outtype", KINDS)
 @pytest.mark.parametrize("name", ["jamba", "mamba"])
-def test_every_number_is_where_the_gguf_package_finds_it(make, tmp_path, name, outtype):
-    model, source = make(name)
+def test_every_number_is_where_the_gguf_package_finds_it(made_of, tmp_path, name, outtype):
+    model, source = made_of(name)
     reader = written(source, tmp_path / "m.gguf", outtype)
     arch = gguf.MODEL_ARCH.JAMBA if name == "jamba" else gguf.MODEL_ARCH.MAMBA
     table = gguf.get_tensor_name_map(arch, 2)
@@ -222,8 +219,8 @@ def test_every_number_is_where_the_gguf_package_finds_it(make, tmp_path, name, o
     ],
     ids=str,
 )
-def test_round_trip_keeps_every_bit(make, tmp_path, name, dtype, outtype):
-    model, source = make(name, dtype)
+def test_round_trip_keeps_every_bit(made_of, tmp_path, name, dtype, outtype):
+    model, source = made_of(name, dtype)
     ours.write(source, tmp_path / "m.gguf", Options("gguf", outtype))
     back = ours.read(tmp_path / "m.gguf")
     assert back.config == source.config
@@ -247,8 +244,8 @@ def test_round_trip_keeps_every_bit(make, tmp_path, name, dtype, outtype):
     assert json.loads(back.files["generation_config.json"])["eos_token_id"] == [2, 3]
 
 
-def test_paper_initialisation_comes_back_exactly(make, tmp_path):
-    _, source = make("mamba")
+def test_paper_initialisation_comes_back_exactly(made_of, tmp_path):
+    _, source = made_of("mamba")
     a_log = torch.arange(1, 9).float().log().expand(128, 8).contiguous()
     for key in source.tensors:
         if key.endswith("A_log"):
@@ -257,9 +254,9 @@ def test_paper_initialisation_comes_back_exactly(make, tmp_path):
     assert torch.equal(ours.read(tmp_path / "m.gguf").tensors["model.layers.0.mamba.A_log"].load(), a_log)
 
 
-def test_quantized_files_are_read_as_the_package_dequantizes_them(make, tmp_path):
+def test_quantized_files_are_read_as_the_package_dequantizes_them(made_of, tmp_path):
     """A file by another hand: written with the gguf package, one tensor in each type it can decode."""
-    _, source = make("mamba", hidden_size=256, num_hidden_layers=1)
+    _, source = made_of("mamba", hidden_size=256, num_hidden_layers=1)
     plain = written(source, tmp_path / "plain.gguf", "f32")
     kinds = iter(["Q5_0", "Q5_1", "Q4_1", "Q6_K", "Q4_K", "Q8_0", "F16"])
     writer, wanted = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba"), {}
@@ -352,24 +349,24 @@ def test_an_interrupted_conversion_leaves_nothing(tiny_model, tokenizer_files, t
         ({"dt_bc_norm_eps": 1e-6}, "one epsilon for all norms, this model has 1e-05 and, for dt, B and C, 1e-06"),
     ],
 )
-def test_what_llama_cpp_has_no_architecture_for_is_refused(make, tmp_path, fields, why):
-    _, source = make(**fields)
+def test_what_llama_cpp_has_no_architecture_for_is_refused(made_of, tmp_path, fields, why):
+    _, source = made_of(**fields)
     with pytest.raises(Refused, match=why) as refused:
         ours.write(source, tmp_path / "m.gguf", Options("gguf", "f32"))
     assert refused.value.exit_code == 3 and refused.value.hint and "moai" in refused.value.hint
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_numbers_beyond_f16_are_refused(make, tmp_path):
-    _, source = make("mamba")
+def test_numbers_beyond_f16_are_refused(made_of, tmp_path):
+    _, source = made_of("mamba")
     key = "model.layers.1.mamba.in_proj.weight"
     source.tensors[key] = source.tensors[key].map(lambda tensor: tensor.index_fill(0, torch.tensor([3]), 1e6))
     with pytest.raises(CheckpointError, match=r"blk\.1\.ssm_in\.weight holds numbers beyond 65504"):
         ours.write(source, tmp_path / "m.gguf", Options("gguf", "f16"))
 
 
-def test_falcons_other_epsilon_is_told_and_comes_back(make, tmp_path):
-    _, source = make("falcon-mamba", dt_bc_norm_eps=1e-6)
+def test_falcons_other_epsilon_is_told_and_comes_back(made_of, tmp_path):
+    _, source = made_of("falcon-mamba", dt_bc_norm_eps=1e-6)
     ours.write(source, tmp_path / "m.gguf", Options("gguf", "f32"))
     assert any("not with 1e-06" in note for note in source.notes)
     assert ours.read(tmp_path / "m.gguf").config["dt_bc_norm_eps"] == 1e-6
@@ -379,8 +376,8 @@ def test_falcons_other_epsilon_is_told_and_comes_back(make, tmp_path):
 
 
 @pytest.fixture
-def good(make, tmp_path):
-    _, source = make("jamba")
+def good(made_of, tmp_path):
+    _, source = made_of("jamba")
     ours.write(source, tmp_path / "good.gguf", Options("gguf", "f32"))
     return (tmp_path / "good.gguf").read_bytes()
 
@@ -451,8 +448,8 @@ def test_tensors_outside_or_over_each_other_are_refused(good, tmp_path):
             ours.read(tmp_path / "bad.gguf")
 
 
-def test_attention_that_does_something_is_refused(make, tmp_path, monkeypatch):
-    _, source = make("jamba")
+def test_attention_that_does_something_is_refused(made_of, tmp_path, monkeypatch):
+    _, source = made_of("jamba")
     null = gguf_write._null_layer
     monkeypatch.setattr(
         gguf_write,
@@ -492,8 +489,8 @@ def peak_memory():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("outtype", ["f32", "bf16", "q8_0"])
-def test_memory_stays_below_one_and_a_half_of_the_largest_tensor(make, tmp_path, outtype):
-    _, source = make("mamba", hidden_size=512, num_hidden_layers=1)
+def test_memory_stays_below_one_and_a_half_of_the_largest_tensor(made_of, tmp_path, outtype):
+    _, source = made_of("mamba", hidden_size=512, num_hidden_layers=1)
     rows, columns = 20_000, 512
     source.config["vocab_size"] = rows
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
