@@ -1,14 +1,13 @@
 // What the forward and the backward scan share: tiles of TILE steps and 32 channels, their copies and their order.
 //
 // Macros: T type of u, dt, z, y; TB type of B and C; N states; WARPS of a block, which divide the states; TILE steps;
-// GATED, whether z is given; PIPED 0 or 1; SHARED bytes of shared memory that the caller reserves.
+// GATED 1 if z is given; SHARED bytes of shared memory that the caller reserves.
 #pragma once
 #include "common.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int SLOTS = PIPED ? 5 : 2;    // tiles in shared memory as they come: PIPED keeps four and loads one
-constexpr int BUFFERS = PIPED ? 2 : 1;  // of what one stage leaves to the next
-constexpr int STATES = N / WARPS;       // of one thread
+constexpr int SLOTS = 2;           // tiles in shared memory as they come: one at work, one on its way
+constexpr int STATES = N / WARPS;  // of one thread
 static_assert(N % WARPS == 0 && WARPS <= 8 && (TILE == 8 || TILE == 16), "states and steps are dealt out evenly");
 
 template <class X>
@@ -242,7 +241,8 @@ struct Marker {
 };
 
 // ---- The order of the stages, each of which may read what the one before it left in shared memory:
-// load (asks for a tile), arrive (its marks), in, body, out, flush (stores the results).
+// load (asks for a tile), arrive (its marks), in, body, out, flush (stores the results). A block waits between stages;
+// the multiprocessor's other blocks are at other stages then.
 
 DEVICE void block_barrier() {
   if (WARPS == 1) __syncwarp();
@@ -251,35 +251,21 @@ DEVICE void block_barrier() {
 
 template <class Load, class Arrive, class In, class Body, class Out, class Flush>
 DEVICE void run_tiles(int tiles, Load load, Arrive arrive, In stage_in, Body body, Out stage_out, Flush flush) {
-  if (PIPED) {
-    for (int i = -1; i < tiles + 3; ++i) {
-      if (i + 1 < tiles) load(i + 1);
-      copy_async_commit();
-      if (i >= 0 && i < tiles) stage_in(i);
-      if (i >= 1 && i <= tiles) body(i - 1);
-      if (i >= 2 && i <= tiles + 1) stage_out(i - 2);
-      if (i >= 3) flush(i - 3);
-      if (i + 1 < tiles) arrive(i + 1);
-      copy_async_wait<0>();
+  for (int i = -1; i < tiles; ++i) {
+    if (i >= 0) {
+      stage_in(i);
       block_barrier();
     }
-  } else {
-    for (int i = -1; i < tiles; ++i) {
-      if (i >= 0) {
-        stage_in(i);
-        block_barrier();
-      }
-      if (i + 1 < tiles) load(i + 1);
-      copy_async_commit();
-      if (i >= 0) {
-        body(i);
-        block_barrier();
-        stage_out(i);
-      }
-      if (i + 1 < tiles) arrive(i + 1);
-      copy_async_wait<0>();
+    if (i + 1 < tiles) load(i + 1);
+    copy_async_commit();
+    if (i >= 0) {
+      body(i);
       block_barrier();
-      if (i >= 0) flush(i);
+      stage_out(i);
     }
+    if (i + 1 < tiles) arrive(i + 1);
+    copy_async_wait<0>();
+    block_barrier();
+    if (i >= 0) flush(i);
   }
 }

@@ -1,4 +1,4 @@
-// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=2 GATED=1 PIPED=0 TILE=16 SHARED=65536 | T=float TB=float N=64 WARPS=2 GATED=1 PIPED=0 TILE=8 SHARED=98304
+// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=2 GATED=1 TILE=16 SHARED=65536 | T=float TB=float N=64 WARPS=2 GATED=1 TILE=8 SHARED=98304
 //
 // Gradients of the selective scan (scan_forward.cu), with its division of work: a lane owns a channel, a warp a share of
 // the states, a block 32 channels. Tiles are walked from the last to the first. In a tile the states are computed again
@@ -9,16 +9,15 @@
 //   d(dt u)_t = g_t . B_t,  d(dt)_t += q . A,  dA += q dt_t   with q = exp(dt_t A) g_t h_(t-1)
 //
 // Sums over a thread's states stay in its registers. Sums over the 32 channels of a warp begin on the tensor cores: values
-// times a matrix of ones and zeros leave, for each group of 4 lanes, the sum of each value; the groups' sums are added at
-// the tile's edge. tf32 drops bits; for fp32 inputs each number goes in two parts, so that 22 bits count. Sums over a
+// times a matrix of ones and zeros leave, for each group of 4 lanes, the sum of each value; 7 exchanges between lanes add
+// the groups and deal the 32 sums out. tf32 drops bits; for fp32 inputs each number goes in two parts, so that 22 bits count. Sums over a
 // row's blocks are written as partial sums and added in a fixed order by scan_reduce: no atomics, the same bits every time.
 #include "scan.cuh"
 
 constexpr bool EXACT = sizeof(T) == 4;
 constexpr int VALUES = 2 * TILE;            // summed over channels, of one state: dB of each step, then dC
 constexpr int FRAGMENTS = VALUES / 16;      // of the tensor cores' results
-constexpr bool MANY = N > 32;               // states: less of them in shared memory, at the cost of time
-constexpr int GROUPS = MANY ? 1 : 8;
+constexpr bool MANY = N > 32;               // states: not all that is useful has room in shared memory
 constexpr int64 PART = (int64)N * VALUES;   // numbers of a tile's partial sums
 
 struct alignas(16) Slot {  // one tile as it comes from memory
@@ -30,10 +29,10 @@ struct alignas(16) Slot {  // one tile as it comes from memory
 
 struct alignas(16) Pool {
   Slot slot[SLOTS];
-  Rows dt[BUFFERS], x[BUFFERS], dy[BUFFERS];
-  float BC[BUFFERS][2 * N][TILE];
-  Rows gB[BUFFERS][WARPS], qA[BUFFERS][WARPS], Ch[BUFFERS][WARPS];  // sums over a warp's states
-  float groups[BUFFERS][N][FRAGMENTS][GROUPS][16];                  // sums over 4 channels, or all
+  Rows dt, x, dy;
+  float BC[2 * N][TILE];
+  Rows gB[WARPS], qA[WARPS], Ch[WARPS];  // sums over a warp's states
+  float dBC[N][VALUES];                            // sums over the block's channels
   float a2[MANY ? 1 : N][32], carry[N][32], dA[N][32];  // each one thread's; here because registers can't be indexed
 };
 static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
@@ -62,10 +61,28 @@ DEVICE void add_lanes(float (&sums)[4], const uint32 (&one)[8], int j, const flo
   }
 }
 
+// Adds the 8 groups' sums. Each exchange halves what a lane has left, so that in the end each has one of the 32 values (of
+// the 16, two lanes the same).
+DEVICE void add_groups(float (&to)[VALUES], const float (&sums)[FRAGMENTS][4], int lane) {
+  const bool high16 = lane & 16, high8 = lane & 8, high4 = lane & 4;
+  auto exchange = [](bool high, float low_value, float high_value, int other) {
+    return (high ? high_value : low_value) + __shfl_xor_sync(0xffffffffu, high ? low_value : high_value, other);
+  };
+  float left[FRAGMENTS];
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f) {
+    const float one = exchange(high16, sums[f][0], sums[f][2], 16), two = exchange(high16, sums[f][1], sums[f][3], 16);
+    left[f] = exchange(high8, one, two, 8);
+  }
+  const int value = lane % 4 * 4 + (high16 ? 2 : 0) + (high8 ? 1 : 0);
+  if (FRAGMENTS == 2) to[(high4 ? 16 : 0) + value] = exchange(high4, left[0], left[FRAGMENTS - 1], 4);
+  else to[value] = left[0] + __shfl_xor_sync(0xffffffffu, left[0], 4);
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     scan_backward(const T* u, const T* dt, const float* A, const TB* B, const TB* C, const float* D, const T* z,
                   const float* bias, const int* seq_idx, const Kept* kept, const T* g, const float* d_last,
-                  const float* ends, const float* sums, T* d_u, T* d_dt, T* d_z, float* d_A, float* parts, float* d_D,
+                  const float* ends, const float* sums, T* d_u, T* d_dt, T* d_z, float* d_A, Kept* parts, float* d_D,
                   float* d_bias, float* d_first, int64 L, int64 I, int64 segments, int64 span,
                   int64 u_batch, int64 u_step, int64 dt_batch, int64 dt_step, int64 z_batch, int64 z_step,
                   int64 B_batch, int64 B_step, int64 C_batch, int64 C_step, int64 g_batch, int64 g_step,
@@ -134,7 +151,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
   auto stage_in = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
-    const int to = i % BUFFERS;
     float dts[2][PER], xs[2][PER], dys[2][PER];
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
@@ -165,27 +181,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      write_steps(pool.dt[to], edge.c + j, edge.t0, dts[j]);
-      write_steps(pool.x[to], edge.c + j, edge.t0, xs[j]);
-      write_steps(pool.dy[to], edge.c + j, edge.t0, dys[j]);
+      write_steps(pool.dt, edge.c + j, edge.t0, dts[j]);
+      write_steps(pool.x, edge.c + j, edge.t0, xs[j]);
+      write_steps(pool.dy, edge.c + j, edge.t0, dys[j]);
     }
-    widen_states(pool.BC[to], s.BC, s.mark, s.special);
+    widen_states(pool.BC, s.BC, s.mark, s.special);
   };
 
   auto body = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
-    const int from = i % BUFFERS;
     float dts[TILE], xs[TILE], dys[TILE], gB[TILE], qA[TILE], Ch[TILE];
-    read_steps(dts, pool.dt[from], lane, 0);
-    read_steps(xs, pool.x[from], lane, 0);
-    read_steps(dys, pool.dy[from], lane, 0);
+    read_steps(dts, pool.dt, lane, 0);
+    read_steps(xs, pool.x, lane, 0);
+    read_steps(dys, pool.dy, lane, 0);
 #pragma unroll
     for (int t = 0; t < TILE; ++t) gB[t] = qA[t] = Ch[t] = 0.0f;
     // Forward through the tile with one state, in quarters; what the way back needs stays in registers.
     auto forward = [&](Trace& to, int n, int quarter) {
       float Bs[4], Cs[4];
-      read_broadcast(Bs, &pool.BC[from][n][quarter * 4]);
-      read_broadcast(Cs, &pool.BC[from][N + n][quarter * 4]);
+      read_broadcast(Bs, &pool.BC[n][quarter * 4]);
+      read_broadcast(Cs, &pool.BC[N + n][quarter * 4]);
       if (quarter == 0) {
         to.a2 = !MANY ? pool.a2[n][lane] : mine ? decay_rate(A[c * N + n]) : -1.0f;
         to.h[0] = to_float(s.kept[n][lane]);
@@ -200,8 +215,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     };
     auto backward = [&](Trace& of, int n, int quarter) {
       float Bs[4], Cs[4], dB[4], dC[4];
-      read_broadcast(Bs, &pool.BC[from][n][quarter * 4]);
-      read_broadcast(Cs, &pool.BC[from][N + n][quarter * 4]);
+      read_broadcast(Bs, &pool.BC[n][quarter * 4]);
+      read_broadcast(Cs, &pool.BC[N + n][quarter * 4]);
       if (quarter == TILE / 4 - 1) {
         of.carry = pool.carry[n][lane];
         of.dA = 0.0f;
@@ -225,18 +240,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       if (quarter == 0) {
         pool.carry[n][lane] = of.carry;
         pool.dA[n][lane] += of.dA;
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) {
-          Vec<float, 4> sum = {{of.sums[f][0], of.sums[f][1], of.sums[f][2], of.sums[f][3]}};
-          if (MANY) {
-#pragma unroll
-            for (int other = 4; other < 32; other *= 2) {
-#pragma unroll
-              for (int k = 0; k < 4; ++k) sum.at[k] += __shfl_xor_sync(0xffffffffu, sum.at[k], other);
-            }
-          }
-          if (lane / 4 < GROUPS) store_vec<float, 4>(&pool.groups[from][n][f][lane / 4][lane % 4 * 4], sum);
-        }
+        add_groups(pool.dBC[n], of.sums, lane);
       }
     };
     // Back with one state and forward with the next at once: two chains of dependent instructions keep a warp busy.
@@ -261,13 +265,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
     for (int quarter = TILE / 4 - 1; quarter >= 0; --quarter)
       backward(STATES > 1 ? odd : even, n0 + STATES - 1, quarter);
-    write_steps(pool.gB[from][warp], lane, 0, gB);
-    write_steps(pool.qA[from][warp], lane, 0, qA);
-    write_steps(pool.Ch[from][warp], lane, 0, Ch);
+    write_steps(pool.gB[warp], lane, 0, gB);
+    write_steps(pool.qA[warp], lane, 0, qA);
+    write_steps(pool.Ch[warp], lane, 0, Ch);
   };
 
   auto gradients = [&](Slot& s, const float(&gB)[2][PER], const float(&qA)[2][PER], const float(&Ch)[2][PER],
                        bool special) {
+    float dts[2][PER];
+    read_steps(dts[0], pool.dt, edge.c, edge.t0);
+    read_steps(dts[1], pool.dt, edge.c + 1, edge.t0);
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
@@ -284,9 +291,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
           to_z[j] = gs[j] * (Ch[j][k] + D_c[j] * us[j]) * (open + gated * (1.0f - open));
           dy *= gated;
         }
-        const float step = raw[j] + bias_c[j];
-        to_u[j] = softplus(step) * gB[j][k] + D_c[j] * dy;
-        to_dt[j] = (us[j] * gB[j][k] + LN2 * qA[j][k]) * sigmoid(step);
+        const float before = raw[j] + bias_c[j];
+        const float step = special && s.mark[t] == RESET ? softplus(before) : dts[j][k];
+        to_u[j] = step * gB[j][k] + D_c[j] * dy;
+        to_dt[j] = (us[j] * gB[j][k] + LN2 * qA[j][k]) * sigmoid(before);
         float to_D = dy * us[j];
         if (special && s.mark[t] == PAD) to_u[j] = to_dt[j] = to_z[j] = to_D = 0.0f;
         sum_D[j] += to_D;
@@ -300,25 +308,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
   auto stage_out = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
-    const int from = i % BUFFERS;
     float gB[2][PER], qA[2][PER], Ch[2][PER];
-    add_shares(gB, pool.gB[from], edge);
-    add_shares(qA, pool.qA[from], edge);
-    add_shares(Ch, pool.Ch[from], edge);
+    add_shares(gB, pool.gB, edge);
+    add_shares(qA, pool.qA, edge);
+    add_shares(Ch, pool.Ch, edge);
     if (s.special) gradients(s, gB, qA, Ch, true);
     else gradients(s, gB, qA, Ch, false);
 #pragma unroll
-    for (int k = threadIdx.x; k < N * VALUES / 4; k += THREADS) {
-      const int n = k / (VALUES / 4), v = k % (VALUES / 4) * 4;
-      const float* from_v = &pool.groups[from][n][v / 16][0][v % 16];
-      Vec<float, 4> sum = load_vec<float, 4>(from_v);
-#pragma unroll
-      for (int p = 1; p < GROUPS; ++p) {
-        const Vec<float, 4> part = load_vec<float, 4>(from_v + p * 16);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum.at[j] += part.at[j];
-      }
-      store_vec<float, 4>(parts + k * 4, sum);
+    for (int k = threadIdx.x * 4; k < N * VALUES; k += THREADS * 4) {
+      const Vec<float, 4> sum = load_vec<float, 4>(&pool.dBC[k / VALUES][k % VALUES]);
+      store_vec<Kept, 4>(parts + k, {{from_float<Kept>(sum.at[0]), from_float<Kept>(sum.at[1]),
+                                      from_float<Kept>(sum.at[2]), from_float<Kept>(sum.at[3])}});
     }
     parts -= PART;
   };
@@ -341,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
   }
   block_barrier();
-  auto both = reinterpret_cast<float(*)[THREADS / 16][32]>(pool.groups);
+  auto both = reinterpret_cast<float(*)[THREADS / 16][32]>(&pool.gB);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {  // the threads of a channel hold the sums of different steps
     both[0][threadIdx.x / 16][edge.c + j] = sum_D[j];
@@ -361,16 +361,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
 // dB and dC (rows, N) from the partial sums (blocks, batch, tiles, N, VALUES): four steps of a state a thread, blocks in
 // order.
-extern "C" __global__ void scan_reduce(const float* parts, TB* d_B, TB* d_C, int64 blocks, int64 batches, int64 L) {
+extern "C" __global__ void scan_reduce(const Kept* parts, TB* d_B, TB* d_C, int64 blocks, int64 batches, int64 L) {
   const int64 tiles = (L + TILE - 1) / TILE, all = batches * tiles * PART;
   const int64 at = ((int64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
   if (at >= all) return;
-  Vec<float, 4> sum = load_vec<float, 4>(parts + at);
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 8
-  for (int64 k = 1; k < blocks; ++k) {
-    const Vec<float, 4> part = load_vec<float, 4>(parts + k * all + at);
+  for (int64 k = 0; k < blocks; ++k) {
+    const Vec<Kept, 4> part = load_vec<Kept, 4>(parts + k * all + at);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum.at[j] += part.at[j];
+    for (int j = 0; j < 4; ++j) sum[j] += to_float(part.at[j]);
   }
   const int v = (int)(at % VALUES);
   const int64 n = at / VALUES % N, tile = at / PART % tiles, batch = at / PART / tiles;
@@ -378,6 +378,6 @@ extern "C" __global__ void scan_reduce(const float* parts, TB* d_B, TB* d_C, int
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int64 t = tile * TILE + v % TILE + j;
-    if (t < L) to[(batch * L + t) * N + n] = from_float<TB>(sum.at[j]);
+    if (t < L) to[(batch * L + t) * N + n] = from_float<TB>(sum[j]);
   }
 }

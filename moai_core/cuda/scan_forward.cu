@@ -1,4 +1,4 @@
-// moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=4 GATED=1 PIPED=0 TILE=16 SHARED=49152 | T=float TB=float N=64 WARPS=4 GATED=0 PIPED=0 TILE=16 SHARED=98304
+// moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=4 GATED=1 TILE=16 SHARED=49152 | T=float TB=float N=64 WARPS=4 GATED=0 TILE=16 SHARED=98304
 //
 // The selective scan of Mamba-1, forward: h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = (C_t . h_t + D u_t) silu(z_t),
 // dt = softplus(raw dt + bias). Source: arXiv 2312.00752, algorithm 2; what is new is the order of the work.
@@ -16,7 +16,6 @@
 //   body        the recurrence; each warp leaves its share of C . h
 //   stage_out   sum of the shares, D u, gate; the result takes u's place, from where flush stores it
 //
-// PIPED runs the stages on successive tiles between two barriers; otherwise they follow one another.
 // Memory of the backward pass: `kept`, the state before every tile, (batch, tiles, N, I), 16 bits for 16-bit inputs.
 #include "scan.cuh"
 
@@ -28,9 +27,9 @@ struct alignas(16) Slot {  // one tile as it comes from memory
 
 struct alignas(16) Pool {
   Slot slot[SLOTS];
-  Rows dt[BUFFERS], x[BUFFERS];
-  float BC[BUFFERS][2 * N][TILE];
-  Rows y[BUFFERS][WARPS];
+  Rows dt, x;
+  float BC[2 * N][TILE];
+  Rows y[WARPS];
 };
 static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
 
@@ -88,7 +87,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
   auto stage_in = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
-    const int to = i % BUFFERS;
     float dts[2][PER], xs[2][PER];
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
@@ -114,14 +112,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      write_steps(pool.dt[to], edge.c + j, edge.t0, dts[j]);
-      write_steps(pool.x[to], edge.c + j, edge.t0, xs[j]);
+      write_steps(pool.dt, edge.c + j, edge.t0, dts[j]);
+      write_steps(pool.x, edge.c + j, edge.t0, xs[j]);
     }
-    widen_states(pool.BC[to], s.BC, s.mark, s.special);
+    widen_states(pool.BC, s.BC, s.mark, s.special);
   };
 
   auto body = [&](int i) {
-    const int from = i % BUFFERS;
     if (kept && mine) {
       Kept* to = kept + ((int64)i * N + warp * STATES) * I;
 #pragma unroll
@@ -130,22 +127,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll 1
     for (int t0 = 0; t0 < TILE; t0 += 8) {
       float dts[8], xs[8], ys[8];
-      read_steps(dts, pool.dt[from], lane, t0);
-      read_steps(xs, pool.x[from], lane, t0);
+      read_steps(dts, pool.dt, lane, t0);
+      read_steps(xs, pool.x, lane, t0);
 #pragma unroll
       for (int t = 0; t < 8; ++t) ys[t] = 0.0f;
 #pragma unroll
       for (int j = 0; j < STATES; ++j) {
         float Bs[8], Cs[8];
-        read_broadcast(Bs, &pool.BC[from][warp * STATES + j][t0]);
-        read_broadcast(Cs, &pool.BC[from][N + warp * STATES + j][t0]);
+        read_broadcast(Bs, &pool.BC[warp * STATES + j][t0]);
+        read_broadcast(Cs, &pool.BC[N + warp * STATES + j][t0]);
 #pragma unroll
         for (int t = 0; t < 8; ++t) {
           h[j] = exp2_approx(dts[t] * a2[j]) * h[j] + xs[t] * Bs[t];
           ys[t] += Cs[t] * h[j];
         }
       }
-      write_steps(pool.y[from][warp], lane, t0, ys);
+      write_steps(pool.y[warp], lane, t0, ys);
     }
   };
 
@@ -169,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   auto stage_out = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
     float sum[2][PER];
-    add_shares(sum, pool.y[i % BUFFERS], edge);
+    add_shares(sum, pool.y, edge);
     if (s.special) gate_and_store(s, sum, true);
     else gate_and_store(s, sum, false);
   };

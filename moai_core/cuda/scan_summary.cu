@@ -1,4 +1,4 @@
-// moai: kernels scan_summary; macros T=bf16 TB=bf16 N=16 WARPS=2 GATED=1 REVERSE=0 PIPED=0 TILE=16 SHARED=49152 | T=float TB=float N=64 WARPS=4 GATED=0 REVERSE=1 PIPED=0 TILE=16 SHARED=98304
+// moai: kernels scan_summary; macros T=bf16 TB=bf16 N=16 WARPS=2 GATED=1 REVERSE=0 TILE=16 SHARED=49152 | T=float TB=float N=64 WARPS=4 GATED=0 REVERSE=1 TILE=16 SHARED=98304
 //
 // What a segment of time does to the state that enters it (scan_forward.cu, scan_backward.cu): its sum of dt, of which
 // exp(A sum) is the decay over the whole segment, and where it takes a zero state. REVERSE: the same for the gradient that
@@ -13,8 +13,8 @@ struct alignas(16) Slot {  // one tile as it comes from memory
 
 struct alignas(16) Pool {
   Slot slot[SLOTS];
-  Rows dt[BUFFERS], in[BUFFERS];
-  float states[BUFFERS][N][TILE];
+  Rows dt, in;
+  float states[N][TILE];
 };
 static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
 
@@ -64,7 +64,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
   auto stage_in = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
-    const int to = i % BUFFERS;
     float dts[2][PER], ins[2][PER];
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
@@ -92,26 +91,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      write_steps(pool.dt[to], edge.c + j, edge.t0, dts[j]);
-      write_steps(pool.in[to], edge.c + j, edge.t0, ins[j]);
+      write_steps(pool.dt, edge.c + j, edge.t0, dts[j]);
+      write_steps(pool.in, edge.c + j, edge.t0, ins[j]);
     }
-    widen_states(pool.states[to], s.states, s.mark, s.special);
+    widen_states(pool.states, s.states, s.mark, s.special);
   };
 
   auto body = [&](int i) {
-    const int from = i % BUFFERS;
 #pragma unroll 1
     for (int k = 0; k < TILE; k += 8) {
       const int t0 = REVERSE ? TILE - 8 - k : k;
       float dts[8], ins[8];
-      read_steps(dts, pool.dt[from], lane, t0);
-      read_steps(ins, pool.in[from], lane, t0);
+      read_steps(dts, pool.dt, lane, t0);
+      read_steps(ins, pool.in, lane, t0);
 #pragma unroll
       for (int t = 0; t < 8; ++t) total += dts[t];
 #pragma unroll
       for (int j = 0; j < STATES; ++j) {
         float weights[8];
-        read_broadcast(weights, &pool.states[from][warp * STATES + j][t0]);
+        read_broadcast(weights, &pool.states[warp * STATES + j][t0]);
 #pragma unroll
         for (int m = 0; m < 8; ++m) {
           const int t = REVERSE ? 7 - m : m;

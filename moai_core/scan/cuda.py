@@ -144,7 +144,7 @@ def scan_backward(
     rows = batch * shape.segments
     d_A = A.new_empty(rows, channels, states)
     d_D, d_bias = (A.new_empty(rows, channels) if x is not None else None for x in (D, dt_bias))
-    parts = A.new_empty(blocks, batch, -(-length // shape.tile), states, 2 * shape.tile)
+    parts = A.new_empty(blocks, batch, -(-length // shape.tile), states, 2 * shape.tile, dtype=kept.dtype)
     ends, sums = _summary(shape, True, g_y, dt, A, C, z, dt_bias, seq_idx)
     _kernel("scan_backward", shape, u, A, B, GATED=int(z is not None))(
         rows * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ends, sums,
@@ -229,7 +229,7 @@ def _summary(
     batch, length, channels = x.shape
     N = A.shape[1]
     warps = next(w for w in (2, 4, 8) if N // w <= 32)
-    shared = shared_bytes("summary", warps, shape.tile, False, x.itemsize, states.itemsize, N)
+    shared = shared_bytes("summary", warps, shape.tile, x.itemsize, states.itemsize, N)
     ends, sums = A.new_empty(batch, shape.segments, channels, N), A.new_empty(batch, shape.segments, channels)
     own = shape._replace(warps=warps, shared=shared)
     _kernel("scan_summary", own, x, A, states, GATED=int(z is not None), REVERSE=int(reverse))(
@@ -243,7 +243,7 @@ def _kernel(name: str, shape: Division, u: Tensor, A: Tensor, B: Tensor, **macro
     file = "scan_backward.cu" if name == "scan_reduce" else f"{name}.cu"
     return cuda.kernel(
         file, name, u.device, T=_NAMES[u.dtype], TB=_NAMES[B.dtype], N=A.shape[1], WARPS=shape.warps, TILE=shape.tile,
-        PIPED=int(shape.piped), SHARED=shape.shared, **macros,
+        SHARED=shape.shared, **macros,
     )  # fmt: skip
 
 
@@ -256,11 +256,10 @@ def _divide(direction: str, u: Tensor, A: Tensor, B: Tensor) -> Division:
 
 class Division(NamedTuple):
     """warps that share the states of 32 channels; steps of a tile, which is also the distance of the kept states;
-    whether stages overlap; tiles of a segment of time, and segments of a row; bytes of shared memory a block."""
+    tiles of a segment of time, and segments of a row; bytes of shared memory a block."""
 
     warps: int
     tile: int
-    piped: bool
     span: int
     segments: int
     shared: int
@@ -286,10 +285,10 @@ def _division(
     warps = next(w for w in (2, 4, 8) if states // w <= most)
     segments = max(1, min(enough // blocks, tiles // 4))
     span = -(-tiles // segments)
-    shared = shared_bytes(direction, warps, tile, False, size, states_size, states)
+    shared = shared_bytes(direction, warps, tile, size, states_size, states)
     if shared > limit:
         raise LookupError(f"it needs {shared} bytes of shared memory a block, and this GPU has {limit}")
-    return Division(warps, tile, False, span, -(-tiles // span), shared)
+    return Division(warps, tile, span, -(-tiles // span), shared)
 
 
 def tile_of(states: int) -> int:
@@ -297,20 +296,18 @@ def tile_of(states: int) -> int:
     return 16 if states <= 32 else 8
 
 
-def shared_bytes(direction: str, warps: int, tile: int, piped: bool, size: int, states_size: int, states: int) -> int:
+def shared_bytes(direction: str, warps: int, tile: int, size: int, states_size: int, states: int) -> int:
     """sizeof(Pool) of scan_forward.cu, scan_summary.cu or scan_backward.cu, which check that it is enough."""
-    slots, buffers = (5, 2) if piped else (2, 1)
     wide, narrow, marks = 32 * tile * 4, 32 * tile * size, tile * 4 + 16
-    few = tile * (states + 16 // states_size) * states_size  # of one or, with B and C in a row, two times the states
+    one = tile * (states + 16 // states_size) * states_size  # B or C of a tile
     both = tile * (2 * states + 16 // states_size) * states_size
     if direction == "summary":
-        return slots * (3 * narrow + few + marks) + buffers * (2 * wide + states * tile * 4)
+        return 2 * (3 * narrow + one + marks) + 2 * wide + states * tile * 4
     if direction == "forward":
-        return slots * (3 * narrow + both + marks) + buffers * ((2 + warps) * wide + 2 * states * tile * 4)
+        return 2 * (3 * narrow + both + marks) + (2 + warps) * wide + 2 * states * tile * 4
     slot = 4 * narrow + both + states * 32 * (4 if size == 4 else 2) + marks
-    groups = states * 2 * tile * (8 if states <= 32 else 1) * 4
     held = (2 * states + (states if states <= 32 else 1)) * 32 * 4
-    return slots * slot + buffers * ((3 + 3 * warps) * wide + 2 * states * tile * 4 + groups) + held
+    return 2 * slot + (3 + 3 * warps) * wide + 4 * states * tile * 4 + held
 
 
 def _too_large(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
