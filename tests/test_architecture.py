@@ -15,6 +15,7 @@ LAYERS = [
     {"errors", "paths"},
     {"config", "storage"},
     {"recipe"},
+    {"footprint"},
     {"plan"},
     {"cuda"},
     {"device", "tensors", "scan"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"bench"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-TORCH_FREE = {"errors", "paths", "config", "recipe", "plan"}
+TORCH_FREE = {"errors", "paths", "config", "recipe", "footprint", "plan"}
 SOURCES = sorted(p for top in ("moai_core", "moai_cli") for p in (ROOT / top).rglob("*.py"))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, config, device, plan
+from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, config, device, footprint, plan
 from moai_core import recipe as recipes
 from moai_core.errors import UsageError
 from moai_core.training.optim import make_optimizer
@@ -57,7 +57,7 @@ def test_parameters_are_the_models(fields):
     assert counts["total"] == sum(p.numel() for p in names.values())
     for part, words in PARTS.items():
         assert counts[part] == sum(p.numel() for n, p in names.items() if any(w in n for w in words)), part
-    assert sum(n * k for n, k in plan._tensors(numbers)) == counts["total"]
+    assert sum(n * k for n, k in footprint.tensors(numbers)) == counts["total"]
 
 
 @pytest.mark.parametrize(("size", "billions"), [("2b", 1.989), ("8b", 8.218), ("16b", 16.375)])
@@ -73,7 +73,7 @@ def test_flops_are_what_torch_counts(fields):
     batch, length = 2, 16
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(0, 389, (batch, length)))
-    c = plan._letters(numbers)
+    c = footprint.letters(numbers)
     by_hand = c["layers"] * c["I"] * (2 * c["K"] + 9 * c["N"] + 6)
     ours = plan.flops_per_token(numbers, length)
     assert ours["forward"] - by_hand == counter.get_total_flops() / (batch * length)
@@ -118,7 +118,7 @@ def test_weights_gradients_and_optimizer_are_exact(optimizer, precision):
             if torch.is_tensor(value) and key != "step" and not key.startswith("qmap")
         ),
     }
-    assert plan.weights_gradients_optimizer(numbers, recipe, precision) == held
+    assert footprint.weights_gradients_optimizer(numbers, recipe, precision) == held
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
@@ -140,7 +140,7 @@ def test_activations_are_what_autograd_keeps(fields, precision):
         _step(model, precision, batch, length)
     measured = sum(t.untyped_storage().nbytes() for t in saved.values())
     recipe = recipe_of(TINY, train={"batch_size": batch, "precision": precision}, data={"max_length": length})
-    phase = plan._phases(numbers, recipe)["loss"]
+    phase = footprint.phases(numbers, recipe)["loss"]
     planned = phase["activations"] + phase["scan states"]
     assert planned == pytest.approx(measured, rel=0.1)
 
@@ -152,7 +152,7 @@ def test_kinds_add_up_and_checkpointing_trades_memory_for_flops():
     ]
     full, some, none = (plan.plan(recipe) for recipe in ways)
     for p, recipe in zip((full, some, none), ways, strict=True):
-        assert set(p.memory) == set(plan.KINDS)
+        assert set(p.memory) == set(footprint.KINDS)
         assert p.peak == sum(p.memory.values()) == sum(plan.memory(plan.numbers(recipe), recipe).values())
     assert full.memory["activations"] < some.memory["activations"] / 2 < none.memory["activations"] / 2
     assert full.flops["recompute"] > 20 * some.flops["recompute"] > 0 == none.flops["recompute"]

@@ -127,7 +127,7 @@ def test_gradients_are_the_same_bits_in_every_mode(fields, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
 def test_a_layer_keeps_what_the_planner_counts(precision, mode):
     """The allocator rounds each tensor up to 512 bytes, so within 1 %."""
-    from moai_core import plan
+    from moai_core import footprint
 
     def held(layers: int, length: int) -> int:
         model = small(precision, layers)
@@ -146,5 +146,5 @@ def test_a_layer_keeps_what_the_planner_counts(precision, mode):
 
     lengths = (512, 1536)
     short, long = (held(3, length) - held(2, length) for length in lengths)
-    want = plan.saved_per_token(small(precision, 1).config.numbers(), precision, "cuda", mode)
+    want = footprint.saved_per_token(small(precision, 1).config.numbers(), precision, "cuda", mode)
     assert (long - short) / (4 * (lengths[1] - lengths[0])) == pytest.approx(sum(want.values()), rel=0.01)

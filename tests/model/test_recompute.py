@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, config, cuda, plan, scan
+from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, config, cuda, footprint, scan
 from moai_core.errors import UsageError
 from moai_core.model import fused
 from moai_core.model.recompute import Recomputed, call, repeatable, split_halves
@@ -169,7 +169,7 @@ def test_the_planner_counts_what_a_layer_keeps(fields, precision, mode):
     few, many = (
         held(mode, precision, 3, length, **fields) - held(mode, precision, 2, length, **fields) for length in (64, 192)
     )
-    planned = plan.saved_per_token(make(**fields).config.numbers(), precision, "cpu", mode)
+    planned = footprint.saved_per_token(make(**fields).config.numbers(), precision, "cpu", mode)
     # By token alone: copies of weights do not count.
     assert (many - few) / (BATCH * 128) == sum(planned.values())
 
@@ -203,7 +203,7 @@ def test_the_planner_counts_what_a_layer_of_2b_keeps_with_the_gpu_operators(monk
 
     few, many = (held(3, length) - held(2, length) for length in (64, 192))
     try:
-        planned = plan.saved_per_token(numbers, precision, "cuda", mode)
+        planned = footprint.saved_per_token(numbers, precision, "cuda", mode)
         assert (many - few) / (2 * 128) == sum(planned.values())
     finally:
         scan.pick.cache_clear()
