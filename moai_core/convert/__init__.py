@@ -99,7 +99,7 @@ def convert(
     if not any(name in source.files for name in hf.TOKENIZER):
         source.notes.append("no tokenizer was found beside the model: copy its files into the result")
     report: dict[str, Any] = {
-        "source": {"name": _name(src), "path": str(source.path), "format": format},
+        "source": {"name": _name(src, path), "path": str(source.path), "format": format},
         "target": {"path": str(dst), "format": to},
         "parameters": sum(torch.Size(lazy.shape).numel() for lazy in source.tensors.values()),
         "tensors": len(source.tensors),
@@ -166,10 +166,9 @@ def _find(src: str, on_event: OnEvent | None) -> Path:
     return hub.fetch(src, on_event) if not path.exists() and hub.is_name(src) else path
 
 
-def _name(src: str | os.PathLike[str]) -> str:
-    """How the source is called in a card: a name of the hub, or the last part of a path."""
-    text = os.fspath(src)
-    return text if not os.path.exists(text) else Path(os.path.realpath(text)).name
+def _name(src: str | os.PathLike[str], path: Path) -> str:
+    """How the source is called in a card: a name of the hub, or the last part of its path."""
+    return path.resolve().name if Path(src).expanduser().exists() else os.fspath(src)
 
 
 # ---- changes that no format needs to know --------------------------------------------------------

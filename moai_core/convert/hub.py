@@ -89,4 +89,8 @@ def _needed(name: str, there: list[str], file: str | None) -> list[str]:
 
 
 def _line(exc: Exception) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(exc, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:160]

@@ -18,7 +18,7 @@ print(report["parameters"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss *
 
 
 def write_2b(folder, dtype):
-    """A moai folder of the 2b preset with random weights, written a tensor at a time."""
+    """A moai folder of the 2b preset with weights as at a training's start, written a tensor at a time."""
     import torch
 
     from moai_core import get_mamba_config, storage, tensors
@@ -30,13 +30,22 @@ def write_2b(folder, dtype):
     for name, shape in hf.shapes(config.numbers(), folder).items():
         kind = torch.float32 if name.endswith(KEEP_FP32) else dtype
         infos[name] = tensors.TensorInfo(kind, shape, torch.Size(shape).numel() * kind.itemsize)
+
+    def load(name):
+        _, shape, _ = info = infos[name]
+        if name.endswith("A_log"):
+            return torch.arange(1, shape[1] + 1).log().expand(shape).contiguous()
+        if name.endswith(("norm.weight", ".D")):
+            return torch.ones(shape, dtype=info.dtype)
+        if name.endswith("dt_bias"):
+            return torch.empty(shape).uniform_(-7, -2)
+        return torch.randn(shape, dtype=info.dtype) * 0.02
+
     with storage.new_folder(folder) as writer:
         writer.write("config.json", config.to_json_string().encode())
         writer.write(
             "model.safetensors",
-            tensors.stream(
-                infos, lambda name: torch.randn(infos[name].shape, dtype=infos[name].dtype), {"format": "pt"}
-            ),
+            tensors.stream(infos, load, {"format": "pt"}),
         )
 
 
