@@ -25,9 +25,7 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "scan states", "log
 LOSS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 30}
 LOSS_FEW = 4
 BF16_CHUNK = 1 << 24
-# Tokens between two states that the scan keeps for its backward pass, and channels whose gradients of B and C are one
-# partial sum (moai_core/scan/cuda.py, cpu_kernels.py).
-SCAN_TILE = {"cpu": 16, "cuda": 16}
+# Channels whose gradients of B and C are one partial sum of the scan (moai_core/scan/cpu_kernels.py, cuda.py).
 SCAN_WIDTH = {"cpu": 128, "cuda": 32}
 
 
@@ -158,7 +156,8 @@ def saved_per_token(
     if F:
         feed = norm + 2 * b.a * F + (b.a * F if on_cpu else 0)  # gate, up; on a CPU silu(gate)
         feed += (copies * b.a * H + b.a * F) if keep else 0  # input of gate and up, input of down_proj
-    states = (4 if on_cpu or b.a == 4 else 2) * I * N / SCAN_TILE[device]
+    tile = 16 if on_cpu or N <= 32 else 8  # tokens between two states that the scan keeps
+    states = (4 if on_cpu else b.a) * I * N / tile
     return {"activations": float(mixer + feed), "scan states": states}
 
 
@@ -168,7 +167,8 @@ def _flight_per_token(config: Mapping[str, Any], precision: str, device: str, ch
     c, b = letters(config), element_bytes(config, precision)
     I, N, F = c["I"], c["N"], c["F"]
     feed = 3 * b.a * F  # gradients of SwiGLU's product, gate and up
-    scan = 4 * b.a * I + 8 * N * I / SCAN_WIDTH[device]  # gradients of y, u, dt and z; parts of those of B and C
+    scan: float = 4 * b.a * I  # gradients of y, u, dt and z
+    scan += (4 if device == "cpu" else b.a) * 2 * N * I / SCAN_WIDTH[device]  # parts of those of B and C
     scan += 2 * b.a * I if checkpointing == "selective" else 0  # u and dt
     scan -= 2 * b.a * F  # the feed-forward's gate and up are gone by then
     layer = saved_per_token(config, precision, device)

@@ -177,7 +177,13 @@ def test_the_planner_counts_what_a_layer_keeps(fields, precision, mode):
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     ("precision", "fields"),
-    [("fp32", {}), ("bf16", {}), ("bf16-mixed", {}), ("bf16", {"dt_bc_norm": False, "ffn": "none"})],
+    [
+        ("fp32", {}),
+        ("bf16", {}),
+        ("bf16-mixed", {}),
+        ("bf16", {"dt_bc_norm": False, "ffn": "none"}),
+        ("bf16", {"state_size": 64}),
+    ],
     ids=str,
 )
 def test_the_planner_counts_what_a_layer_of_2b_keeps_with_the_gpu_operators(monkeypatch, precision, fields, mode):
