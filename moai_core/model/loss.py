@@ -41,6 +41,7 @@ def shift_labels(labels: Tensor, seq_idx: Tensor | None) -> Tensor:
     return targets
 
 
+@torch.compiler.disable(reason="gradients are taken inside of the forward pass")
 def chunked_cross_entropy(
     hidden: Tensor, targets: Tensor, head: nn.Module, num_items: Tensor | int | None = None
 ) -> Tensor:
