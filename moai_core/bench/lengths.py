@@ -199,8 +199,8 @@ def affordable(
 ) -> tuple[list[Case], dict[str, str]]:
     """(cases for which time is left, the cheapest first; why for the others), from their times at the length before.
 
-    before: name -> (length, seconds) of what was measured last; left: seconds, of which `later` are kept for
-    the cases of linear time at lengths to come.
+    before: name -> (length, seconds) of what was measured last; left: seconds, of which `later`, at most the
+    half, are kept for the cases of linear time at lengths to come.
     """
     chosen: list[Case] = []
     why: dict[str, str] = {}
@@ -208,7 +208,7 @@ def affordable(
     for case in sorted(here, key=lambda case: expected(case, length, before)):
         seconds = expected(case, length, before)
         count = timing.calls(seconds, repeats, share)
-        free = left - (later if case.order > 1 else 0.0)
+        free = left - (min(later, left / 2) if case.order > 1 else 0.0)
         if count * seconds > free or free <= 0:
             rest = f"{max(0.0, free):.0f} s of the time limit left"
             about = f"a call would take about {timing.words(seconds)} ({count} calls, {rest})"

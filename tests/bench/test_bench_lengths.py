@@ -55,6 +55,8 @@ def test_ours_keep_their_time_and_the_slow_are_left_out():
     chosen, why = lengths.affordable(here, 2048, before, 30.0, 10.0, 3, 1.0)
     assert [case.name for case in chosen] == ["scan"]
     assert why == {"attention": "a call would take about 8 s (3 calls, 19 s of the time limit left)"}
+    chosen, why = lengths.affordable(here, 1024, before, 30.0, 1000.0, 3, 1.0)
+    assert [case.name for case in chosen] == ["scan", "attention"], "half of the time is there for all"
     chosen, why = lengths.affordable(here, 2048, {}, 0.0, 0.0, 3, 1.0)
     assert not chosen and set(why) == {"scan", "attention"}
     assert lengths.expected(here[1], 4096, before) == 32.0 and lengths.expected(here[0], 4096, before) == 0.4
