@@ -40,6 +40,7 @@ def why_not(device: torch.device, dtype: torch.dtype, **needs: object) -> str | 
     return _numba_problem()
 
 
+@torch.compiler.disable(reason="its kernels are called by address")
 def scan(
     u: Tensor,
     dt: Tensor,
@@ -62,6 +63,7 @@ def scan(
     return y.to(u.dtype), last
 
 
+@torch.compiler.disable(reason="its kernels are called by address")
 def conv(
     u: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
