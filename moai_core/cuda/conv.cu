@@ -7,22 +7,24 @@
 //
 // backward, with g_t = dy_t y'(p_t):  dx_s = sum_k w_k g_(s+P-k),  dw_k = sum_t g_t x_(t-P+k),  dbias = sum_t g_t
 //
-// A thread owns the C channels of one 16-byte vector and walks over a run of time steps with the last P inputs in
-// registers, so that memory sees each row once (but for P rows where a run begins). Rows come through a ring in shared
-// memory, two stages of S steps ahead of their use; each thread reads only what it copied itself, so there are no
-// barriers. A pass reads and writes each tensor once: memory is the limit, and the ring is deep enough to fill it.
+// A thread owns C channels, a vector of 16 bytes (8 where K > 4), and walks over a run of time steps with the last P
+// inputs in registers, so that memory sees each row once (but for P rows where a run begins). Rows come through a ring
+// in shared memory, two stages of S steps ahead of their use; each thread reads only what it copied itself, so there
+// are no barriers. A pass reads and writes each tensor once: memory is the limit, and the ring is deep enough to fill
+// it.
 //
-// Documents (seq_idx) don't decrease along a row and padding (< 0) ends it, so a stage whose last number is that of the
-// step before it lies within one document: one comparison a stage. The others, and a run's ends, take a second path that
-// looks at every step. A token's `age` is the number of inputs before it that belong to its document, at most P.
+// Documents (seq_idx) don't decrease along a row and padding (< 0) ends it, so a stage whose last number is that of
+// the step before it lies within one document: one comparison a stage. The others, and a run's ends, take a second
+// path, which looks at every step. A token's `age` is the number of inputs before it that belong to its document, at
+// most P.
 //
 //   T  type of u, y and the states      W  type of weight and bias      K  width, 2 to 8
 #include "common.cuh"
 
 static_assert(K >= 2 && K <= 8, "a run is at least 8 steps long and must not be shorter than the window");
 constexpr int P = K - 1;
-constexpr int C = K <= 4 && sizeof(T) == 2 ? 8 : 4;  // a wide window of 8 channels doesn't fit into registers
-constexpr int S = 4;  // steps of a stage
+constexpr int C = K <= 4 && sizeof(T) == 2 ? 8 : 4;  // 8 channels with a wide window don't fit into registers
+constexpr int S = 4;                                 // steps of a stage
 constexpr int STAGES = 3;
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;
@@ -54,7 +56,8 @@ DEVICE void store_words(void* to, const uint32 (&from)[n]) {
   __builtin_memcpy(to, from, 4 * n);
 #else
   if constexpr (n == 4)
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3]));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]),
+                 "r"(from[3]));
   else
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(from[0]), "r"(from[1]));
 #endif
@@ -200,11 +203,11 @@ DEVICE void load_window(Row (&past)[P], const T* u, int64 u_step, const int* seq
 // A run of the forward pass on its way through time.
 struct Forward {
   Filter filter;
-  T *y, *last;       // where the next step's row goes; this row's last state
-  const int* seq;    // numbers from the run's first step on, or null
-  int64 I;           // channels of a row
+  T *y, *last;        // where the next step's row goes; this row's last state
+  const int* seq;     // numbers from the run's first step on, or null
+  int64 I;            // channels of a row
   bool first, final;  // whether this is the row's first run, its last one
-  int n, previous;   // steps of the run; number of the step before
+  int n, previous;    // steps of the run; number of the step before
   Row past[P];
 
   // edge: the step may be none, padding or the first of its document.
@@ -238,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
                  const T* __restrict__ state, const int* __restrict__ seq_idx, T* __restrict__ y, T* __restrict__ last,
                  int64 batch, int64 L, int64 I, int64 run, int64 u_batch, int64 u_step) {
   __shared__ Row ring[STAGES][S][THREADS];
-  const uint32 groups = (uint32)(I / C), runs = (uint32)((L + run - 1) / run);
+  const uint32 groups = (uint32)(I / C), runs = (uint32)(L + run - 1) / (uint32)run;
   const uint32 item = blockIdx.x * THREADS + threadIdx.x, place = item / groups;
   const int64 c = (int64)(item % groups) * C, b = place / runs, t0 = (place % runs) * run;
   if (b >= batch) return;
@@ -256,9 +259,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) fetch(stage);
 
-  Forward now{Filter(weight, bias, c), y + (b * L + t0) * I + c, last + (b * I + c) * P, seq, I, t0 == 0, t0 + n == L, n};
+  const int64 at = (b * I + c) * P;
+  Forward now{Filter(weight, bias, c), y + (b * L + t0) * I + c, last + at, seq, I, t0 == 0, t0 + n == L, n};
   now.previous = seq ? seq[t0 > 0 ? -1 : 0] : 0;
-  load_window(now.past, u, u_step, seq, now.previous, t0 == 0, state ? state + (b * I + c) * P : nullptr);
+  load_window(now.past, u, u_step, seq, now.previous, t0 == 0, state ? state + at : nullptr);
 
   int number = seq ? seq[n < S ? n - 1 : S - 1] : 0;  // of the last step of the coming stage, loaded a stage ahead
   for (int stage = 0, t = 0; t < n; ++stage, t += S) {
@@ -281,12 +285,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
 // A run of the backward pass on its way through time.
 struct Backward {
   Filter filter;
-  T *du, *d_state;       // the run's first row; gradient of this row's first state, or null
-  const T* d_last;       // that of its last state, or null
+  T *du, *d_state;  // the run's first row; gradient of this row's first state, or null
+  const T* d_last;  // that of its last state, or null
   const int* seq;
   int64 du_step;
   bool first;
-  int n, steps;          // steps of the run, whose du it owns; steps up to the end of the row, at most n + P
+  int n, steps;     // steps of the run, whose du it owns; steps up to the end of the row, at most n + P
   int previous, age;
   Row past[P];      // inputs of the P steps before
   float dx[P][C];   // their gradients as far as they are known
@@ -355,7 +359,7 @@ struct Backward {
 };
 
 union BackwardPool {
-  Row ring[2][STAGES][S][THREADS];       // u and dy
+  Row ring[2][STAGES][S][THREADS];         // u and dy
   float sums[WARPS][(K + 1) * C][32 + 1];  // then each warp's share of dw and dbias
 };
 
@@ -371,7 +375,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                   int64 dy_batch, int64 dy_step, int64 du_batch, int64 du_step) {
   __shared__ BackwardPool pool;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32 columns = (uint32)((I + 32 * C - 1) / (32 * C)), rounds = (uint32)((L + run * WARPS - 1) / (run * WARPS));
+  const uint32 columns = (uint32)(I + 32 * C - 1) / (32 * C), steps_of_block = (uint32)run * WARPS;
+  const uint32 rounds = ((uint32)L + steps_of_block - 1) / steps_of_block;
   const uint32 share = blockIdx.x / columns;
   const int64 c0 = (int64)(blockIdx.x % columns) * 32 * C, c = c0 + lane * C;
   const int64 b = share / rounds, t0 = ((int64)(share % rounds) * WARPS + warp) * run;
@@ -426,10 +431,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       const auto &us = pool.ring[0][stage % STAGES], &dys = pool.ring[1][stage % STAGES];
       if (t >= P && t + S <= n && here == now.previous && here >= 0 && now.age == P) {
 #pragma unroll
-        for (int s = 0; s < S; ++s) now.step<false>(load_row(&us[s][threadIdx.x]), load_row(&dys[s][threadIdx.x]), t + s);
+        for (int s = 0; s < S; ++s)
+          now.step<false>(load_row(us[s] + threadIdx.x), load_row(dys[s] + threadIdx.x), t + s);
       } else {
 #pragma unroll
-        for (int s = 0; s < S; ++s) now.step<true>(load_row(&us[s][threadIdx.x]), load_row(&dys[s][threadIdx.x]), t + s);
+        for (int s = 0; s < S; ++s)
+          now.step<true>(load_row(us[s] + threadIdx.x), load_row(dys[s] + threadIdx.x), t + s);
       }
     }
     copy_async_wait<0>();
@@ -455,7 +462,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 // d_weight (I, K) and d_bias (I), which may be null, from `count` shares (K + 1, I). A block of 256 threads adds up 32
 // columns of (K + 1) * I, always in the same order.
 extern "C" __global__ void __launch_bounds__(256)
-    conv_sum(const float* __restrict__ partial, W* __restrict__ d_weight, W* __restrict__ d_bias, int64 count, int64 I) {
+    conv_sum(const float* __restrict__ partial, W* __restrict__ d_weight, W* __restrict__ d_bias, int64 count,
+             int64 I) {
   __shared__ float sums[8][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64 size = (K + 1) * I, column = (int64)blockIdx.x * 32 + lane;

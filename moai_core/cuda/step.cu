@@ -3,8 +3,9 @@
 // The selective scan for one token a row, for generation: h' = exp(dt A) h + dt u B;  y = (C . h' + D u) silu(z),
 // dt = softplus(raw dt + bias). Source: arXiv 2312.00752, algorithm 2.
 //
-// N / 4 neighbouring lanes share a channel, 4 states each, so that states and A move 16 bytes at a time and a warp reads
-// 512 in a row. The states are nearly all there is to move; for large batches a thread keeps its A for several rows.
+// N / 4 neighbouring lanes share a channel, 4 states each, so that states and A move 16 bytes at a time and a warp
+// reads 512 in a row. The states are nearly all there is to move; for large batches a thread keeps its A for several
+// rows.
 //
 //   T  type of u, dt, z, B, C and y      N  states of a channel
 #include "common.cuh"
