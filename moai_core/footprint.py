@@ -240,6 +240,7 @@ def _loss(T: int, V: int, H: int, b: Bytes, device: str) -> int:
     # The kernel leaves the gradient in the logits' place. Chunks are of one size, a multiple of 256 rows; a few add
     # their parts of the head's gradient in its own dtype, more of them in fp32.
     pieces = -(-T // max(256, LOSS_CHUNK[device] * 2 // (b.a * V) // 256 * 256))
+    pieces = pieces if pieces == 1 else max(pieces, LOSS_FEW)
     rows = -(-T // (pieces * 256)) * 256
     total = 0 if pieces == 1 else b.w if pieces <= LOSS_FEW else 4
     return min(T, rows) * V * b.a + V * H * (b.w + b.cast + total) + T * H * b.w * min(2, pieces)

@@ -160,10 +160,11 @@ def test_kinds_add_up_and_checkpointing_trades_memory_for_flops():
 
 
 def test_the_2b_step_meets_its_memory():
-    """bf16 weights and moments, one micro-batch of 4 x 2048 tokens: at most 30 GB without the CUDA context."""
-    four = ["train.batch_size=4", "train.effective_batch=4", "train.precision=bf16", "optim.name=adamw_bf16"]
-    p = plan.plan(recipes.load("h100-2b", [*four, "train.checkpointing=selective"]))
-    assert p.peak - p.memory["overhead"] <= 30e9
+    """bf16 weights and moments, one micro-batch of 2048 tokens a row, without the CUDA context: 30 and 40 GB."""
+    for rows, most in ((4, 30e9), (8, 40e9)):
+        batch = [f"train.batch_size={rows}", f"train.effective_batch={rows}", "train.checkpointing=selective"]
+        p = plan.plan(recipes.load("h100-2b", [*batch, "train.precision=bf16", "optim.name=adamw_bf16"]))
+        assert p.peak - p.memory["overhead"] <= most
 
 
 # (recipe, overrides, torch.cuda.max_memory_allocated of a step in GiB on an H100 80GB; docs/LOG.md says how). With

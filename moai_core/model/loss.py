@@ -84,6 +84,9 @@ def _chunks(hidden: Tensor, targets: Tensor, head: nn.Module) -> Iterator[tuple[
         # Chunks of one size, and of whole tiles of the matrix product.
         tile = 256 if most >= 256 else 16
         pieces = -(-len(hidden) // max(tile, most // tile * tile))
+        # More than one chunk: a few. They need a second gradient of the head, and the activations of so many tokens
+        # leave the less room for logits.
+        pieces = pieces if pieces == 1 else max(pieces, _FEW)
         size = -(-len(hidden) // (pieces * tile)) * tile
     return zip(hidden.split(size), targets.split(size), strict=True)
 
