@@ -43,8 +43,8 @@ WIDE = [
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_equals_the_reference(scans, device, shape, dtype):
     number = SHAPES.index(shape)
-    if dtype == FP16 and shape[3] not in (16, 64):
-        pytest.skip("16-bit types differ in their conversions alone: two numbers of states are enough")
+    if dtype == FP16 and (shape[3] != 16 or shape[1] > 300):
+        pytest.skip("16-bit types differ in their conversions alone")
     if scans.small and (shape[1] > 300 or shape[2] > 200 or dtype == FP16):
         pytest.skip("too slow here")
     # Each optional input is there and missing, in every combination; a missing z is a kernel of its own, so for N 16.
@@ -165,7 +165,7 @@ def test_documents_and_padding_at_every_kind_of_position(scans, device, length, 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=ids)
 def test_many_documents_in_long_rows(scans, device, dtype):
-    length = 300 if scans.small else 1500
+    length = 300 if scans.small else 800
     random = torch.Generator().manual_seed(1)
     grows = (torch.rand(3, length, generator=random) < 0.02).cumsum(1)
     padded = torch.rand(3, length // 10, generator=random).repeat_interleave(10, 1) < 0.1

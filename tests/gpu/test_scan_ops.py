@@ -66,7 +66,7 @@ def loss(u, dt, A, B, C, D, z, dt_bias, state):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_torch_compile_without_graph_breaks(scans, device, dynamic):
-    backend = "aot_eager" if scans.small else "inductor"
+    backend = "aot_eager" if scans.small or dynamic else "inductor"
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=backend)
     for length in (33, 40):
         inputs = scans.problem(2, length, 24, 16, torch.float32, device, seed=21)
