@@ -17,8 +17,9 @@
 constexpr bool EXACT = sizeof(T) == 4;
 constexpr int VALUES = 2 * TILE;            // summed over channels, of one state: dB of each step, then dC
 constexpr int FRAGMENTS = VALUES / 16;      // of the tensor cores' results
-constexpr bool MANY = N > 32;               // states: not all that is useful has room in shared memory
-constexpr int64 PART = (int64)N * VALUES;   // numbers of a tile's partial sums
+constexpr bool ALONE = WARPS == 1;
+constexpr bool RATES = !ALONE && N <= 32;   // decay rates in shared memory, where it has room
+constexpr int PART = 2 * N * TILE;          // numbers of a tile's partial sums
 
 struct alignas(16) Slot {  // one tile as it comes from memory
   T u[TILE][32], dt[TILE][32], z[TILE][32], g[TILE][32];
@@ -30,10 +31,10 @@ struct alignas(16) Slot {  // one tile as it comes from memory
 struct alignas(16) Pool {
   Slot slot[SLOTS];
   Rows dt, x, dy;
-  float BC[2 * N][TILE];
-  Rows gB[WARPS], qA[WARPS], Ch[WARPS];  // sums over a warp's states
-  float dBC[N][VALUES];                            // sums over the block's channels
-  float a2[MANY ? 1 : N][32], carry[N][32], dA[N][32];  // each one thread's; here because registers can't be indexed
+  float BC[2 * N][TILE];  // when a state is done, the sums over channels that are its dB and dC
+  Rows sums[ALONE ? 1 : 3][WARPS];  // over a warp's states: C h, g B, q A log2(e)
+  float carry[N][32], dA[N][32];  // each one thread's; here because registers can't be indexed
+  float a2[RATES ? N : 1][32];
 };
 static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
 
@@ -63,7 +64,7 @@ DEVICE void add_lanes(float (&sums)[4], const uint32 (&one)[8], int j, const flo
 
 // Adds the 8 groups' sums. Each exchange halves what a lane has left, so that in the end each has one of the 32 values (of
 // the 16, two lanes the same).
-DEVICE void add_groups(float (&to)[VALUES], const float (&sums)[FRAGMENTS][4], int lane) {
+DEVICE void add_groups(float (&to)[2 * N][TILE], int n, const float (&sums)[FRAGMENTS][4], int lane) {
   const bool high16 = lane & 16, high8 = lane & 8, high4 = lane & 4;
   auto exchange = [](bool high, float low_value, float high_value, int other) {
     return (high ? high_value : low_value) + __shfl_xor_sync(0xffffffffu, high ? low_value : high_value, other);
@@ -74,9 +75,8 @@ DEVICE void add_groups(float (&to)[VALUES], const float (&sums)[FRAGMENTS][4], i
     const float one = exchange(high16, sums[f][0], sums[f][2], 16), two = exchange(high16, sums[f][1], sums[f][3], 16);
     left[f] = exchange(high8, one, two, 8);
   }
-  const int value = lane % 4 * 4 + (high16 ? 2 : 0) + (high8 ? 1 : 0);
-  if (FRAGMENTS == 2) to[(high4 ? 16 : 0) + value] = exchange(high4, left[0], left[FRAGMENTS - 1], 4);
-  else to[value] = left[0] + __shfl_xor_sync(0xffffffffu, left[0], 4);
+  const int value = (FRAGMENTS == 2 && high4 ? 16 : 0) + lane % 4 * 4 + (high16 ? 2 : 0) + (high8 ? 1 : 0);
+  to[value / TILE * N + n][value % TILE] = exchange(high4, left[0], left[FRAGMENTS - 1], 4);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
@@ -96,6 +96,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int all = (int)((L + TILE - 1) / TILE), last = at.first + at.tiles - 1;  // tiles of the row, the segment's last
   const int64 end = (int64)last * TILE;
   const Edge edge;
+  // A warp alone has read its rows of x and dy before it writes its sums.
+  Rows(&shares_Ch)[WARPS] = pool.sums[0];
+  Rows(&shares_gB)[WARPS] = ALONE ? *reinterpret_cast<Rows(*)[WARPS]>(&pool.x) : pool.sums[ALONE ? 0 : 1];
+  Rows(&shares_qA)[WARPS] = ALONE ? *reinterpret_cast<Rows(*)[WARPS]>(&pool.dy) : pool.sums[ALONE ? 0 : 2];
 
 #pragma unroll 1
   for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
@@ -104,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll 1
     for (int64 s = (batch + 1) * at.count - 1; mine && s > at.row(); --s)  // through the segments after this one
       carry = exp2_approx(a2 * sums[s * I + c]) * carry + ends[(s * I + c) * N + n];
-    if (!MANY) pool.a2[n][lane] = a2;
+    if (RATES) pool.a2[n][lane] = a2;
     pool.carry[n][lane] = carry;
     pool.dA[n][lane] = 0.0f;
   }
@@ -133,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
                          I - c0);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
   const int64 batches = gridDim.x / at.blocks / at.count;
-  parts += ((at.block * batches + batch) * all + last) * PART;
+  parts += ((at.block * batches + batch) * all + last) * (int64)PART;
 
   auto load = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
@@ -202,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       read_broadcast(Bs, &pool.BC[n][quarter * 4]);
       read_broadcast(Cs, &pool.BC[N + n][quarter * 4]);
       if (quarter == 0) {
-        to.a2 = !MANY ? pool.a2[n][lane] : mine ? decay_rate(A[c * N + n]) : -1.0f;
+        to.a2 = RATES ? pool.a2[n][lane] : mine ? decay_rate(A[c * N + n]) : -1.0f;
         to.h[0] = to_float(s.kept[n][lane]);
       }
 #pragma unroll
@@ -240,7 +244,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       if (quarter == 0) {
         pool.carry[n][lane] = of.carry;
         pool.dA[n][lane] += of.dA;
-        add_groups(pool.dBC[n], of.sums, lane);
+        __syncwarp();  // B and C of this state have been read
+        add_groups(pool.BC, n, of.sums, lane);
       }
     };
     // Back with one state and forward with the next at once: two chains of dependent instructions keep a warp busy.
@@ -265,9 +270,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
     for (int quarter = TILE / 4 - 1; quarter >= 0; --quarter)
       backward(STATES > 1 ? odd : even, n0 + STATES - 1, quarter);
-    write_steps(pool.gB[warp], lane, 0, gB);
-    write_steps(pool.qA[warp], lane, 0, qA);
-    write_steps(pool.Ch[warp], lane, 0, Ch);
+    write_steps(shares_gB[warp], lane, 0, gB);
+    write_steps(shares_qA[warp], lane, 0, qA);
+    write_steps(shares_Ch[warp], lane, 0, Ch);
   };
 
   auto gradients = [&](Slot& s, const float(&gB)[2][PER], const float(&qA)[2][PER], const float(&Ch)[2][PER],
@@ -309,14 +314,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   auto stage_out = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
     float gB[2][PER], qA[2][PER], Ch[2][PER];
-    add_shares(gB, pool.gB, edge);
-    add_shares(qA, pool.qA, edge);
-    add_shares(Ch, pool.Ch, edge);
+    add_shares(gB, shares_gB, edge);
+    add_shares(qA, shares_qA, edge);
+    add_shares(Ch, shares_Ch, edge);
     if (s.special) gradients(s, gB, qA, Ch, true);
     else gradients(s, gB, qA, Ch, false);
 #pragma unroll
-    for (int k = threadIdx.x * 4; k < N * VALUES; k += THREADS * 4) {
-      const Vec<float, 4> sum = load_vec<float, 4>(&pool.dBC[k / VALUES][k % VALUES]);
+    for (int k = threadIdx.x * 4; k < PART; k += THREADS * 4) {
+      const Vec<float, 4> sum = load_vec<float, 4>(&pool.BC[k / TILE][k % TILE]);
       store_vec<Kept, 4>(parts + k, {{from_float<Kept>(sum.at[0]), from_float<Kept>(sum.at[1]),
                                       from_float<Kept>(sum.at[2]), from_float<Kept>(sum.at[3])}});
     }
@@ -341,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
   }
   block_barrier();
-  auto both = reinterpret_cast<float(*)[THREADS / 16][32]>(&pool.gB);
+  auto both = reinterpret_cast<float(*)[THREADS / 16][32]>(&pool.dt);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {  // the threads of a channel hold the sums of different steps
     both[0][threadIdx.x / 16][edge.c + j] = sum_D[j];
@@ -359,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
 }
 
-// dB and dC (rows, N) from the partial sums (blocks, batch, tiles, N, VALUES): four steps of a state a thread, blocks in
+// dB and dC (rows, N) from the partial sums (blocks, batch, tiles, 2 N, TILE): four steps of a state a thread, blocks in
 // order.
 extern "C" __global__ void scan_reduce(const Kept* parts, TB* d_B, TB* d_C, int64 blocks, int64 batches, int64 L) {
   const int64 tiles = (L + TILE - 1) / TILE, all = batches * tiles * PART;
@@ -372,12 +377,12 @@ extern "C" __global__ void scan_reduce(const Kept* parts, TB* d_B, TB* d_C, int6
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum[j] += to_float(part.at[j]);
   }
-  const int v = (int)(at % VALUES);
-  const int64 n = at / VALUES % N, tile = at / PART % tiles, batch = at / PART / tiles;
-  TB* to = v < TILE ? d_B : d_C;
+  const int row = (int)(at / TILE % (2 * N));
+  const int64 tile = at / PART % tiles, batch = at / PART / tiles;
+  TB* to = row < N ? d_B + row : d_C + (row - N);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int64 t = tile * TILE + v % TILE + j;
-    if (t < L) to[(batch * L + t) * N + n] = from_float<TB>(sum[j]);
+    const int64 t = tile * TILE + at % TILE + j;
+    if (t < L) to[(batch * L + t) * N] = from_float<TB>(sum[j]);
   }
 }

@@ -144,7 +144,7 @@ def scan_backward(
     rows = batch * shape.segments
     d_A = A.new_empty(rows, channels, states)
     d_D, d_bias = (A.new_empty(rows, channels) if x is not None else None for x in (D, dt_bias))
-    parts = A.new_empty(blocks, batch, -(-length // shape.tile), states, 2 * shape.tile, dtype=kept.dtype)
+    parts = A.new_empty(blocks, batch, -(-length // shape.tile), 2 * states, shape.tile, dtype=kept.dtype)
     ends, sums = _summary(shape, True, g_y, dt, A, C, z, dt_bias, seq_idx)
     _kernel("scan_backward", shape, u, A, B, GATED=int(z is not None))(
         rows * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ends, sums,
@@ -306,8 +306,9 @@ def shared_bytes(direction: str, warps: int, tile: int, size: int, states_size: 
     if direction == "forward":
         return 2 * (3 * narrow + both + marks) + (2 + warps) * wide + 2 * states * tile * 4
     slot = 4 * narrow + both + states * 32 * (4 if size == 4 else 2) + marks
-    held = (2 * states + (states if states <= 32 else 1)) * 32 * 4
-    return 2 * slot + (3 + 3 * warps) * wide + 4 * states * tile * 4 + held
+    rates = states if warps > 1 and states <= 32 else 1
+    shares = 3 * warps if warps > 1 else 1
+    return 2 * slot + (3 + shares) * wide + 2 * states * tile * 4 + (2 * states + rates) * 32 * 4
 
 
 def _too_large(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
