@@ -60,8 +60,8 @@ def _rms_norm_backward(
     k = _norm_kernels(total.device, total.dtype, dtype, weight.dtype, v, size)
     partial = rstd.new_empty(min(-(-count // k.teams), k.resident), size)
     second = None if dtype == total.dtype else narrow
-    k.backward(len(partial), k.block, d_y, d_total, rows, weight, rstd, d, second, partial, count, size, rows.stride(0))
-    k.sum(-(-size // 32), 1024, partial, d_weight, len(partial), size)
+    k.backward(len(partial), k.block, d_y, d_total, rows, weight, rstd, d, second, partial, count, rows.stride(0))
+    k.sum(-(-size // 32), 1024, partial, d_weight, len(partial))
     return d, narrow, d_weight
 
 
@@ -78,7 +78,7 @@ def _norm_forward(
     v, added = _vector(size, residual, weight, x), residual if x is None else x
     k = _norm_kernels(residual.device, residual.dtype, added.dtype, weight.dtype, v, size)
     strides = residual.stride(0), added.stride(0)
-    k.forward(-(-count // k.teams), k.block, residual, x, weight, total, y, rstd, count, size, *strides, eps)
+    k.forward(-(-count // k.teams), k.block, residual, x, weight, total, y, rstd, count, *strides, eps)
 
 
 def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -332,7 +332,7 @@ def _norm_kernels(
         team = min(1024, 32 * -(-vectors // 64))
     block = team if team > 32 else 128
     macros = {"R": NAMES[stream], "X": NAMES[added], "W": NAMES[weight]}
-    sizes = {"V": v, "TEAM": team, "PER": -(-vectors // team)}
+    sizes = {"SIZE": size, "V": v, "TEAM": team, "PER": -(-vectors // team)}
     forward, backward, add = (
         cuda.kernel("norm.cu", f"norm_{name}", device, **macros, **sizes) for name in ("forward", "backward", "sum")
     )
