@@ -81,12 +81,12 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     A module is taken for a matrix product: autocast's copy of its input isn't kept either.
     """
+    if not any(isinstance(arg, Recomputed) for arg in args):
+        return function(*args, **kwargs)
     product = isinstance(function, nn.Module)
     args = tuple(arg.cast() if product and isinstance(arg, Recomputed) else arg for arg in args)
     dropped = {arg.storage: arg for arg in args if isinstance(arg, Recomputed)}
     tensors = [tensor_of(arg) for arg in args]
-    if not dropped:
-        return function(*tensors, **kwargs)
 
     def pack(saved: Tensor) -> Any:
         known = dropped.get(_storage(saved))
