@@ -10,6 +10,7 @@ far as the tensors agree. A tensor is read when it is written, and forgotten the
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ TOKENIZER = (
 )
 CARD = "README.md"
 FILES = (*TOKENIZER, "generation_config.json", CARD, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
-_FILE_LIMIT = 256 << 20
+_FILE_LIMIT = 64 << 20
 _CONFIG_LIMIT = 1 << 20
 _INTEGER_LIMIT = 1 << 31
 
@@ -264,14 +265,22 @@ def read_files(path: Path) -> dict[str, bytes]:
                 raise CheckpointError(f"{file}: can't be read ({exc.strerror})") from exc
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if name in found:
-            storage.parse_json(found[name], str(path / name))
+            _json(found[name], path / name)
     return found
+
+
+def _json(raw: bytes, file: Path) -> Any:
+    """JSON that is carried along and may be as its owner left it (a key twice). Raises CheckpointError if broken."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{file}: not valid JSON ({str(exc).splitlines()[0][:100]})") from exc
 
 
 def tokenizer_size(files: Mapping[str, bytes]) -> int | None:
     """The highest token id of tokenizer.json (or vocab.json) plus one, or None where neither is there."""
     if "tokenizer.json" in files:
-        content = storage.parse_json(files["tokenizer.json"], "tokenizer.json")
+        content = _json(files["tokenizer.json"], Path("tokenizer.json"))
         model = content.get("model") if isinstance(content, dict) else None
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
@@ -280,7 +289,7 @@ def tokenizer_size(files: Mapping[str, bytes]) -> int | None:
         added = content.get("added_tokens") if isinstance(content, dict) else None
         ids += [token.get("id") for token in added or [] if isinstance(token, dict)]
     elif "vocab.json" in files:
-        vocabulary = storage.parse_json(files["vocab.json"], "vocab.json")
+        vocabulary = _json(files["vocab.json"], Path("vocab.json"))
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
     else:
         return None

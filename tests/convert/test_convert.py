@@ -109,7 +109,7 @@ def test_shards_are_written_and_read(make, stored, same, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "write", lambda *args, **kwargs: write(*args, **kwargs, max_shard_size=20_000))
     convert(folder, tmp_path / "jamba", "jamba")
     assert len(list((tmp_path / "jamba").glob("model-*.safetensors"))) > 3
-    convert(tmp_path / "jamba", tmp_path / "back", "moai")
+    convert(tmp_path / "jamba", tmp_path / "back", "moai", check=False)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 3
     assert same(stored(folder), stored(tmp_path / "back"))
 

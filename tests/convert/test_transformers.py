@@ -141,8 +141,8 @@ def test_there_and_back_is_bit_exact(format, tied, dtype, exportable, stored, sa
     folder, _ = exportable(
         format, tie_word_embeddings=tied, dtype=dtype, rms_norm_eps=1e-5, residual_in_fp32=format != "jamba"
     )
-    convert(folder, tmp_path / "there", format)
-    convert(tmp_path / "there", tmp_path / "back", "moai")
+    convert(folder, tmp_path / "there", format, check=False)
+    convert(tmp_path / "there", tmp_path / "back", "moai", check=False)
     assert same(stored(folder), stored(tmp_path / "back"))
     before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "back"))
     assert before["dtype"] == after["dtype"] == str(dtype).removeprefix("torch.")
@@ -154,8 +154,8 @@ def test_there_and_back_is_bit_exact(format, tied, dtype, exportable, stored, sa
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_other_way_round_is_bit_exact_too(format, stored, same, tmp_path):
     foreign(format, SHAPES[1], False, tmp_path / "theirs")
-    convert(tmp_path / "theirs", tmp_path / "moai", "moai")
-    convert(tmp_path / "moai", tmp_path / "again", format)
+    convert(tmp_path / "theirs", tmp_path / "moai", "moai", check=False)
+    convert(tmp_path / "moai", tmp_path / "again", format, check=False)
     before, after = stored(tmp_path / "theirs"), stored(tmp_path / "again")
     if format == "jamba":
         after = {name: tensor for name, tensor in after.items() if ".layers.3." not in name}
@@ -192,7 +192,7 @@ def test_a_model_without_feed_forward_fits_a_jamba(exportable, stored, same, tmp
     folder, _ = exportable("falcon-mamba")
     report = convert(folder, tmp_path / "jamba", "jamba")
     assert report["parity"]["max_delta"] < 1e-4
-    convert(tmp_path / "jamba", tmp_path / "back", "moai")
+    convert(tmp_path / "jamba", tmp_path / "back", "moai", check=False)
     assert same(stored(folder), stored(tmp_path / "back"))
 
 
