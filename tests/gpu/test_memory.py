@@ -126,7 +126,7 @@ def test_gradients_are_the_same_bits_in_every_mode(fields, precision):
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
 def test_a_layer_keeps_what_the_planner_counts(precision, mode):
-    """The allocator rounds each tensor up to 512 bytes, so within 1 %."""
+    """Bytes as they were asked for: the allocator rounds them up."""
     from moai_core import footprint
 
     def held(layers: int, length: int) -> int:
@@ -135,16 +135,14 @@ def test_a_layer_keeps_what_the_planner_counts(precision, mode):
         ids = torch.zeros(4, length, dtype=torch.long, device="cuda")
         with mixed(precision):
             model.model(ids)  # what libraries reserve at first use
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         with mixed(precision):
             out = model.model(ids)
-        torch.cuda.synchronize()
-        after = torch.cuda.memory_allocated()
+        after = torch.cuda.memory_stats()["requested_bytes.all.current"]
         assert out.last_hidden_state.requires_grad
         return after - before
 
     lengths = (512, 1536)
     short, long = (held(3, length) - held(2, length) for length in lengths)
     want = footprint.saved_per_token(small(precision, 1).config.numbers(), precision, "cuda", mode)
-    assert (long - short) / (4 * (lengths[1] - lengths[0])) == pytest.approx(sum(want.values()), rel=0.01)
+    assert (long - short) / (4 * (lengths[1] - lengths[0])) == pytest.approx(sum(want.values()), rel=1e-3)
