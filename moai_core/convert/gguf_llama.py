@@ -66,7 +66,7 @@ class Model:
             self.api.llama_free(self.context)
         settings = self.api.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = room
-        settings.n_threads = settings.n_threads_batch = min(16, os.cpu_count() or 1)
+        settings.n_threads = settings.n_threads_batch = min(16, len(os.sched_getaffinity(0)))
         self.context, self.room = self.api.llama_init_from_model(self.model, settings), room
         if not self.context:
             raise ValueError("llama.cpp makes no context for the file")

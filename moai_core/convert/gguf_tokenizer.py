@@ -227,15 +227,14 @@ def from_keys(keys: Mapping[str, Any], rows: int, path: Path) -> tuple[dict[str,
     used = len(tokens)
     while used > 1 and types is not None and types[used - 1] == UNUSED:
         used -= 1
-    state = _carried(keys, tokens[:used])
     notes: list[str] = []
-    if state is None:
+    raw = _carried(keys, tokens[:used])
+    if raw is None:
         made = {**keys, "tokenizer.ggml.tokens": tokens[:used], "tokenizer.ggml.token_type": types}
         state, notes = _rebuilt(made, path)
-        _check(state, path)
         raw = json_bytes(state)
-    else:
-        raw = keys["tokenizer.huggingface.json"].encode()
+        if why := _unusable(raw):
+            raise CheckpointError(f"{path}: its tokenizer is damaged ({why})")
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for ours, theirs in _SPECIAL.items():
         index = keys.get(f"tokenizer.ggml.{theirs}_token_id")
@@ -272,8 +271,8 @@ def _numbers(keys: Mapping[str, Any], name: str, tokens: list[Any], path: Path) 
     return values.tolist()
 
 
-def _carried(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:
-    """The tokenizer.json in the file, if it has the same tokens as the keys that llama.cpp reads."""
+def _carried(keys: Mapping[str, Any], tokens: list[str]) -> bytes | None:
+    """The tokenizer.json in the file, if it can be used and has the same tokens as the keys that llama.cpp reads."""
     raw = keys.get("tokenizer.huggingface.json")
     if not isinstance(raw, str):
         return None
@@ -284,7 +283,7 @@ def _carried(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | Non
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
     filled = {index: token for index, token in enumerate(tokens) if token != f"[PAD{index}]" or index in vocab}
-    return state if vocab == filled else None
+    return raw.encode() if vocab == filled and not _unusable(raw.encode()) else None
 
 
 def _original_template(keys: Mapping[str, Any]) -> str | None:
@@ -388,10 +387,12 @@ def _sentencepiece(keys: Mapping[str, Any], path: Path = Path()) -> dict[str, An
     }
 
 
-def _check(state: dict[str, Any], path: Path) -> None:
+def _unusable(raw: bytes) -> str | None:
+    """Why the tokenizers library doesn't take this tokenizer.json, or None."""
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_str(json.dumps(state))
+        Tokenizer.from_str(raw.decode())
     except Exception as exc:  # the Rust side raises bare Exception
-        raise CheckpointError(f"{path}: its tokenizer is damaged ({_line(exc)})") from exc
+        return _line(exc)
+    return None

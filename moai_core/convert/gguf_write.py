@@ -98,7 +98,8 @@ def _architecture(source: Source) -> tuple[str, bool]:
     config = source.config
     if config.get("mixer") != "mamba" or config.get("ffn") not in ("swiglu", "none"):
         what = f"mixer {config['mixer']}, ffn {config['ffn']}" if "mixer" in config else source.format
-        raise Refused(f"only Mamba-1 models without experts are written as GGUF, this one is {what}")
+        hint = "--to qwen3 holds it" if source.format == "moai-transformer" else "moai's own format holds it"
+        raise Refused(f"only Mamba-1 models without experts are written as GGUF, this one is {what}", hint=hint)
     if config["expand_factor"] != 2:
         raise Refused(
             f"llama.cpp runs Mamba with an expand_factor of 2, this model has {config['expand_factor']}",

@@ -357,6 +357,14 @@ def test_what_llama_cpp_has_no_architecture_for_is_refused(made_of, tmp_path, fi
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_a_transformer_is_refused_with_the_format_that_holds_it(made_of, tmp_path):
+    _, source = made_of()
+    source.format, source.config = "moai-transformer", {"hidden_size": 64}
+    with pytest.raises(Refused, match="this one is moai-transformer") as refused:
+        ours.write(source, tmp_path / "m.gguf", Options("gguf", "f32"))
+    assert "qwen3" in refused.value.hint
+
+
 def test_numbers_beyond_f16_are_refused(made_of, tmp_path):
     _, source = made_of("mamba")
     key = "model.layers.1.mamba.in_proj.weight"

@@ -31,7 +31,7 @@ SHAPES = {
         "state_size": 7,
         "time_step_rank": 5,
     },
-    "jamba, one wide head": {"hidden_size": 131, "conv_kernel_size": 3, "num_hidden_layers": 1},
+    "jamba, prime width": {"hidden_size": 131, "conv_kernel_size": 3, "num_hidden_layers": 1},
     "jamba, many heads": {"hidden_size": 640, "intermediate_size": 64, "num_hidden_layers": 1},
     "mamba": {"ffn": "none", "dt_bc_norm": False},
     "falcon-mamba": {"ffn": "none", "dt_bc_norm": True},
@@ -145,20 +145,28 @@ def test_a_sequence_continued_is_a_sequence_whole(made_of, tmp_path):
         runtime.close()
 
 
+def tokenizer_called(name):
+    if name in PRE:
+        return byte_level(PRE[name][0], whole=PRE[name][1])
+    if name == "added":  # runs of spaces, as GPT-NeoX has them
+        tokenizer = byte_level(PRE["gpt-2"][0])
+        tokenizer.add_tokens([" " * width for width in range(2, 9)] + ["\t\t", "HTTP"])
+        return tokenizer
+    return sentencepiece(name == "sentencepiece")
+
+
 @needs_llama
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*(name for name in PRE if name != "default"), "sentencepiece", "sentencepiece bare"])
+@pytest.mark.parametrize(
+    "name", [*(name for name in PRE if name != "default"), "sentencepiece", "sentencepiece bare", "added"]
+)
 def test_llama_cpp_tokenizes_as_the_tokenizer_does(made_of, tmp_path, name):
-    tokenizer = (
-        sentencepiece(name == "sentencepiece") if name not in PRE else byte_level(PRE[name][0], whole=PRE[name][1])
-    )
+    tokenizer = tokenizer_called(name)
     _, source = made_of(files_of(tokenizer, unk_token="<unk>"), vocab_size=720, num_hidden_layers=1)
     gguf.write(source, tmp_path / "m.gguf", Options("gguf", "f32"))
     assert not source.notes
-    runtime, texts = (
-        gguf.open_runtime(tmp_path / "m.gguf", "gguf"),
-        [text for text in strings() + samples() + TEXT if text],
-    )
+    runtime = gguf.open_runtime(tmp_path / "m.gguf", "gguf")
+    texts = [text for text in strings() + samples() + TEXT if text]
     try:
         wanted = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
         differing = [text for text, ids in zip(texts, wanted, strict=True) if runtime.tokenize(text) != ids]
