@@ -1,7 +1,7 @@
 // moai: kernels norm_forward, norm_backward, norm_sum
 // moai: macros R=bf16 X=bf16 W=bf16 SIZE=2048 V=8 TEAM=128 PER=2 | R=float X=bf16 W=bf16 SIZE=4096 V=8 TEAM=256 PER=2
 // moai: macros R=float X=float W=float SIZE=16 V=4 TEAM=4 PER=1 | R=fp16 X=fp16 W=float SIZE=61 V=1 TEAM=32 PER=2
-// moai: macros R=float X=float W=float SIZE=8000 V=4 TEAM=1024 PER=2 | R=bf16 X=bf16 W=bf16 SIZE=16384 V=8 TEAM=1024 PER=2
+// moai: macros R=float X=float W=float SIZE=8000 V=4 TEAM=512 PER=4 | R=bf16 X=bf16 W=bf16 SIZE=16384 V=8 TEAM=512 PER=4
 //
 // RMSNorm over rows, alone or of the sum with the residual stream, forward and backward.
 //
