@@ -103,7 +103,10 @@ def mixed(precision: str):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
 @pytest.mark.parametrize("fields", [{}, {"dt_bc_norm": False, "ffn": "none"}, {"residual_in_fp32": True}], ids=str)
-def test_gradients_are_the_same_bits_in_every_mode(fields, precision):
+def test_selective_gives_the_same_bits_and_full_the_same_gradients(fields, precision):
+    """With `full` the sum before a layer is an operation of its own, so that its two gradients are rounded apart; in the
+    norm's kernel they are added first."""
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
     model = small(precision, **fields)
     ids = torch.randint(5, 512, (2, 333), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     seq_idx = (torch.arange(333, device="cuda") >= 100).int().expand(2, -1).contiguous()
@@ -120,7 +123,7 @@ def test_gradients_are_the_same_bits_in_every_mode(fields, precision):
     for name, grad in none.items():
         assert torch.isfinite(grad).all() and grad.abs().sum() > 0, name
         assert torch.equal(grad, selective[name]), f"selective: {name}"
-        assert torch.equal(grad, full[name]), f"full: {name}"
+        assert (grad - full[name]).float().norm() <= tolerance * grad.float().norm(), f"full: {name}"
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
