@@ -114,9 +114,10 @@ def convert(
         written = place if isinstance(place, Path) else place.path
         if check:
             ends = [lambda: module.open_runtime(source.path, format), lambda: writer.open_runtime(written, to)]
-            # moai's runtime comes first where it takes part: it makes the greedy tokens a step at a time
-            ends = ends[::-1] if to == "moai" else ends
-            judge = getattr(writer, "judge", parity.judge)
+            # moai's runtime comes first where it takes part, as it makes the greedy tokens a step at a time; one with a
+            # judge of its own comes second
+            ends = ends[::-1] if to == "moai" or (hasattr(module, "judge") and module is not writer) else ends
+            judge = getattr(writer, "judge", getattr(module, "judge", parity.judge))
             report["parity"] = parity.check(source, Path(dst), ends, judge, options, on_event=on_event)
         report["bytes"] = sum(file.stat().st_size for file in ([written] if written.is_file() else written.iterdir()))
         if isinstance(place, storage.FolderWriter):

@@ -13,7 +13,7 @@ Hub and spokes: a format knows moai and itself, never another format. A format i
     open_runtime(path, format) -> Runtime   the other people's runtime on what was written; raises Unavailable
 
 and, where they differ from the common ones, `FILE = True` and `judge(parity, options) -> str | None`, the reason why a
-comparison fails.
+comparison with its runtime, the second of the two, fails.
 """
 
 from __future__ import annotations

@@ -423,3 +423,20 @@ def test_a_repository_that_cannot_be_converted(files, what, tmp_path, monkeypatc
 def test_paths_that_are_no_names():
     with pytest.raises(CheckpointError, match="doesn't exist"):
         convert("/no/such/place", "/tmp/never", "moai")
+
+
+# ---- through llama.cpp
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outtype", ["f32", "q8_0", "q4_0"])
+@pytest.mark.parametrize("to", ["moai", "jamba"])
+def test_a_gguf_file_is_judged_by_what_llama_cpp_rounds(to, outtype, make, tokenizer, tmp_path):
+    pytest.importorskip("llama_cpp")
+    folder, _ = make(
+        vocab_size=len(tokenizer), tokenizer=tokenizer, hidden_size=64, intermediate_size=64, state_size=16
+    )
+    convert(folder, tmp_path / "model.gguf", "gguf", outtype=outtype)
+    report = convert(tmp_path / "model.gguf", tmp_path / "out", to)
+    assert report["parity"]["runtimes"][1].startswith("llama-cpp-python")
+    assert (report["parity"]["max_delta"] < 1e-3) == (outtype == "f32")
