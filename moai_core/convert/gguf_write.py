@@ -274,7 +274,7 @@ def _keys(source: Source, architecture: str, weightless: bool, parts: list[_Part
         own["ssm.dt_b_c_rms"] = weightless
     return {
         "general.type": "model",
-        "general.name": source.path.name.removesuffix(".gguf") or "moai",
+        "general.name": _title(source.path),
         "general.size_label": gguf.size_label(count, count, 0, 0),
         **_card_keys(source.files),
         "general.file_type": int(gguf.LlamaFileType[_FILE_TYPE[main]]),
@@ -284,6 +284,14 @@ def _keys(source: Source, architecture: str, weightless: bool, parts: list[_Part
         **gguf_tokenizer.settings_to_keys(source.files, source.path),
         "moai.config": json.dumps({name: config[name] for name in EXTRA}),
     }
+
+
+def _title(path: Path) -> str:
+    """The model's name: the folder's, the run's and the step's, or the one on the hub of a folder in its cache."""
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.rpartition("--")[2]
+    named = f"{path.parent.name}-{path.name}" if re.fullmatch(r"step-\d+", path.name) else path.name
+    return named.removesuffix(".gguf") or "moai"
 
 
 def _card_keys(files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -365,6 +365,26 @@ def test_a_transformer_is_refused_with_the_format_that_holds_it(made_of, tmp_pat
     assert "qwen3" in refused.value.hint
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/models/small", "small"),
+        ("runs/mine/step-200", "mine-step-200"),
+        ("x/models--state-spaces--mamba-130m/snapshots/1e76775f628fbb8d91a28a5b2ed06da73ae1bc9e", "mamba-130m"),
+    ],
+)
+def test_name_and_card_travel(made_of, tmp_path, path, name):
+    _, source = made_of("mamba")
+    source.path = Path(path)
+    source.files["README.md"] = "---\nlicense: mit\nlanguage: [ko, ja]\ntags:\n- mamba\n---\n# 모델\n".encode()
+    value = {key: field.contents() for key, field in written(source, tmp_path / "m.gguf", "f32").fields.items()}
+    assert (value["general.name"], value["general.license"], value["general.tags"]) == (name, "mit", ["mamba"])
+    card = ours.read(tmp_path / "m.gguf").files["README.md"].decode()
+    assert "license: mit" in card and "- ko" in card and f"# {name}" in card
+    source.files["README.md"] = b"---\nlicense: [\n---\n"  # a card that can't be parsed harms nobody
+    assert "general.license" not in written(source, tmp_path / "n.gguf", "f32").fields
+
+
 def test_numbers_beyond_f16_are_refused(made_of, tmp_path):
     _, source = made_of("mamba")
     key = "model.layers.1.mamba.in_proj.weight"
