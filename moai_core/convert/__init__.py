@@ -98,9 +98,23 @@ def convert(
     options = options if to == "gguf" else Options(to, _cast(source, options))
     if not any(name in source.files for name in hf.TOKENIZER):
         source.notes.append("no tokenizer was found beside the model: copy its files into the result")
-    report: dict[str, Any] = {
-        "source": {"name": _name(src, path), "path": str(source.path), "format": format},
-        "target": {"path": str(dst), "format": to},
+    report = _report(source, {"name": _name(src, path), "format": format}, {"path": str(dst), "format": to}, outtype)
+    storage.sweep(target)
+    with _new_file(target) if getattr(writer, "FILE", False) else storage.new_folder(target) as place:
+        writer.write(source, place, options, on_event)
+        written = place if isinstance(place, Path) else place.path
+        if check:
+            report["parity"] = _compare(source, (module, format), (writer, to), written, Path(dst), options, on_event)
+        report["bytes"] = sum(file.stat().st_size for file in ([written] if written.is_file() else written.iterdir()))
+        if isinstance(place, storage.FolderWriter):
+            place.write(hf.CARD, card(source.files.get(hf.CARD), report))
+    return {**report, "seconds": round(time.perf_counter() - begun, 2)}
+
+
+def _report(source: Source, before: dict[str, str], after: dict[str, str], outtype: str | None) -> dict[str, Any]:
+    return {
+        "source": {**before, "path": str(source.path)},
+        "target": after,
         "parameters": sum(torch.Size(lazy.shape).numel() for lazy in source.tensors.values()),
         "tensors": len(source.tensors),
         "dtype": outtype or hf.dtype(source.tensors),
@@ -108,21 +122,26 @@ def convert(
         "notes": source.notes,
         "parity": {"skipped": "--no-check"},
     }
-    storage.sweep(target)
-    with _new_file(target) if getattr(writer, "FILE", False) else storage.new_folder(target) as place:
-        writer.write(source, place, options, on_event)
-        written = place if isinstance(place, Path) else place.path
-        if check:
-            ends = [lambda: module.open_runtime(source.path, format), lambda: writer.open_runtime(written, to)]
-            # moai's runtime comes first where it takes part, as it makes the greedy tokens a step at a time; one with a
-            # judge of its own comes second
-            ends = ends[::-1] if to == "moai" or (hasattr(module, "judge") and module is not writer) else ends
-            judge = getattr(writer, "judge", getattr(module, "judge", parity.judge))
-            report["parity"] = parity.check(source, Path(dst), ends, judge, options, on_event=on_event)
-        report["bytes"] = sum(file.stat().st_size for file in ([written] if written.is_file() else written.iterdir()))
-        if isinstance(place, storage.FolderWriter):
-            place.write(hf.CARD, card(source.files.get(hf.CARD), report))
-    return {**report, "seconds": round(time.perf_counter() - begun, 2)}
+
+
+def _compare(
+    source: Source,
+    before: tuple[Any, str],
+    after: tuple[Any, str],
+    written: Path,
+    dst: Path,
+    options: Options,
+    on_event: OnEvent | None,
+) -> dict[str, Any]:
+    """The comparison's report. before and after: module and format. Raises CheckpointError where it fails."""
+    (module, format), (writer, to) = before, after
+    ends = [lambda: module.open_runtime(source.path, format), lambda: writer.open_runtime(written, to)]
+    # moai's runtime comes first where it takes part, as it makes the greedy tokens a step at a time; one with a judge
+    # of its own comes second.
+    if to == "moai" or (hasattr(module, "judge") and module is not writer):
+        ends.reverse()
+    judge = getattr(writer, "judge", getattr(module, "judge", parity.judge))
+    return parity.check(source, dst, ends, judge, options, on_event=on_event)
 
 
 # ---- arguments -----------------------------------------------------------------------------------
