@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     the weight's dtype. Saves x, weight and the scale of each row (fp32).
     """
     if x.shape[-1] <= ops.WIDEST and usable(x, weight):
-        return torch.ops.moai.rms_norm(x, weight, eps)[0]
+        return ops.rms_norm(x, weight, eps)[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(weight.dtype)
 
@@ -49,7 +49,7 @@ def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float)
         return residual, rms_norm(residual, weight, eps)
     if residual.shape == x.shape and x.shape[-1] <= ops.WIDEST and usable(residual, x, weight):
         wide = torch.promote_types(residual.dtype, x.dtype)
-        total, y, _ = torch.ops.moai.add_rms_norm(residual.to(wide), x, weight, eps)
+        total, y, _ = ops.add_rms_norm(residual.to(wide), x, weight, eps)
         return total, y
     total = residual + x
     return total, rms_norm(total, weight, eps)
@@ -62,7 +62,7 @@ def small_norms(x: Tensor, weights: list[Tensor], eps: float) -> list[Tensor]:
     """
     same = len({weight.dtype for weight in weights}) == 1
     if len(weights) == 3 and same and x.shape[-1] <= ops.WIDEST_SMALL and usable(x, *weights):
-        return list(torch.ops.moai.small_norms(x, *weights, eps)[:3])
+        return list(ops.small_norms(x, *weights, eps)[:3])
     parts = x.split([weight.shape[0] for weight in weights], dim=-1)
     return [rms_norm(part, weight, eps) for part, weight in zip(parts, weights, strict=True)]
 
@@ -70,7 +70,7 @@ def small_norms(x: Tensor, weights: list[Tensor], eps: float) -> list[Tensor]:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202), same shapes and dtypes. Saves gate and up only."""
     if gate.shape == up.shape and gate.dtype == up.dtype and usable(gate, up):
-        return torch.ops.moai.swiglu(gate, up)
+        return ops.swiglu(gate, up)
     return F.silu(gate) * up
 
 
@@ -78,14 +78,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy (rows,) in fp32 of logits (rows, V) against targets (rows,) int64: 0 where a target is -100, NaN
     where it is no token. Only for what is `usable`; no gradient.
     """
-    return torch.ops.moai.cross_entropy(logits, targets)
+    return ops.cross_entropy(logits, targets)
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
     """As `cross_entropy`, and overwrites the logits (contiguous) with the gradient of the sum of the losses, times
     scale (one fp32 number on their device, None for 1).
     """
-    return torch.ops.moai.cross_entropy_gradient(logits, targets, scale)
+    return ops.cross_entropy_gradient(logits, targets, scale)
 
 
 def scale_in_place(x: Tensor, by: Tensor) -> None:

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from moai_core import cuda
+from moai_core.cuda import ops
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
 
@@ -19,7 +22,83 @@ WIDEST = 32768
 WIDEST_SMALL = 512
 
 
-@torch.library.custom_op("moai::rms_norm", mutates_args=())
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        with ops.below():
+            y, rstd = rms_norm(x, weight, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, rstd)
+        return y, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if d_y is None:
+            return None, None, None
+        x, weight, rstd = ctx.saved_tensors
+        d, _, d_weight = rms_norm_backward(d_y, None, x, weight, rstd, x.dtype)
+        return d, d_weight, None
+
+
+class _AddRMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        with ops.below():
+            total, y, rstd = add_rms_norm(residual, x, weight, eps)
+        ctx.set_materialize_grads(False)
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(total, weight, rstd)
+        return total, y, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor | None, d_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if d_y is None:
+            return d_total, None if d_total is None else d_total.to(ctx.dtype), None, None
+        total, weight, rstd = ctx.saved_tensors
+        d, narrow, d_weight = rms_norm_backward(d_y, d_total, total, weight, rstd, ctx.dtype)
+        return d, d if ctx.dtype == d.dtype else narrow, d_weight, None
+
+
+class _SmallNorms(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight0: Tensor, weight1: Tensor, weight2: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        with ops.below():
+            results = small_norms(x, weight0, weight1, weight2, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight0, weight1, weight2, results[3])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_ys: Tensor | None) -> tuple[Any, ...]:
+        x, *weights, rstd = ctx.saved_tensors
+        known = (
+            w.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(d_ys, weights, strict=False)
+        )
+        return (*small_norms_backward(*known, x, *weights, rstd), None)
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        with ops.below():
+            out = swiglu(gate, up)
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        return swiglu_backward(d_out, *ctx.saved_tensors)
+
+
+# ---- The operators: what they launch
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, rstd): y (..., size) in the weight's dtype, rstd (...) fp32."""
     y, rstd = _norm_outputs(x, weight)
@@ -27,12 +106,6 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, rstd
 
 
-@_rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _norm_outputs(x, weight)
-
-
-@torch.library.custom_op("moai::add_rms_norm", mutates_args=())
 def _add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(total, y, rstd): total = residual + x in residual's dtype, which is the wider one."""
     total, (y, rstd) = _like(residual), _norm_outputs(residual, weight)
@@ -40,12 +113,6 @@ def _add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tu
     return total, y, rstd
 
 
-@_add_rms_norm.register_fake
-def _(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return (_like(residual), *_norm_outputs(residual, weight))
-
-
-@torch.library.custom_op("moai::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(
     d_y: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,11 +132,6 @@ def _rms_norm_backward(
     return d, narrow, d_weight
 
 
-@_rms_norm_backward.register_fake
-def _(d_y, d_total, total, weight, rstd, dtype):  # type: ignore[no-untyped-def]
-    return _norm_gradients(total, weight, dtype)
-
-
 def _norm_forward(
     residual: Tensor, x: Tensor | None, weight: Tensor, total: Tensor | None, y: Tensor, rstd: Tensor, eps: float
 ) -> None:
@@ -81,40 +143,6 @@ def _norm_forward(
     k.forward(-(-count // k.teams), k.block, residual, x, weight, total, y, rstd, count, *strides, eps)
 
 
-def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-
-
-def _backward_of_rms_norm(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    x, weight, rstd = ctx.saved_tensors
-    if d_y is None:
-        return None, None, None
-    d, _, d_weight = torch.ops.moai.rms_norm_backward(d_y, None, x, weight, rstd, x.dtype)
-    return d, d_weight, None
-
-
-def _save_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[1].dtype
-    ctx.save_for_backward(output[0], inputs[2], output[2])
-
-
-def _backward_of_add_rms_norm(
-    ctx: Any, d_total: Tensor | None, d_y: Tensor | None, _: Tensor | None
-) -> tuple[Any, ...]:
-    total, weight, rstd = ctx.saved_tensors
-    if d_y is None:
-        return d_total, None if d_total is None else d_total.to(ctx.dtype), None, None
-    d, narrow, d_weight = torch.ops.moai.rms_norm_backward(d_y, d_total, total, weight, rstd, ctx.dtype)
-    return d, d if ctx.dtype == d.dtype else narrow, d_weight, None
-
-
-_rms_norm.register_autograd(_backward_of_rms_norm, setup_context=_save_rms_norm)
-_add_rms_norm.register_autograd(_backward_of_add_rms_norm, setup_context=_save_add_rms_norm)
-
-
-@torch.library.custom_op("moai::small_norms", mutates_args=())
 def _small_norms(
     x: Tensor, weight0: Tensor, weight1: Tensor, weight2: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,12 +155,6 @@ def _small_norms(
     return ys
 
 
-@_small_norms.register_fake
-def _(x, weight0, weight1, weight2, eps):  # type: ignore[no-untyped-def]
-    return _small_outputs(x, [weight0, weight1, weight2])
-
-
-@torch.library.custom_op("moai::small_norms_backward", mutates_args=())
 def _small_norms_backward(
     d_y0: Tensor, d_y1: Tensor, d_y2: Tensor, x: Tensor, weight0: Tensor, weight1: Tensor, weight2: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,23 +171,6 @@ def _small_norms_backward(
     return (d_x, *d_weights)  # type: ignore[return-value]
 
 
-@_small_norms_backward.register_fake
-def _(d_y0, d_y1, d_y2, x, weight0, weight1, weight2, rstd):  # type: ignore[no-untyped-def]
-    return _small_gradients(x, [weight0, weight1, weight2])
-
-
-def _save_small_norms(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[3])
-
-
-def _backward_of_small_norms(ctx: Any, *d_ys: Tensor) -> tuple[Any, ...]:
-    return (*torch.ops.moai.small_norms_backward(*d_ys[:3], *ctx.saved_tensors), None)
-
-
-_small_norms.register_autograd(_backward_of_small_norms, setup_context=_save_small_norms)
-
-
-@torch.library.custom_op("moai::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = _like(gate)
     gate, up = gate.contiguous(), up.contiguous()
@@ -175,12 +180,6 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-@_swiglu.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return _like(gate)
-
-
-@torch.library.custom_op("moai::swiglu_backward", mutates_args=())
 def _swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     d_gate, d_up = _like(gate), _like(up)
     d_out, gate, up = d_out.contiguous(), gate.contiguous(), up.contiguous()
@@ -190,41 +189,13 @@ def _swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
     return d_gate, d_up
 
 
-@_swiglu_backward.register_fake
-def _(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(gate), _like(up)
-
-
-def _save_swiglu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_of_swiglu(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.moai.swiglu_backward(d_out, *ctx.saved_tensors)
-
-
-_swiglu.register_autograd(_backward_of_swiglu, setup_context=_save_swiglu)
-
-
-@torch.library.custom_op("moai::cross_entropy", mutates_args=())
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return _launch_cross_entropy(logits.contiguous(), targets, None, write=False)
 
 
-@_cross_entropy.register_fake
-def _(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("moai::cross_entropy_gradient", mutates_args={"logits"})
 def _cross_entropy_gradient(logits: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
     assert logits.is_contiguous()
     return _launch_cross_entropy(logits, targets, scale, write=True)
-
-
-@_cross_entropy_gradient.register_fake
-def _(logits: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
 def _launch_cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor | None, *, write: bool) -> Tensor:
@@ -329,7 +300,7 @@ def _norm_kernels(
         team = 1 << (vectors - 1).bit_length()
     else:
         # Two vectors a thread: loads under way enough with few threads to meet at the barrier.
-        team = min(1024, 32 * -(-vectors // 64))
+        team = min(512 if vectors <= 2048 else 1024, 32 * -(-vectors // 64))
     block = team if team > 32 else 128
     macros = {"R": NAMES[stream], "X": NAMES[added], "W": NAMES[weight]}
     sizes = {"SIZE": size, "V": v, "TEAM": team, "PER": -(-vectors // team)}
@@ -364,3 +335,55 @@ def _multiprocessors(device: torch.device) -> int:
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may have."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+# ---- Registration
+
+
+def _fake_losses(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+rms_norm = ops.define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _rms_norm,
+    lambda x, weight, eps: _norm_outputs(x, weight),
+    _RMSNorm,
+)
+add_rms_norm = ops.define(
+    "add_rms_norm(Tensor residual, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _add_rms_norm,
+    lambda residual, x, weight, eps: (_like(residual), *_norm_outputs(residual, weight)),
+    _AddRMSNorm,
+)
+rms_norm_backward = ops.define(
+    "rms_norm_backward(Tensor d_y, Tensor? d_total, Tensor total, Tensor weight, Tensor rstd, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    _rms_norm_backward,
+    lambda d_y, d_total, total, weight, rstd, dtype: _norm_gradients(total, weight, dtype),
+)
+small_norms = ops.define(
+    "small_norms(Tensor x, Tensor weight0, Tensor weight1, Tensor weight2, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _small_norms,
+    lambda x, weight0, weight1, weight2, eps: _small_outputs(x, [weight0, weight1, weight2]),
+    _SmallNorms,
+)
+small_norms_backward = ops.define(
+    "small_norms_backward(Tensor d_y0, Tensor d_y1, Tensor d_y2, Tensor x, Tensor weight0, Tensor weight1,"
+    " Tensor weight2, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor)",
+    _small_norms_backward,
+    lambda d_y0, d_y1, d_y2, x, weight0, weight1, weight2, rstd: _small_gradients(x, [weight0, weight1, weight2]),
+)
+swiglu = ops.define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: _like(gate), _SwiGLU)
+swiglu_backward = ops.define(
+    "swiglu_backward(Tensor d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _swiglu_backward,
+    lambda d_out, gate, up: (_like(gate), _like(up)),
+)
+cross_entropy = ops.define("cross_entropy(Tensor logits, Tensor targets) -> Tensor", _cross_entropy, _fake_losses)
+cross_entropy_gradient = ops.define(
+    "cross_entropy_gradient(Tensor(a!) logits, Tensor targets, Tensor? scale) -> Tensor",
+    _cross_entropy_gradient,
+    _fake_losses,
+)

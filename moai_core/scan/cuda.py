@@ -14,12 +14,15 @@ memory and launches.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from moai_core import cuda
+from moai_core.cuda import ops
 from moai_core.scan import cuda_conv, reference
 from moai_core.scan.cuda_conv import conv, conv_step
 from moai_core.scan.cuda_step import step
@@ -79,12 +82,49 @@ def scan(
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32)
     inputs = (u, dt, A, B, C, D, z, dt_bias, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, last, _ = torch.ops.moai.scan_forward(*inputs, seq_idx, keep)
+    y, last, _ = scan_forward(*inputs, seq_idx, keep)
     return y, last
 
 
-@torch.library.custom_op("moai::scan_forward", mutates_args=())
-def scan_forward(
+class _Scan(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        state: Tensor | None,
+        seq_idx: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with ops.below():
+            y, last, kept = scan_forward(u, dt, A, B, C, D, z, dt_bias, state, seq_idx, keep)
+        ctx.set_materialize_grads(False)
+        ctx.continues = state is not None
+        ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, seq_idx, kept)
+        return y, last, kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_y: Tensor | None, g_last: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, dt, A, B, C, D, z, dt_bias, seq_idx, kept = ctx.saved_tensors
+        if g_y is None:
+            g_y = torch.zeros_like(u)
+        d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first = scan_backward(
+            u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ctx.continues
+        )
+        return (
+            d_u, d_dt, d_A, d_B, d_C, None if D is None else d_D, None if z is None else d_z,
+            None if dt_bias is None else d_bias, d_first if ctx.continues else None, None, None,
+        )  # fmt: skip
+
+
+def _scan_forward(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -112,13 +152,7 @@ def scan_forward(
     return y, last, kept
 
 
-@scan_forward.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, state, seq_idx, keep):  # type: ignore[no-untyped-def]
-    return _outputs(u, A, keep)
-
-
-@torch.library.custom_op("moai::scan_backward", mutates_args=())
-def scan_backward(
+def _scan_backward(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -159,32 +193,6 @@ def scan_backward(
         A.new_empty(0) if x is None else x.sum(0) if rows > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias)
     )
     return d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first
-
-
-@scan_backward.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, continues):  # type: ignore[no-untyped-def]
-    return _gradients(u, A, B, D, z, dt_bias, continues)
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    u, dt, A, B, C, D, z, dt_bias, state, seq_idx, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.continues = state is not None
-    ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, seq_idx, output[2])
-
-
-def _backward(ctx, g_y: Tensor | None, g_last: Tensor | None, _):  # type: ignore[no-untyped-def]
-    u, dt, A, B, C, D, z, dt_bias, seq_idx, kept = ctx.saved_tensors
-    if g_y is None:
-        g_y = torch.zeros_like(u)
-    grads = torch.ops.moai.scan_backward(
-        u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ctx.continues
-    )
-    present = (True, True, True, True, True, D is not None, z is not None, dt_bias is not None, ctx.continues)
-    return (*(g if there else None for g, there in zip(grads, present, strict=True)), None, None)
-
-
-scan_forward.register_autograd(_backward, setup_context=_setup)
 
 
 def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,3 +347,20 @@ def _solid(x: Tensor | None) -> Tensor | None:
 
 def _strides(*rows: Tensor | None) -> list[int]:
     return [stride for x in rows for stride in ((0, 0) if x is None else x.stride()[:2])]
+
+
+_INPUTS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias"
+scan_forward = ops.define(
+    f"scan_forward({_INPUTS}, Tensor? state, Tensor? seq_idx, bool keep) -> (Tensor, Tensor, Tensor)",
+    _scan_forward,
+    lambda u, dt, A, B, C, D, z, dt_bias, state, seq_idx, keep: _outputs(u, A, keep),
+    _Scan,
+)
+scan_backward = ops.define(
+    f"scan_backward({_INPUTS}, Tensor? seq_idx, Tensor kept, Tensor g_y, Tensor? g_last, bool continues)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _scan_backward,
+    lambda u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, continues: _gradients(
+        u, A, B, D, z, dt_bias, continues
+    ),
+)

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from moai_core import cuda
+from moai_core.cuda import ops
 from moai_core.scan import reference
 
 WIDTHS = range(2, 9)
@@ -47,7 +50,7 @@ def conv(
     weight, bias = _filter(u, weight, bias)
     state = None if state is None else state.to(u.dtype)
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32)
-    return torch.ops.moai.conv_forward(u, weight, bias, state, seq_idx)
+    return conv_forward(u, weight, bias, state, seq_idx)
 
 
 def conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,11 +59,31 @@ def conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> 
         y, last = conv(u[:, None], weight, bias, state=state)
         return y[:, 0], last
     weight, bias = _filter(u, weight, bias)
-    return torch.ops.moai.conv_step(u, weight, bias, state.to(u.dtype))
+    return conv_step_forward(u, weight, bias, state.to(u.dtype))
 
 
-@torch.library.custom_op("moai::conv_forward", mutates_args=())
-def conv_forward(
+class _Conv(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with ops.below():
+            y, last = conv_forward(u, weight, bias, state, seq_idx)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, weight, bias, state, seq_idx)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, weight, bias, state, seq_idx = ctx.saved_tensors
+        if d_y is None:
+            d_y = torch.zeros_like(u)
+        d_u, d_weight, d_bias, d_state = conv_backward(u, weight, bias, state, seq_idx, d_y, d_last)
+        return d_u, d_weight, None if bias is None else d_bias, None if state is None else d_state, None
+
+
+def _conv_forward(
     u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(y (B, L, I), final state (B, I, K-1)). Weight and bias in one dtype, fp32 or u's; the state in u's."""
@@ -78,13 +101,7 @@ def conv_forward(
     return y, last
 
 
-@conv_forward.register_fake
-def _(u, weight, bias, state, seq_idx):  # type: ignore[no-untyped-def]
-    return _outputs(u, weight)
-
-
-@torch.library.custom_op("moai::conv_backward", mutates_args=())
-def conv_backward(
+def _conv_backward(
     u: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -113,29 +130,7 @@ def conv_backward(
     return d_u, d_weight, d_bias, d_state
 
 
-@conv_backward.register_fake
-def _(u, weight, bias, state, seq_idx, d_y, d_last):  # type: ignore[no-untyped-def]
-    return _gradients(u, weight, bias, state)
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, d_y: Tensor | None, d_last: Tensor | None):  # type: ignore[no-untyped-def]
-    u, weight, bias, state, seq_idx = ctx.saved_tensors
-    if d_y is None:
-        d_y = torch.zeros_like(u)
-    d_u, d_weight, d_bias, d_state = torch.ops.moai.conv_backward(u, weight, bias, state, seq_idx, d_y, d_last)
-    return d_u, d_weight, None if bias is None else d_bias, None if state is None else d_state, None
-
-
-conv_forward.register_autograd(_backward, setup_context=_setup)
-
-
-@torch.library.custom_op("moai::conv_step", mutates_args=())
-def conv_step_forward(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+def _conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """(y (B, I), new state (B, I, K-1)), dtypes as in `conv_forward`."""
     batch, channels = u.shape
     y, last = u.new_empty(u.shape), u.new_empty(state.shape)
@@ -146,11 +141,6 @@ def conv_step_forward(u: Tensor, weight: Tensor, bias: Tensor | None, state: Ten
         -(-items // _THREADS), _THREADS, u, weight, bias, state, y, last, batch, channels, u.stride(0)
     )
     return y, last
-
-
-@conv_step_forward.register_fake
-def _(u, weight, bias, state):  # type: ignore[no-untyped-def]
-    return u.new_empty(u.shape), u.new_empty(state.shape)
 
 
 def _outputs(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,3 +205,22 @@ def solid(x: Any) -> Any:
     if x is None or (x.is_contiguous() and x.data_ptr() % 16 == 0):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+conv_forward = ops.define(
+    "conv_forward(Tensor u, Tensor weight, Tensor? bias, Tensor? state, Tensor? seq_idx) -> (Tensor, Tensor)",
+    _conv_forward,
+    lambda u, weight, bias, state, seq_idx: _outputs(u, weight),
+    _Conv,
+)
+conv_backward = ops.define(
+    "conv_backward(Tensor u, Tensor weight, Tensor? bias, Tensor? state, Tensor? seq_idx, Tensor d_y, Tensor? d_last)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _conv_backward,
+    lambda u, weight, bias, state, seq_idx, d_y, d_last: _gradients(u, weight, bias, state),
+)
+conv_step_forward = ops.define(
+    "conv_step(Tensor u, Tensor weight, Tensor? bias, Tensor state) -> (Tensor, Tensor)",
+    _conv_step,
+    lambda u, weight, bias, state: (u.new_empty(u.shape), u.new_empty(state.shape)),
+)

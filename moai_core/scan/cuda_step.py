@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moai_core import cuda
+from moai_core.cuda import ops
 from moai_core.scan import reference
 from moai_core.scan.cuda_conv import solid
 
@@ -40,12 +41,11 @@ def step(
         u, dt, B, C = (x.float() for x in (u, dt, B, C))
         z = None if z is None else z.float()
     D, dt_bias = (None if x is None else x.float() for x in (D, dt_bias))
-    y, last = torch.ops.moai.scan_step(u, dt, A.float(), B, C, D, z, dt_bias, state.float())
+    y, last = scan_step(u, dt, A.float(), B, C, D, z, dt_bias, state.float())
     return y.to(dtype), last
 
 
-@torch.library.custom_op("moai::scan_step", mutates_args=())
-def scan_step(
+def _step(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -72,11 +72,14 @@ def scan_step(
     return y, last
 
 
-@scan_step.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, state):  # type: ignore[no-untyped-def]
-    return u.new_empty(u.shape), state.new_empty(state.shape)
-
-
 def _dense(x: Tensor) -> Tensor:
     """x (B, width) whose rows are dense, wherever they begin."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+scan_step = ops.define(
+    "scan_step(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor state)"
+    " -> (Tensor, Tensor)",
+    _step,
+    lambda u, dt, A, B, C, D, z, dt_bias, state: (u.new_empty(u.shape), state.new_empty(state.shape)),
+)

@@ -1,0 +1,72 @@
+"""Operators of PyTorch whose calls cost the host little, so that `torch.compile`, FSDP and CUDA graphs know the kernels
+and a training step of small kernels isn't limited by Python.
+
+`torch.library.custom_op` with `register_autograd` does the same and wraps every call: a check of aliases, a class and
+closures of metadata for autograd, defaults filled in. Here the schema is written out, the dispatcher calls the function
+that launches, and only a call that needs a gradient enters autograd, through a `torch.autograd.Function` written by
+hand. Leaves out second derivatives (functions are `once_differentiable`), keyword arguments and defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+__all__ = ["below", "define"]
+
+_LIBRARY = torch.library.Library("moai", "FRAGMENT")
+
+# `with below():` operators called inside skip autograd.
+below = torch._C._AutoDispatchBelowAutograd
+
+
+def define(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradient: type[torch.autograd.Function] | None = None,
+) -> OpOverload:
+    """Registers the operator moai::NAME and returns it, to be called with positional arguments.
+
+    schema: "NAME(Tensor x, float eps) -> Tensor", where `Tensor(a!) x` is written to. run: does it, on every device
+    that asks; results are fresh memory and share none. fake: makes results of the same shapes, dtypes and strides
+    without looking at numbers. gradient: how to differentiate; its forward gets the operator's arguments, calls the
+    operator inside of `below()` and returns the results as they are. Without one, results have no gradient.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moai::{name}", fake, lib=_LIBRARY)
+    operator: OpOverload = getattr(torch.ops.moai, name).default
+    if gradient is not None:
+        _LIBRARY.impl(name, _differentiable(operator, gradient), "Autograd")
+    written = [i for i, argument in enumerate(operator._schema.arguments) if argument.is_write]
+    if written:
+        _LIBRARY.impl(name, _counted(operator, written), "ADInplaceOrView", with_keyset=True)
+    return operator
+
+
+def _differentiable(operator: OpOverload, gradient: type[torch.autograd.Function]) -> Callable[..., Any]:
+    apply, enabled, any_requires_grad = gradient.apply, torch.is_grad_enabled, torch._C._any_requires_grad
+
+    def autograd(*args: Any) -> Any:
+        if enabled() and any_requires_grad(*args):
+            return apply(*args)
+        with below():
+            return operator(*args)
+
+    return autograd
+
+
+def _counted(operator: OpOverload, written: list[int]) -> Callable[..., Any]:
+    """Autograd's count of changes goes up for what the operator writes to."""
+
+    def count(keyset: Any, *args: Any) -> Any:
+        torch.autograd.graph.increment_version([args[i] for i in written])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return count
