@@ -38,11 +38,6 @@ struct alignas(16) Pool {
 };
 static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
 
-// One state's way through a tile, and the sums that its way back leaves.
-struct Trace {
-  float a2, a[TILE], h[TILE + 1], carry, dA, sums[FRAGMENTS][4];
-};
-
 // Adds to `sums` the sums over groups of 4 lanes of the values 4 j ... 4 j + 3. `one[p]` is 1.0 in the lanes of group p.
 // Lane 4 g + t ends with group g's sums of the values 4 t ... 4 t + 3.
 DEVICE void add_lanes(float (&sums)[4], const uint32 (&one)[8], int j, const float (&v)[4]) {
@@ -200,76 +195,40 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     read_steps(dys, pool.dy, lane, 0);
 #pragma unroll
     for (int t = 0; t < TILE; ++t) gB[t] = qA[t] = Ch[t] = 0.0f;
-    // Forward through the tile with one state, in quarters; what the way back needs stays in registers.
-    auto forward = [&](Trace& to, int n, int quarter) {
-      float Bs[4], Cs[4];
-      read_broadcast(Bs, &pool.BC[n][quarter * 4]);
-      read_broadcast(Cs, &pool.BC[N + n][quarter * 4]);
-      if (quarter == 0) {
-        to.a2 = RATES ? pool.a2[n][lane] : mine ? decay_rate(A[c * N + n]) : -1.0f;
-        to.h[0] = to_float(s.kept[n][lane]);
-      }
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int t = quarter * 4 + k;
-        to.a[t] = exp2_approx(dts[t] * to.a2);
-        to.h[t + 1] = to.a[t] * to.h[t] + xs[t] * Bs[k];
-        Ch[t] += Cs[k] * to.h[t + 1];
-      }
-    };
-    auto backward = [&](Trace& of, int n, int quarter) {
-      float Bs[4], Cs[4], dB[4], dC[4];
-      read_broadcast(Bs, &pool.BC[n][quarter * 4]);
-      read_broadcast(Cs, &pool.BC[N + n][quarter * 4]);
-      if (quarter == TILE / 4 - 1) {
-        of.carry = pool.carry[n][lane];
-        of.dA = 0.0f;
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) of.sums[f][0] = of.sums[f][1] = of.sums[f][2] = of.sums[f][3] = 0.0f;
-      }
-#pragma unroll
-      for (int k = 3; k >= 0; --k) {
-        const int t = quarter * 4 + k;
-        const float back = Cs[k] * dys[t] + of.carry;
-        dC[k] = of.h[t + 1] * dys[t];
-        dB[k] = back * xs[t];
-        gB[t] += back * Bs[k];
-        of.carry = of.a[t] * back;
-        const float q = of.carry * of.h[t];
-        qA[t] += q * of.a2;
-        of.dA += q * dts[t];
-      }
-      add_lanes(of.sums[quarter / 4], one, quarter % 4, dB);
-      add_lanes(of.sums[(TILE / 4 + quarter) / 4], one, (TILE / 4 + quarter) % 4, dC);
-      if (quarter == 0) {
-        pool.carry[n][lane] = of.carry;
-        pool.dA[n][lane] += of.dA;
-        __syncwarp();  // B and C of this state have been read
-        add_groups(pool.BC, n, of.sums, lane);
-      }
-    };
-    // Back with one state and forward with the next at once: two chains of dependent instructions keep a warp busy.
-    auto both = [&](Trace& of, int n, Trace& next) {
-#pragma unroll
-      for (int quarter = 0; quarter < TILE / 4; ++quarter) {
-        backward(of, n, TILE / 4 - 1 - quarter);
-        forward(next, n + 1, quarter);
-      }
-    };
-
-    Trace even, odd;
-    const int n0 = warp * STATES;
-#pragma unroll
-    for (int quarter = 0; quarter < TILE / 4; ++quarter) forward(even, n0, quarter);
 #pragma unroll 1
-    for (int j = 0; j + 2 < STATES; j += 2) {
-      both(even, n0 + j, odd);
-      both(odd, n0 + j + 1, even);
-    }
-    if (STATES > 1) both(even, n0 + STATES - 2, odd);
+    for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
+      const float a2 = RATES ? pool.a2[n][lane] : mine ? decay_rate(A[c * N + n]) : -1.0f;
+      float Bs[TILE], Cs[TILE], a[TILE], h[TILE + 1];
+      read_broadcast(Bs, pool.BC[n]);
+      read_broadcast(Cs, pool.BC[N + n]);
+      h[0] = to_float(s.kept[n][lane]);
 #pragma unroll
-    for (int quarter = TILE / 4 - 1; quarter >= 0; --quarter)
-      backward(STATES > 1 ? odd : even, n0 + STATES - 1, quarter);
+      for (int t = 0; t < TILE; ++t) {
+        a[t] = exp2_approx(dts[t] * a2);
+        h[t + 1] = a[t] * h[t] + xs[t] * Bs[t];
+        Ch[t] += Cs[t] * h[t + 1];
+      }
+      float carry = pool.carry[n][lane], dA = 0.0f, dB[4], dC[4], sums[FRAGMENTS][4] = {};
+#pragma unroll
+      for (int t = TILE - 1; t >= 0; --t) {
+        const float back = Cs[t] * dys[t] + carry;
+        dC[t % 4] = h[t + 1] * dys[t];
+        dB[t % 4] = back * xs[t];
+        gB[t] += back * Bs[t];
+        carry = a[t] * back;
+        const float q = carry * h[t];
+        qA[t] += q * a2;
+        dA += q * dts[t];
+        if (t % 4 == 0) {
+          add_lanes(sums[t / 16], one, t % 16 / 4, dB);
+          add_lanes(sums[(TILE + t) / 16], one, (TILE + t) % 16 / 4, dC);
+        }
+      }
+      pool.carry[n][lane] = carry;
+      pool.dA[n][lane] += dA;
+      __syncwarp();  // B and C of this state have been read
+      add_groups(pool.BC, n, sums, lane);
+    }
     write_steps(shares_gB[warp], lane, 0, gB);
     write_steps(shares_qA[warp], lane, 0, qA);
     write_steps(shares_Ch[warp], lane, 0, Ch);
