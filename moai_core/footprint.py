@@ -210,6 +210,12 @@ def phases(config: Mapping[str, Any], recipe: Recipe, overhead: int = 0) -> dict
     step = 5 * 4 * min(BF16_CHUNK, V * H) if device == "cpu" and (recipe.optim.name == "adamw_bf16" or b.w == 2) else 0
     base: dict[str, float] = {"weights": held["weights"], "optimizer": held["optimizer"], "overhead": overhead}
     grads = held["gradients"] if many else 0
+    # The backward pass trades activations for gradients layer by layer: its peak is at one of its ends.
+    copies_kept = copies if t.checkpointing != "full" else 0
+    begin = {**base, "gradients": grads + head, "activations": stash + flight + copies_kept}
+    begin |= {"scan states": states, "logits": T * H * b.w}
+    end = {**base, "gradients": held["gradients"] - (0 if many else V * H * b.w), "scan states": states / c["layers"]}
+    end |= {"activations": (stash - ends) / c["layers"] + flight, "logits": 0}
     found: dict[str, dict[str, float]] = {
         "loss": {
             **base,
@@ -218,13 +224,7 @@ def phases(config: Mapping[str, Any], recipe: Recipe, overhead: int = 0) -> dict
             "scan states": states,
             "logits": _loss(T, V, H, b, device),
         },
-        "backward": {
-            **base,
-            "gradients": grads + head,
-            "activations": stash + flight + (copies if t.checkpointing != "full" else 0),
-            "scan states": states,
-            "logits": T * H * b.w,
-        },
+        "backward": max(begin, end, key=lambda kinds: sum(kinds.values())),
         "update": {**base, "gradients": held["gradients"], "activations": step, "scan states": 0, "logits": 0},
     }
     return {name: {kind: int(kinds[kind]) for kind in KINDS} for name, kinds in found.items()}

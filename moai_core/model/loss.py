@@ -116,8 +116,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # Sums over many chunks: fp32 even where the weights are not. They begin as the first chunk's.
                 d_parameters = [g if few else g.to(torch.promote_types(g.dtype, torch.float32)) for g in d_chunk]
             else:
-                for grad, part in zip(d_parameters, d_chunk, strict=True):
-                    grad.add_(part)
+                for grad in d_parameters:
+                    grad.add_(d_chunk.pop(0))
+            d_chunk.clear()  # not held while the next chunk makes its own
         d_all = d_hidden[0] if len(d_hidden) == 1 else torch.cat(d_hidden)
         d_parameters = d_parameters or [torch.zeros_like(p) for p in parameters]
         ctx.save_for_backward(d_all, *(g.to(p.dtype) for g, p in zip(d_parameters, parameters, strict=True)))
