@@ -108,7 +108,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(total, y, rstd): total = residual + x in residual's dtype, which is the wider one."""
-    total, (y, rstd) = _like(residual), _norm_outputs(residual, weight)
+    total, (y, rstd) = ops.dense(residual), _norm_outputs(residual, weight)
     _norm_forward(residual, x, weight, total, y, rstd, eps)
     return total, y, rstd
 
@@ -149,8 +149,8 @@ def _small_norms(
     """The norms of three slices and rstd (..., 3) fp32."""
     weights = [weight.contiguous() for weight in (weight0, weight1, weight2)]
     ys, rows = _small_outputs(x, weights), _rows(x)
-    sizes = [weight.shape[0] for weight in weights]
-    forward, _, _ = _small_kernels(x.device, x.dtype, weights[0].dtype, _small_vector(rows, weights), sum(sizes))
+    a, b, c = sizes = [weight.shape[0] for weight in weights]
+    forward, _, _ = _small_kernels(x.device, x.dtype, weights[0].dtype, _vector(a | b | c, rows, *weights), a + b + c)
     forward(-(-len(rows) // 8), 256, rows, *weights, *ys, len(rows), *sizes, rows.stride(0), eps)
     return ys
 
@@ -162,17 +162,18 @@ def _small_norms_backward(
     weights = [weight.contiguous() for weight in (weight0, weight1, weight2)]
     d_ys = [d_y.contiguous() for d_y in (d_y0, d_y1, d_y2)]
     rows, (d_x, *d_weights) = _rows(x), _small_gradients(x, weights)
-    sizes, v = [weight.shape[0] for weight in weights], _small_vector(rows, [*weights, *d_ys])
-    _, backward, add = _small_kernels(x.device, x.dtype, weights[0].dtype, v, sum(sizes))
+    a, b, c = sizes = [weight.shape[0] for weight in weights]
+    v, size = _vector(a | b | c, rows, *weights, *d_ys), a + b + c
+    _, backward, add = _small_kernels(x.device, x.dtype, weights[0].dtype, v, size)
     grid = min(-(-len(rows) // 8), 4 * _multiprocessors(x.device))
-    partial = rstd.new_empty(grid, sum(sizes))
+    partial = rstd.new_empty(grid, size)
     backward(grid, 256, *d_ys, rows, *weights, rstd, d_x, partial, len(rows), *sizes, rows.stride(0))
-    add(-(-sum(sizes) // 32), 1024, partial, *d_weights, grid, *sizes)
+    add(-(-size // 32), 1024, partial, *d_weights, grid, *sizes)
     return (d_x, *d_weights)  # type: ignore[return-value]
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    out = _like(gate)
+    out = ops.dense(gate)
     gate, up = gate.contiguous(), up.contiguous()
     v = _vector(out.numel(), gate, up)
     forward, _ = _swiglu_kernels(gate.device, gate.dtype, v)
@@ -181,7 +182,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    d_gate, d_up = _like(gate), _like(up)
+    d_gate, d_up = ops.dense(gate), ops.dense(up)
     d_out, gate, up = d_out.contiguous(), gate.contiguous(), up.contiguous()
     v = _vector(gate.numel(), d_out, gate, up)
     _, backward = _swiglu_kernels(gate.device, gate.dtype, v)
@@ -226,17 +227,13 @@ def _cross_entropy_kernel(name: str, x: Tensor, v: int, block: int) -> Any:
 # ---- Shapes of results, and what of a tensor a thread moves
 
 
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _norm_outputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return ops.dense(x, weight.dtype), x.new_empty(*x.shape[:-1], dtype=torch.float32)
 
 
 def _norm_gradients(total: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    second = (0,) if dtype == total.dtype else total.shape
-    return _like(total), total.new_empty(second, dtype=dtype), weight.new_empty(weight.shape)
+    narrow = total.new_empty(0) if dtype == total.dtype else ops.dense(total, dtype)
+    return ops.dense(total), narrow, ops.dense(weight)
 
 
 def _small_outputs(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -245,8 +242,8 @@ def _small_outputs(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Te
 
 
 def _small_gradients(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b, c = (weight.new_empty(weight.shape) for weight in weights)
-    return _like(x), a, b, c
+    a, b, c = weights
+    return ops.dense(x), ops.dense(a), ops.dense(b), ops.dense(c)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -271,10 +268,6 @@ def _vector(size: int, *tensors: Tensor | None) -> int:
         if past:
             steps |= (past & -past) // width
     return min(most, steps & -steps)
-
-
-def _small_vector(rows: Tensor, others: list[Tensor]) -> int:
-    return min(_vector(t.shape[-1], rows, t) for t in others)
 
 
 # ---- Kernels, and how they divide the work
@@ -353,7 +346,7 @@ rms_norm = ops.define(
 add_rms_norm = ops.define(
     "add_rms_norm(Tensor residual, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     _add_rms_norm,
-    lambda residual, x, weight, eps: (_like(residual), *_norm_outputs(residual, weight)),
+    lambda residual, x, weight, eps: (ops.dense(residual), *_norm_outputs(residual, weight)),
     _AddRMSNorm,
 )
 rms_norm_backward = ops.define(
@@ -375,11 +368,11 @@ small_norms_backward = ops.define(
     _small_norms_backward,
     lambda d_y0, d_y1, d_y2, x, weight0, weight1, weight2, rstd: _small_gradients(x, [weight0, weight1, weight2]),
 )
-swiglu = ops.define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: _like(gate), _SwiGLU)
+swiglu = ops.define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: ops.dense(gate), _SwiGLU)
 swiglu_backward = ops.define(
     "swiglu_backward(Tensor d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _swiglu_backward,
-    lambda d_out, gate, up: (_like(gate), _like(up)),
+    lambda d_out, gate, up: (ops.dense(gate), ops.dense(up)),
 )
 cross_entropy = ops.define("cross_entropy(Tensor logits, Tensor targets) -> Tensor", _cross_entropy, _fake_losses)
 cross_entropy_gradient = ops.define(

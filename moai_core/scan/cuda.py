@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from moai_core import cuda
 from moai_core.cuda import ops
 from moai_core.scan import cuda_conv, reference
-from moai_core.scan.cuda_conv import conv, conv_step
+from moai_core.scan.cuda_conv import conv, conv_step, rows
 from moai_core.scan.cuda_step import step
 
 __all__ = ["conv", "conv_step", "scan", "step", "why_not"]
@@ -170,28 +170,32 @@ def _scan_backward(
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the first state; empty where the input was None (the first state:
     unless `continues`)."""
     batch, length, channels = u.shape
-    states, blocks = A.shape[1], _blocks(channels)
-    d_u, d_dt, _, d_B, d_C, _, d_z, _, d_first = _gradients(u, A, B, D, z, dt_bias, continues)
+    blocks = _blocks(channels)
+    d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first = _gradients(u, A, B, D, z, dt_bias, continues)
     u, dt, B, C, z, g_y = (_rows(x) for x in (u, dt, B, C, z, g_y))
     A, D, dt_bias, seq_idx, g_last = (_solid(x) for x in (A, D, dt_bias, seq_idx, g_last))
     shape = _divide("backward", u, A, B)
-    rows = batch * shape.segments
-    d_A = A.new_empty(rows, channels, states)
-    d_D, d_bias = (A.new_empty(rows, channels) if x is not None else None for x in (D, dt_bias))
-    parts = A.new_empty(blocks, batch, -(-length // shape.tile), 2 * states, shape.tile, dtype=kept.dtype)
+    count = batch * shape.segments
+    # What each segment of each row adds to the gradients of the parameters.
+    part_A, part_D, part_bias = (
+        None if x is None else d if count == 1 else d.new_empty(count, *d.shape)
+        for x, d in ((A, d_A), (D, d_D), (dt_bias, d_bias))
+    )
+    parts = A.new_empty(blocks, batch, -(-length // shape.tile), 2 * A.shape[1], shape.tile, dtype=kept.dtype)
     ends, sums = _summary(shape, True, g_y, dt, A, C, z, dt_bias, seq_idx)
     _kernel("scan_backward", shape, u, A, B, GATED=int(z is not None))(
-        rows * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ends, sums,
-        d_u, d_dt, None if z is None else d_z, d_A, parts, d_D, d_bias, d_first if continues else None, length, channels,
-        shape.segments, shape.span, *_strides(u, dt, z, B, C, g_y), length * channels, channels, shared=shape.shared,
+        count * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ends, sums,
+        d_u, d_dt, None if z is None else d_z, part_A, parts, part_D, part_bias, d_first if continues else None, length,
+        channels, shape.segments, shape.span, *_strides(u, dt, z, B, C, g_y), length * channels, channels,
+        shared=shape.shared,
     )  # fmt: skip
     _kernel("scan_reduce", shape, u, A, B, GATED=int(z is not None))(
-        -(-parts[0].numel() // 1024), 256, parts, d_B, d_C, blocks, batch, length
+        -(-parts[0].nbytes // 4096), 256, parts, d_B, d_C, blocks, batch, length
     )
-    # Results may not share memory: two absent ones are two tensors.
-    d_A, d_D, d_bias = (
-        A.new_empty(0) if x is None else x.sum(0) if rows > 1 else x.squeeze(0) for x in (d_A, d_D, d_bias)
-    )
+    if count > 1:
+        for part, total in ((part_A, d_A), (part_D, d_D), (part_bias, d_bias)):
+            if part is not None:
+                torch.sum(part, 0, out=total)
     return d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first
 
 
@@ -200,23 +204,22 @@ def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     states = A.shape[1]
     kept = (batch, -(-length // tile_of(states)), states, channels) if keep else (0,)
     return (
-        u.new_empty(batch, length, channels),
+        ops.dense(u),
         u.new_empty(batch, channels, states, dtype=torch.float32),
-        u.new_empty(kept, dtype=torch.float32 if u.dtype == torch.float32 else torch.bfloat16),
+        u.new_empty(*kept, dtype=torch.float32 if u.dtype == torch.float32 else torch.bfloat16),
     )
 
 
 def _gradients(
     u: Tensor, A: Tensor, B: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, continues: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, length, channels = u.shape
-    states = A.shape[1]
-    absent = (0,)
+    # Results may not share memory: two absent ones are two tensors.
     return (
-        u.new_empty(u.shape), u.new_empty(u.shape), A.new_empty(A.shape), B.new_empty(B.shape), B.new_empty(B.shape),
-        A.new_empty(absent if D is None else D.shape), u.new_empty(absent if z is None else z.shape),
-        A.new_empty(absent if dt_bias is None else dt_bias.shape),
-        A.new_empty((batch, channels, states) if continues else absent),
+        ops.dense(u), ops.dense(u), ops.dense(A), ops.dense(B), ops.dense(B),
+        A.new_empty(0) if D is None else ops.dense(D),
+        u.new_empty(0) if z is None else ops.dense(z),
+        A.new_empty(0) if dt_bias is None else ops.dense(dt_bias),
+        A.new_empty(u.shape[0], *A.shape) if continues else A.new_empty(0),
     )  # fmt: skip
 
 
@@ -281,17 +284,18 @@ def _division(
     the same bits. Raises LookupError where no block fits the GPU's shared memory.
 
     A row's 32 channels are one block's: two warps, each with half of the states, keep a GPU busy if there are 4 blocks
-    a multiprocessor. Fewer blocks get more warps, and time is cut into segments, which costs a pass of its own
-    (`scan_summary`).
+    a multiprocessor. Where there are fewer than 3, time is cut into segments, 8 blocks a multiprocessor, which costs a
+    pass of its own (`scan_summary`).
     """
     properties = torch.cuda.get_device_properties(index)
     limit = properties.shared_memory_per_block_optin
     tile = tile_of(states)
     tiles, blocks = -(-length // tile), batch * _blocks(channels)
-    enough = 4 * properties.multi_processor_count
     most = 32 if direction == "forward" else states  # states of one thread
     warps = next(w for w in (2, 4, 8) if states // w <= most)
-    segments = max(1, min(enough // blocks, tiles // 4))
+    segments = 1
+    if blocks < 3 * properties.multi_processor_count:
+        segments = max(1, min(8 * properties.multi_processor_count // blocks, tiles // 4))
     span = -(-tiles // segments)
     shared = shared_bytes(direction, warps, tile, size, states_size, states)
     if shared > limit:
@@ -335,10 +339,7 @@ def _blocks(channels: int) -> int:
 
 def _rows(x: Tensor | None) -> Tensor | None:
     """(B, L, width) whose rows are dense and begin at multiples of 16 bytes: as it is, or a copy."""
-    if x is None:
-        return None
-    fits = all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2]) and x.data_ptr() % 16 == 0
-    return x if fits and x.stride(2) == 1 else x.contiguous()
+    return None if x is None else rows(x)
 
 
 def _solid(x: Tensor | None) -> Tensor | None:
@@ -346,7 +347,10 @@ def _solid(x: Tensor | None) -> Tensor | None:
 
 
 def _strides(*rows: Tensor | None) -> list[int]:
-    return [stride for x in rows for stride in ((0, 0) if x is None else x.stride()[:2])]
+    strides: list[int] = []
+    for x in rows:
+        strides += (0, 0) if x is None else x.stride()[:2]
+    return strides
 
 
 _INPUTS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias"

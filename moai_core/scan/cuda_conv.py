@@ -133,7 +133,7 @@ def _conv_backward(
 def _conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """(y (B, I), new state (B, I, K-1)), dtypes as in `conv_forward`."""
     batch, channels = u.shape
-    y, last = u.new_empty(u.shape), u.new_empty(state.shape)
+    y, last = ops.dense(u), ops.dense(state)
     u = rows(u)
     weight, bias, state = (solid(x) for x in (weight, bias, state))
     items = batch * (channels // _vector(u, weight.shape[-1]))
@@ -144,18 +144,18 @@ def _conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) ->
 
 
 def _outputs(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    batch, length, channels = u.shape
-    return u.new_empty(batch, length, channels), u.new_empty(batch, channels, weight.shape[-1] - 1)
+    batch, _, channels = u.shape
+    return ops.dense(u), u.new_empty(batch, channels, weight.shape[-1] - 1)
 
 
 def _gradients(
     u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        u.new_empty(u.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(0 if bias is None else bias.shape),
-        u.new_empty(0 if state is None else state.shape),
+        ops.dense(u),
+        ops.dense(weight),
+        weight.new_empty(0) if bias is None else ops.dense(bias),
+        u.new_empty(0) if state is None else ops.dense(state),
     )
 
 
@@ -195,9 +195,11 @@ def rows(x: Tensor) -> Tensor:
     """x (..., width) itself, if its rows are dense and begin at multiples of 16 bytes, else a copy of which that holds
     (the width must be a multiple of 16 bytes).
     """
-    strides = x.stride()
-    fits = strides[-1] == 1 and all(s * x.element_size() % 16 == 0 for s in strides[:-1]) and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    *apart, beside = x.stride()
+    past, size = x.data_ptr(), x.element_size()
+    for stride in apart:
+        past |= stride * size
+    return x if beside == 1 and not past & 15 else x.clone(memory_format=torch.contiguous_format)
 
 
 def solid(x: Any) -> Any:
@@ -222,5 +224,5 @@ conv_backward = ops.define(
 conv_step_forward = ops.define(
     "conv_step(Tensor u, Tensor weight, Tensor? bias, Tensor state) -> (Tensor, Tensor)",
     _conv_step,
-    lambda u, weight, bias, state: (u.new_empty(u.shape), u.new_empty(state.shape)),
+    lambda u, weight, bias, state: (ops.dense(u), ops.dense(state)),
 )

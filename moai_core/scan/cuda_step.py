@@ -59,7 +59,7 @@ def _step(
     """(y (B, I), new state (B, I, N) fp32). u, dt, B, C and z in one dtype, the others fp32."""
     batch, channels = u.shape
     states = A.shape[1]
-    y, last = u.new_empty(u.shape), state.new_empty(state.shape)
+    y, last = ops.dense(u), ops.dense(state)
     u, dt, B, C = (_dense(x) for x in (u, dt, B, C))
     z = None if z is None else _dense(z)
     A, D, dt_bias, state = (solid(x) for x in (A, D, dt_bias, state))
@@ -81,5 +81,5 @@ scan_step = ops.define(
     "scan_step(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor state)"
     " -> (Tensor, Tensor)",
     _step,
-    lambda u, dt, A, B, C, D, z, dt_bias, state: (u.new_empty(u.shape), state.new_empty(state.shape)),
+    lambda u, dt, A, B, C, D, z, dt_bias, state: (ops.dense(u), ops.dense(state)),
 )
