@@ -9,8 +9,10 @@ and torch/serialization.py for the archive's layout. Left out: the format of tor
 from __future__ import annotations
 
 import os
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from moai_core.errors import CheckpointError
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _PICKLE_LIMIT = 32 << 20
+_DESCRIPTOR = b"PK\x07\x08"
 HINT = "only a plain dict of tensors is read; ask for a safetensors file, or open it where you trust it and save one"
 
 
@@ -115,14 +118,68 @@ def _check_archive(file: Path) -> int:
     return size
 
 
+# ---- writing -------------------------------------------------------------------------------------
+
+
 def write(folder: storage.FolderWriter, found: dict[str, Lazy], tell: Callable[[str, int], None]) -> None:
-    """pytorch_model.bin with `found`. Tensors that are the same `Lazy` (a tied head) share their storage."""
-    made: dict[int, torch.Tensor] = {}
-    state: dict[str, torch.Tensor] = {}
-    for name, lazy in found.items():
-        # Plain tensors lie in the mapped source file until torch.save copies them: they take no memory of their own.
-        if id(lazy) not in made:
-            made[id(lazy)] = lazy.load()
-        state[name] = made[id(lazy)]
-        tell(name, lazy.nbytes)
-    torch.save(state, folder.path / SINGLE)
+    """pytorch_model.bin with `found`, a tensor at a time. Entries that are the same `Lazy` (a tied head) share their
+    storage.
+
+    torch.save lays the archive out for tensors whose memory was never touched, and leaves holes for their data
+    (`skip_data`); each is then filled, and its CRC-32 entered where a zip archive has it.
+    """
+    path = folder.path / SINGLE
+    distinct = {id(lazy): lazy for lazy in found.values()}
+    outlines = {key: torch.empty(lazy.shape, dtype=lazy.dtype) for key, lazy in distinct.items()}
+    with torch.serialization.skip_data():
+        torch.save({name: outlines[id(lazy)] for name, lazy in found.items()}, path)
+    del outlines
+    names = {id(lazy): name for name, lazy in reversed(found.items())}
+    with open(path, "r+b", buffering=0) as file:
+        entries, directory = _records(path)
+        sums = {}
+        # torch numbers the storages in the order in which the dict has them
+        for number, (key, lazy) in enumerate(distinct.items()):
+            entry = entries[number]
+            assert entry.file_size == lazy.nbytes, "not the archive that was laid out"
+            data: Any = lazy.load().contiguous().reshape(-1).view(torch.uint8).numpy()
+            begin = _data_offset(file, entry)
+            _write_at(file, begin, data)
+            sums[entry.filename] = zlib.crc32(data)
+            assert os.pread(file.fileno(), 4, begin + lazy.nbytes) == _DESCRIPTOR
+            _write_at(file, begin + lazy.nbytes + 4, struct.pack("<L", sums[entry.filename]))
+            del data
+            tell(names[key], lazy.nbytes)
+        for name, offset in directory.items():
+            if name in sums:
+                _write_at(file, offset + 16, struct.pack("<L", sums[name]))
+    for name in list(found)[len(distinct) :]:
+        tell(name, 0)
+
+
+def _records(path: Path) -> tuple[dict[int, zipfile.ZipInfo], dict[str, int]]:
+    """The archive's storages by number, and where the central directory describes each entry."""
+    with zipfile.ZipFile(path) as archive:
+        entries, offset = archive.infolist(), archive.start_dir
+    directory = {}
+    with open(path, "rb") as file:
+        for entry in entries:
+            file.seek(offset)
+            head = struct.unpack("<4s6H3L5H2L", file.read(46))
+            assert head[0] == b"PK\x01\x02"
+            directory[entry.filename] = offset
+            offset += 46 + head[10] + head[11] + head[12]
+    found = {int(e.filename.rsplit("/", 1)[1]): e for e in entries if e.filename.split("/")[1:2] == ["data"]}
+    return found, directory
+
+
+def _data_offset(file: Any, entry: zipfile.ZipInfo) -> int:
+    name, extra = struct.unpack("<2H", os.pread(file.fileno(), 4, entry.header_offset + 26))
+    return entry.header_offset + 30 + name + extra
+
+
+def _write_at(file: Any, offset: int, data: Any) -> None:
+    view = memoryview(data).cast("B")
+    while len(view):
+        done = os.pwrite(file.fileno(), view[: 16 << 20], offset)
+        view, offset = view[done:], offset + done

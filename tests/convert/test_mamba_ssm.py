@@ -63,6 +63,8 @@ def test_written_as_its_loader_expects_with_the_same_logits(kind, shape, make, t
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
     assert set(config) <= KNOWN and "lm_head.weight" in state
+    with zipfile.ZipFile(tmp_path / "out" / "pytorch_model.bin") as archive:
+        assert archive.testzip() is None
     vocabulary, multiple = config["vocab_size"], config["pad_vocab_size_multiple"]
     assert -(-vocabulary // multiple) * multiple == len(state["backbone.embedding.weight"])
     if config["tie_embeddings"]:
