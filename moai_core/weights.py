@@ -159,7 +159,11 @@ def _refuse_foreign(folder: Path) -> None:
         raise CheckpointError(f"{file}: {large[0][:80]} is {str(values[large[0]])[:40]}, no model is that large")
     kind = values.get("model_type")
     if kind != "mamba_moai":
-        raise CheckpointError(f"{file}: model_type is {str(kind)[:60]!r}, only 'mamba_moai' can be loaded")
+        convertible = kind in ("mamba", "falcon_mamba", "jamba") or (kind is None and "d_model" in values)
+        raise CheckpointError(
+            f"{file}: model_type is {str(kind)[:60]!r}, only 'mamba_moai' can be loaded",
+            hint="`moai convert FOLDER NEW --to moai` makes one of it" if convertible else None,
+        )
 
 
 def _config(folder: Path, found: Mapping[str, Any]) -> Any:

@@ -16,6 +16,8 @@ def test_a_table_for_people_and_json_for_programs(moai, folder, tmp_path):
     code, out, err = moai("convert", folder, "작은 모델", "--to", "jamba")
     assert code == 0 and "jamba" in out and "the same in 64 of 64 greedy steps" in out and err == ""
     assert (tmp_path / "작은 모델" / "config.json").exists()
+    code, out, err = moai("generate", "--model", "작은 모델", "--prompt", "안녕")
+    assert code == 3 and "hint: `moai convert FOLDER NEW --to moai` makes one of it" in err
     code, out, err = moai("convert", "작은 모델", "back", "--to", "moai", "--json")
     report = json.loads(out)
     assert code == 0 and report["source"]["name"] == "작은 모델" and report["parity"]["greedy"] == 64
