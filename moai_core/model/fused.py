@@ -99,5 +99,7 @@ def usable(*tensors: Tensor) -> bool:
     """Whether moai's kernels can work on these tensors: they are not empty, on a device that has kernels, of a dtype
     that they know.
     """
-    known = all(t.dtype in ops.NAMES and t.numel() > 0 for t in tensors)
-    return known and cuda.why_not(tensors[0].device) is None
+    for t in tensors:
+        if t.dtype not in ops.NAMES or t.numel() == 0:
+            return False
+    return cuda.why_not(tensors[0].device) is None

@@ -120,27 +120,28 @@ def _rms_norm_backward(
     where total has that dtype already.
     """
     d, narrow, d_weight = _norm_gradients(total, weight, dtype)
-    rows, weight = _rows(total), weight.contiguous()
+    (rows, apart), weight = _rows(total), weight.contiguous()
     d_y, d_total = d_y.contiguous(), None if d_total is None else d_total.contiguous()
-    count, size = rows.shape
+    count, size = rstd.numel(), weight.shape[0]
     v = _vector(size, rows, weight, d_y, d_total)
     k = _norm_kernels(total.device, total.dtype, dtype, weight.dtype, v, size)
-    partial = rstd.new_empty(min(-(-count // k.teams), k.resident), size)
+    grid = min(-(-count // k.teams), k.resident)
+    partial = rstd.new_empty(grid, size)
     second = None if dtype == total.dtype else narrow
-    k.backward(len(partial), k.block, d_y, d_total, rows, weight, rstd, d, second, partial, count, rows.stride(0))
-    k.sum(-(-size // 32), 1024, partial, d_weight, len(partial))
+    k.backward(grid, k.block, d_y, d_total, rows, weight, rstd, d, second, partial, count, apart)
+    k.sum(-(-size // 32), 1024, partial, d_weight, grid)
     return d, narrow, d_weight
 
 
 def _norm_forward(
     residual: Tensor, x: Tensor | None, weight: Tensor, total: Tensor | None, y: Tensor, rstd: Tensor, eps: float
 ) -> None:
-    residual, x, weight = _rows(residual), None if x is None else _rows(x), weight.contiguous()
-    count, size = residual.shape
+    (residual, apart), weight = _rows(residual), weight.contiguous()
+    x, x_apart = (None, apart) if x is None else _rows(x)
+    count, size = rstd.numel(), weight.shape[0]
     v, added = _vector(size, residual, weight, x), residual if x is None else x
     k = _norm_kernels(residual.device, residual.dtype, added.dtype, weight.dtype, v, size)
-    strides = residual.stride(0), added.stride(0)
-    k.forward(-(-count // k.teams), k.block, residual, x, weight, total, y, rstd, count, *strides, eps)
+    k.forward(-(-count // k.teams), k.block, residual, x, weight, total, y, rstd, count, apart, x_apart, eps)
 
 
 def _small_norms(
@@ -148,10 +149,11 @@ def _small_norms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The norms of three slices and rstd (..., 3) fp32."""
     weights = [weight.contiguous() for weight in (weight0, weight1, weight2)]
-    ys, rows = _small_outputs(x, weights), _rows(x)
+    ys, (rows, apart) = _small_outputs(x, weights), _rows(x)
+    count = ys[3].numel() // 3
     a, b, c = sizes = [weight.shape[0] for weight in weights]
     forward, _, _ = _small_kernels(x.device, x.dtype, weights[0].dtype, _vector(a | b | c, rows, *weights), a + b + c)
-    forward(-(-len(rows) // 8), 256, rows, *weights, *ys, len(rows), *sizes, rows.stride(0), eps)
+    forward(-(-count // 8), 256, rows, *weights, *ys, count, *sizes, apart, eps)
     return ys
 
 
@@ -161,13 +163,14 @@ def _small_norms_backward(
     """Gradients of x and the three weights."""
     weights = [weight.contiguous() for weight in (weight0, weight1, weight2)]
     d_ys = [d_y.contiguous() for d_y in (d_y0, d_y1, d_y2)]
-    rows, (d_x, *d_weights) = _rows(x), _small_gradients(x, weights)
+    (rows, apart), (d_x, *d_weights) = _rows(x), _small_gradients(x, weights)
+    count = rstd.numel() // 3
     a, b, c = sizes = [weight.shape[0] for weight in weights]
     v, size = _vector(a | b | c, rows, *weights, *d_ys), a + b + c
     _, backward, add = _small_kernels(x.device, x.dtype, weights[0].dtype, v, size)
-    grid = min(-(-len(rows) // 8), 4 * _multiprocessors(x.device))
+    grid = min(-(-count // 8), 4 * _multiprocessors(x.device))
     partial = rstd.new_empty(grid, size)
-    backward(grid, 256, *d_ys, rows, *weights, rstd, d_x, partial, len(rows), *sizes, rows.stride(0))
+    backward(grid, 256, *d_ys, rows, *weights, rstd, d_x, partial, count, *sizes, apart)
     add(-(-size // 32), 1024, partial, *d_weights, grid, *sizes)
     return (d_x, *d_weights)  # type: ignore[return-value]
 
@@ -246,10 +249,14 @@ def _small_gradients(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, 
     return ops.dense(x), ops.dense(a), ops.dense(b), ops.dense(c)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as (rows, size) with values of a row side by side; rows may lie apart. Copies only where it must."""
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x with the values of a row side by side, and how far apart its rows begin. Copies only where it must."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
     rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    if rows.stride(1) != 1 and rows.shape[1] != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def _vector(size: int, *tensors: Tensor | None) -> int:

@@ -337,12 +337,12 @@ def _blocks(channels: int) -> int:
     return -(-channels // 32)
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Any) -> Any:
     """(B, L, width) whose rows are dense and begin at multiples of 16 bytes: as it is, or a copy."""
     return None if x is None else rows(x)
 
 
-def _solid(x: Tensor | None) -> Tensor | None:
+def _solid(x: Any) -> Any:
     return None if x is None else x.contiguous()
 
 
