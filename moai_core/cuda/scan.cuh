@@ -98,6 +98,10 @@ DEVICE void add_shares(float (&sum)[2][PER], const Rows (&shares)[WARPS], const 
   }
 }
 
+// Where channel c of step t stands in a tile as it comes: half a row further for every second thread's steps, so that the
+// two halves of a warp read from different banks.
+DEVICE int column(int t, int c) { return c ^ (t / PER % 2 * 16); }
+
 template <class X>
 DEVICE void read_pair(float (&to)[2], const X* from) {
   const Vec<X, 2> v = load_vec<X, 2>(from);
@@ -119,9 +123,9 @@ DEVICE void write_pair(X* to, const float (&from)[2]) {
 
 // ---- Copies of one tile between memory and shared memory, 16 bytes a thread and row.
 
-// One tensor's way through the tiles: ROWS rows of `width` numbers a tile. The threads that copy begin at warp `lead`, so
-// that a block's tensors fall to different warps.
-template <class X, int width, int ROWS = TILE>
+// One tensor's way through the tiles: ROWS rows of `width` numbers a tile, in order or as column() places them. The
+// threads that copy begin at warp `lead`, so that a block's tensors fall to different warps.
+template <class X, int width, bool PLACED = false, int ROWS = TILE>
 struct Cursor {
   static constexpr int w = per_16_bytes<X>, pieces = width / w, total = ROWS * pieces;
   static constexpr int workers = total < THREADS ? total : THREADS, stride = workers / pieces;
@@ -140,6 +144,8 @@ struct Cursor {
     at = const_cast<X*>(from) + worker / pieces * step + column;
   }
 
+  DEVICE int place(int t) const { return PLACED ? ::column(t, column) : column; }
+
   // A tile's first `rows` rows exist; the others, and columns that don't, arrive as zeros.
   DEVICE void copy_in(X* to, int to_step, int rows) {
     const bool outside = row >= 2 * ROWS;
@@ -147,7 +153,7 @@ struct Cursor {
       const int first = outside ? row - 2 * ROWS : row;
 #pragma unroll
       for (int k = 0; k < ROWS; k += stride)
-        copy_async_16(to + (first + k) * to_step + column, at + k * step, !outside && first + k < rows);
+        copy_async_16(to + (first + k) * to_step + place(first + k), at + k * step, !outside && first + k < rows);
       at += tile;
     }
   }
@@ -157,7 +163,7 @@ struct Cursor {
 #pragma unroll
       for (int k = 0; k < ROWS; k += stride)
         if (row + k < rows)
-          store_vec<X, w>(at + k * step, load_vec<X, w>(from + (row + k) * from_step + column));
+          store_vec<X, w>(at + k * step, load_vec<X, w>(from + (row + k) * from_step + place(row + k)));
       at += tile;
     }
   }

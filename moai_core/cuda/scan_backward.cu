@@ -91,6 +91,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int all = (int)((L + TILE - 1) / TILE), last = at.first + at.tiles - 1;  // tiles of the row, the segment's last
   const int64 end = (int64)last * TILE;
   const Edge edge;
+  const int at_c = column(edge.t0, edge.c);
   // A warp alone has read its rows of x and dy before it writes its sums.
   Rows(&shares_Ch)[WARPS] = pool.sums[0];
   Rows(&shares_gB)[WARPS] = ALONE ? *reinterpret_cast<Rows(*)[WARPS]>(&pool.x) : pool.sums[ALONE ? 0 : 1];
@@ -119,16 +120,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
 
   // Tiles are walked from the last to the first: rows begin at the last tile, tiles lie backwards.
-  Cursor<T, 32> u_rows(u + batch * u_batch + end * u_step + c0, u_step, -TILE * u_step, 0, I - c0);
-  Cursor<T, 32> dt_rows(dt + batch * dt_batch + end * dt_step + c0, dt_step, -TILE * dt_step, 2, I - c0);
-  Cursor<T, 32> z_rows(GATED ? z + batch * z_batch + end * z_step + c0 : nullptr, z_step, -TILE * z_step, 4, I - c0);
-  Cursor<T, 32> g_rows(g + batch * g_batch + end * g_step + c0, g_step, -TILE * g_step, 6, I - c0);
+  Cursor<T, 32, true> u_rows(u + batch * u_batch + end * u_step + c0, u_step, -TILE * u_step, 0, I - c0);
+  Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + end * dt_step + c0, dt_step, -TILE * dt_step, 2, I - c0);
+  Cursor<T, 32, true> z_rows(GATED ? z + batch * z_batch + end * z_step + c0 : nullptr, z_step, -TILE * z_step, 4, I - c0);
+  Cursor<T, 32, true> g_rows(g + batch * g_batch + end * g_step + c0, g_step, -TILE * g_step, 6, I - c0);
   Cursor<TB, N> B_rows(B + batch * B_batch + end * B_step, B_step, -TILE * B_step, 1, N);
   Cursor<TB, N> C_rows(C + batch * C_batch + end * C_step, C_step, -TILE * C_step, 3, N);
-  Cursor<Kept, 32, N> kept_rows(kept + (batch * all + last) * N * I + c0, I, -N * I, 5, I - c0);
-  Cursor<T, 32> d_u_rows(d_u + (batch * L + end) * I + c0, I, -TILE * I, 0, I - c0);
-  Cursor<T, 32> d_dt_rows(d_dt + (batch * L + end) * I + c0, I, -TILE * I, 2, I - c0);
-  Cursor<T, 32> d_z_rows(GATED ? d_z + batch * d_z_batch + end * d_z_step + c0 : nullptr, d_z_step, -TILE * d_z_step, 4,
+  Cursor<Kept, 32, false, N> kept_rows(kept + (batch * all + last) * N * I + c0, I, -N * I, 5, I - c0);
+  Cursor<T, 32, true> d_u_rows(d_u + (batch * L + end) * I + c0, I, -TILE * I, 0, I - c0);
+  Cursor<T, 32, true> d_dt_rows(d_dt + (batch * L + end) * I + c0, I, -TILE * I, 2, I - c0);
+  Cursor<T, 32, true> d_z_rows(GATED ? d_z + batch * d_z_batch + end * d_z_step + c0 : nullptr, d_z_step, -TILE * d_z_step, 4,
                          I - c0);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
   const int64 batches = gridDim.x / at.blocks / at.count;
@@ -155,10 +156,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
       float raw[2], us[2], gs[2], gate[2];
-      read_pair(raw, &s.dt[t][edge.c]);
-      read_pair(us, &s.u[t][edge.c]);
-      read_pair(gs, &s.g[t][edge.c]);
-      if (GATED) read_pair(gate, &s.z[t][edge.c]);
+      read_pair(raw, &s.dt[t][at_c]);
+      read_pair(us, &s.u[t][at_c]);
+      read_pair(gs, &s.g[t][at_c]);
+      if (GATED) read_pair(gate, &s.z[t][at_c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         dts[j][k] = softplus(raw[j] + bias_c[j]);
@@ -243,10 +244,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
       float raw[2], us[2], gs[2], gate[2], to_u[2], to_dt[2], to_z[2];
-      read_pair(raw, &s.dt[t][edge.c]);
-      read_pair(us, &s.u[t][edge.c]);
-      read_pair(gs, &s.g[t][edge.c]);
-      if (GATED) read_pair(gate, &s.z[t][edge.c]);
+      read_pair(raw, &s.dt[t][at_c]);
+      read_pair(us, &s.u[t][at_c]);
+      read_pair(gs, &s.g[t][at_c]);
+      if (GATED) read_pair(gate, &s.z[t][at_c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float dy = gs[j];
@@ -264,9 +265,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         sum_D[j] += to_D;
         sum_bias[j] += to_dt[j];
       }
-      write_pair(&s.u[t][edge.c], to_u);
-      write_pair(&s.dt[t][edge.c], to_dt);
-      if (GATED) write_pair(&s.z[t][edge.c], to_z);
+      write_pair(&s.u[t][at_c], to_u);
+      write_pair(&s.dt[t][at_c], to_dt);
+      if (GATED) write_pair(&s.z[t][at_c], to_z);
     }
   };
 
@@ -323,24 +324,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
 }
 
-// dB and dC (rows, N) from the partial sums (blocks, batch, tiles, 2 N, TILE): four steps of a state a thread, blocks in
+// dB and dC (rows, N) from the partial sums (blocks, batch, tiles, 2 N, TILE): some steps of a state a thread, blocks in
 // order.
 extern "C" __global__ void scan_reduce(const Kept* parts, TB* d_B, TB* d_C, int64 blocks, int64 batches, int64 L) {
+  constexpr int w = per_16_bytes<Kept>;
   const int64 tiles = (L + TILE - 1) / TILE, all = batches * tiles * PART;
-  const int64 at = ((int64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+  const int64 at = ((int64)blockIdx.x * blockDim.x + threadIdx.x) * w;
   if (at >= all) return;
-  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float sum[w] = {};
 #pragma unroll 8
   for (int64 k = 0; k < blocks; ++k) {
-    const Vec<Kept, 4> part = load_vec<Kept, 4>(parts + k * all + at);
+    const Vec<Kept, w> part = load_vec<Kept, w>(parts + k * all + at);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum[j] += to_float(part.at[j]);
+    for (int j = 0; j < w; ++j) sum[j] += to_float(part.at[j]);
   }
   const int row = (int)(at / TILE % (2 * N));
   const int64 tile = at / PART % tiles, batch = at / PART / tiles;
   TB* to = row < N ? d_B + row : d_C + (row - N);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
+  for (int j = 0; j < w; ++j) {
     const int64 t = tile * TILE + at % TILE + j;
     if (t < L) to[(batch * L + t) * N] = from_float<TB>(sum[j]);
   }

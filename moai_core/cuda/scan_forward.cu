@@ -45,6 +45,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int64 batch = at.batch, c0 = at.c0, c = c0 + lane, t_first = (int64)at.first * TILE;
   const bool mine = c < I;
   const Edge edge;
+  const int at_c = column(edge.t0, edge.c);
 
   float a2[STATES], h[STATES];
 #pragma unroll
@@ -65,12 +66,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
   if (kept) kept += (batch * ((L + TILE - 1) / TILE) + at.first) * N * I + c;
 
-  Cursor<T, 32> u_rows(u + batch * u_batch + t_first * u_step + c0, u_step, TILE * u_step, 0, I - c0);
-  Cursor<T, 32> dt_rows(dt + batch * dt_batch + t_first * dt_step + c0, dt_step, TILE * dt_step, 2, I - c0);
-  Cursor<T, 32> z_rows(GATED ? z + batch * z_batch + t_first * z_step + c0 : nullptr, z_step, TILE * z_step, 4, I - c0);
+  Cursor<T, 32, true> u_rows(u + batch * u_batch + t_first * u_step + c0, u_step, TILE * u_step, 0, I - c0);
+  Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + t_first * dt_step + c0, dt_step, TILE * dt_step, 2, I - c0);
+  Cursor<T, 32, true> z_rows(GATED ? z + batch * z_batch + t_first * z_step + c0 : nullptr, z_step, TILE * z_step, 4, I - c0);
   Cursor<TB, N> B_rows(B + batch * B_batch + t_first * B_step, B_step, TILE * B_step, 6, N);
   Cursor<TB, N> C_rows(C + batch * C_batch + t_first * C_step, C_step, TILE * C_step, 7, N);
-  Cursor<T, 32> y_rows(y + (batch * L + t_first) * I + c0, I, TILE * I, 0, I - c0);
+  Cursor<T, 32, true> y_rows(y + (batch * L + t_first) * I + c0, I, TILE * I, 0, I - c0);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
 
   auto load = [&](int i) {
@@ -91,8 +92,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       float raw[2], us[2];
-      read_pair(raw, &s.dt[edge.t0 + k][edge.c]);
-      read_pair(us, &s.u[edge.t0 + k][edge.c]);
+      read_pair(raw, &s.dt[edge.t0 + k][at_c]);
+      read_pair(us, &s.u[edge.t0 + k][at_c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         dts[j][k] = softplus(raw[j] + bias_c[j]);
@@ -151,15 +152,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
       float us[2], out[2], gate[2];
-      read_pair(us, &s.u[t][edge.c]);
-      if (GATED) read_pair(gate, &s.z[t][edge.c]);
+      read_pair(us, &s.u[t][at_c]);
+      if (GATED) read_pair(gate, &s.z[t][at_c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         out[j] = sum[j][k] + D_c[j] * us[j];
         if (GATED) out[j] *= gate[j] * sigmoid(gate[j]);
         if (special && s.mark[t] == PAD) out[j] = 0.0f;
       }
-      write_pair(&s.u[t][edge.c], out);
+      write_pair(&s.u[t][at_c], out);
     }
   };
 

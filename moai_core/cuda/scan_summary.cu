@@ -35,6 +35,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   constexpr int way = REVERSE ? -TILE : TILE;
   constexpr bool gated = GATED && REVERSE;
   const Edge edge;
+  const int at_c = column(edge.t0, edge.c);
 
   float a2[STATES], h[STATES], total = 0.0f, bias_c[2];
 #pragma unroll
@@ -45,9 +46,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
   for (int k = 0; k < 2; ++k) bias_c[k] = c0 + edge.c + k < I && bias ? bias[c0 + edge.c + k] : 0.0f;
 
-  Cursor<T, 32> in_rows(in + batch * in_batch + t_first * in_step + c0, in_step, way * in_step, 0, I - c0);
-  Cursor<T, 32> dt_rows(dt + batch * dt_batch + t_first * dt_step + c0, dt_step, way * dt_step, 2, I - c0);
-  Cursor<T, 32> z_rows(gated ? z + batch * z_batch + t_first * z_step + c0 : nullptr, z_step, way * z_step, 4, I - c0);
+  Cursor<T, 32, true> in_rows(in + batch * in_batch + t_first * in_step + c0, in_step, way * in_step, 0, I - c0);
+  Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + t_first * dt_step + c0, dt_step, way * dt_step, 2, I - c0);
+  Cursor<T, 32, true> z_rows(gated ? z + batch * z_batch + t_first * z_step + c0 : nullptr, z_step, way * z_step, 4, I - c0);
   Cursor<TB, N> states_rows(states + batch * states_batch + t_first * states_step, states_step, way * states_step, 6, N);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
 
@@ -69,9 +70,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
       float raw[2], x[2], gate[2];
-      read_pair(raw, &s.dt[t][edge.c]);
-      read_pair(x, &s.in[t][edge.c]);
-      if (gated) read_pair(gate, &s.z[t][edge.c]);
+      read_pair(raw, &s.dt[t][at_c]);
+      read_pair(x, &s.in[t][at_c]);
+      if (gated) read_pair(gate, &s.z[t][at_c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         dts[j][k] = softplus(raw[j] + bias_c[j]);

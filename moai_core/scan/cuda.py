@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moai_core import cuda
 from moai_core.cuda import ops
@@ -110,7 +109,6 @@ class _Scan(Function):
         return y, last, kept
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g_y: Tensor | None, g_last: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, D, z, dt_bias, seq_idx, kept = ctx.saved_tensors
         if g_y is None:
