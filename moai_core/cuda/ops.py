@@ -4,7 +4,7 @@ and a training step of small kernels isn't limited by Python.
 `torch.library.custom_op` with `register_autograd` does the same and wraps every call: a check of aliases, a class and
 closures of metadata for autograd, defaults filled in. Here the schema is written out, the dispatcher calls the function
 that launches, and only a call that needs a gradient enters autograd, through a `torch.autograd.Function` written by
-hand. Leaves out second derivatives (functions are `once_differentiable`), keyword arguments and defaults.
+hand. Leaves out second derivatives (backward passes call operators without one), keyword arguments and defaults.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def define(
     schema: "NAME(Tensor x, float eps) -> Tensor", where `Tensor(a!) x` is written to. run: does it, on every device
     that asks; results are fresh memory and share none. fake: makes results of the same shapes, dtypes and strides
     without looking at numbers. gradient: how to differentiate; its forward gets the operator's arguments, calls the
-    operator inside of `below()` and returns the results as they are. Without one, results have no gradient.
+    operator inside of `below()` and returns the results as they are. Without one, asking for a derivative of
+    the results is a RuntimeError.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moai::{name}", fake, lib=_LIBRARY)
     operator: OpOverload = getattr(torch.ops.moai, name).default
-    if gradient is not None:
-        _LIBRARY.impl(name, _differentiable(operator, gradient), "Autograd")
+    _LIBRARY.impl(name, _differentiable(operator, gradient or _last(operator)), "Autograd")
     written = [i for i, argument in enumerate(operator._schema.arguments) if argument.is_write]
     if written:
         _LIBRARY.impl(name, _counted(operator, written), "ADInplaceOrView", with_keyset=True)
@@ -65,6 +65,24 @@ def _differentiable(operator: OpOverload, gradient: type[torch.autograd.Function
             return operator(*args)
 
     return autograd
+
+
+def _last(operator: OpOverload) -> type[torch.autograd.Function]:
+    """For an operator without derivative. Stricter than `once_differentiable`, which looks at incoming gradients only
+    and would leave out what a second derivative owes to saved tensors.
+    """
+
+    class Last(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with below():
+                return operator(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError(f"{operator} has no derivative")
+
+    return Last
 
 
 def _counted(operator: OpOverload, written: list[int]) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moai_core import cuda
 from moai_core.cuda import ops
@@ -32,7 +31,6 @@ class _RMSNorm(Function):
         return y, rstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         if d_y is None:
             return None, None, None
@@ -52,7 +50,6 @@ class _AddRMSNorm(Function):
         return total, y, rstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_total: Tensor | None, d_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         if d_y is None:
             return d_total, None if d_total is None else d_total.to(ctx.dtype), None, None
@@ -73,7 +70,6 @@ class _SmallNorms(Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *d_ys: Tensor | None) -> tuple[Any, ...]:
         x, *weights, rstd = ctx.saved_tensors
         known = (
@@ -91,7 +87,6 @@ class _SwiGLU(Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
         return swiglu_backward(d_out, *ctx.saved_tensors)
 

@@ -184,7 +184,7 @@ def _scan_backward(
     _kernel("scan_backward", shape, u, A, B, GATED=int(z is not None))(
         count * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ends, sums,
         d_u, d_dt, None if z is None else d_z, part_A, parts, part_D, part_bias, d_first if continues else None, length,
-        channels, shape.segments, shape.span, *_strides(u, dt, z, B, C, g_y), length * channels, channels,
+        channels, shape.segments, shape.span, *_strides(u, dt, z, B, C, g_y, None if z is None else d_z),
         shared=shape.shared,
     )  # fmt: skip
     _kernel("scan_reduce", shape, u, A, B, GATED=int(z is not None))(
@@ -215,10 +215,19 @@ def _gradients(
     return (
         ops.dense(u), ops.dense(u), ops.dense(A), ops.dense(B), ops.dense(B),
         A.new_empty(0) if D is None else ops.dense(D),
-        u.new_empty(0) if z is None else ops.dense(z),
+        u.new_empty(0) if z is None else _as_half(z),
         A.new_empty(0) if dt_bias is None else ops.dense(dt_bias),
         A.new_empty(u.shape[0], *A.shape) if continues else A.new_empty(0),
     )  # fmt: skip
+
+
+def _as_half(z: Tensor) -> Tensor:
+    """Memory for z's gradient. Where z is half of a wider tensor, so is this, for the other half's gradient to be put
+    beside it (`moai_core.model.recompute.split_halves`)."""
+    batch, length, channels = z.shape
+    if z.stride() == (2 * length * channels, 2 * channels, 1) and z.storage_offset() == channels:
+        return z.new_empty(batch, length, 2 * channels)[..., channels:]
+    return ops.dense(z)
 
 
 def _summary(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moai_core import cuda
 from moai_core.cuda import ops
@@ -74,7 +73,6 @@ class _Conv(Function):
         return y, last
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
         u, weight, bias, state, seq_idx = ctx.saved_tensors
         if d_y is None:
