@@ -131,7 +131,23 @@ class _SplitHalves(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:
-        return torch.cat([one, other], dim=-1)
+        whole = _whole(other)
+        if whole is None:
+            return torch.cat([one, other], dim=-1)
+        whole[..., : one.shape[-1]] = one
+        return whole
+
+
+def _whole(half: Tensor) -> Tensor | None:
+    """The tensor of which `half` is the second half of the last axis, if its storage holds that tensor and no more: so
+    the scan on GPUs returns the gradient of z, and only the first half is left to be written.
+    """
+    width, storage = half.shape[-1], half.untyped_storage()
+    shape = (*half.shape[:-1], 2 * width)
+    stride = torch.empty(shape, device="meta").stride()
+    if half.stride() != stride or half.storage_offset() != width or storage.nbytes() != 2 * half.nbytes:
+        return None
+    return half.as_strided(shape, stride, 0)
 
 
 def _storage(tensor: Tensor) -> int:
