@@ -44,7 +44,8 @@ def define(
     torch.library.register_fake(f"moai::{name}", fake, lib=_LIBRARY)
     operator: OpOverload = getattr(torch.ops.moai, name).default
     _LIBRARY.impl(name, _differentiable(operator, gradient or _last(operator)), "Autograd")
-    written = [i for i, argument in enumerate(operator._schema.arguments) if argument.is_write]
+    aliases = [argument.alias_info for argument in operator._schema.arguments]
+    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
     if written:
         _LIBRARY.impl(name, _counted(operator, written), "ADInplaceOrView", with_keyset=True)
     return operator
