@@ -32,7 +32,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
     *,
     op: str = "scan",
-    I: int = 64,  # noqa: E741 (the papers' letter)
+    I: int = 64,
     N: int = 16,
     K: int = 4,
     state: bool = False,
@@ -72,7 +72,7 @@ def pick(
     *,
     backend: str = "auto",
     op: str = "scan",
-    I: int = 64,  # noqa: E741 (the papers' letter)
+    I: int = 64,
     N: int = 16,
     K: int = 4,
     state: bool = False,

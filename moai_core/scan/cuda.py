@@ -37,7 +37,7 @@ def why_not(
     dtype: torch.dtype,
     *,
     op: str = "scan",
-    I: int = 64,  # noqa: E741 (the papers' letter)
+    I: int = 64,
     N: int = 16,
     K: int = 4,
     state: bool = False,
@@ -77,9 +77,9 @@ def scan(
     z = None if z is None else z.to(u.dtype)
     if B.dtype != C.dtype or B.dtype not in (u.dtype, torch.float32):
         B, C = B.float(), C.float()
-    A, D, dt_bias, state = (None if x is None else x.float() for x in (A, D, dt_bias, state))
+    D, dt_bias, state = (None if x is None else x.float() for x in (D, dt_bias, state))
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32)
-    inputs = (u, dt, A, B, C, D, z, dt_bias, state)
+    inputs = (u, dt, A.float(), B, C, D, z, dt_bias, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, last, _ = scan_forward(*inputs, seq_idx, keep)
     return y, last
@@ -295,7 +295,7 @@ def _division(
     pass of its own (`scan_summary`).
     """
     properties = torch.cuda.get_device_properties(index)
-    limit = properties.shared_memory_per_block_optin
+    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     tile = tile_of(states)
     tiles, blocks = -(-length // tile), batch * _blocks(channels)
     most = 32 if direction == "forward" else states  # states of one thread

@@ -34,7 +34,7 @@ def why_not(
     dtype: torch.dtype,
     *,
     op: str = "scan",
-    I: int = 64,  # noqa: E741 (the papers' letter)
+    I: int = 64,
     N: int = 16,
     K: int = 4,
     state: bool = False,

@@ -63,7 +63,7 @@ def test_only_what_needs_a_gradient_enters_autograd():
 def test_second_derivatives_are_refused():
     x = torch.randn(3, requires_grad=True)
     (grad,) = torch.autograd.grad(square(x, 1.0).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="test_double.default has no derivative"):
+    with pytest.raises(RuntimeError, match=r"test_double\.default has no derivative"):
         grad.sum().backward()
 
 

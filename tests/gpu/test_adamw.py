@@ -163,7 +163,8 @@ def test_kernel_and_torch_path_agree(device, monkeypatch):
     for n, ours in ends["kernel"].items():
         theirs = ends["torch"][n]
         if n in ("A_log", "D"):
-            assert (ours - theirs).norm() < 1e-6 * (theirs - start[n]).norm(), n
+            # Eight updates, each rounded to fp32 in another order.
+            assert (ours - theirs).norm() < 1e-6 * (theirs - start[n]).norm() + 8 * 2**-24 * theirs.norm(), n
         elif n in ("matrix", "chunk"):
             # Noise of eight roundings, of standard deviation up to half a bf16 step, in each of the two.
             assert (ours - theirs).norm() < 2**-8 * math.sqrt(2 * 8) * theirs.norm(), n
