@@ -212,23 +212,19 @@ struct Segment {
   DEVICE int64 row() const { return batch * count + index; }
 };
 
-// Where documents begin and padding stands, one step a thread. A load's answer is stored one tile later, so that no
+// Where documents begin and padding stands, one step a thread. What a load answers is looked at one tile later, so that no
 // thread waits for it.
 struct Marker {
   const int* seq_idx;  // of this row, or null
-  int L, t = 0, here = 0, before = 0;
+  int L, t = 0, here = -1, before = -1;
 
   DEVICE Marker(const int* seq_idx, int L) : seq_idx(seq_idx), L(L) {}
 
   DEVICE void fetch(int t0) {
     if (threadIdx.x >= TILE) return;
     t = t0 + threadIdx.x;
-    here = t < L ? 0 : -1;
-    before = here;
-    if (seq_idx && t < L) {
-      here = seq_idx[t];
-      before = t > 0 ? seq_idx[t - 1] : here;
-    }
+    if (seq_idx && t < L) here = seq_idx[t];
+    if (seq_idx && t < L && t > 0) before = seq_idx[t - 1];
   }
 
   // `special`: whether the tile has any mark, so that the others need not look.
@@ -236,9 +232,14 @@ struct Marker {
     if (threadIdx.x >= 32) return;
     int m = REAL;
     if (threadIdx.x < TILE) {
-      // Behind padding the document before it decides; a row that begins with padding continues what was before the call.
-      for (int s = t - 2; here >= 0 && before < 0 && s >= 0; --s) before = seq_idx[s];
-      m = here < 0 ? PAD : before >= 0 && here > before ? RESET : REAL;
+      if (t >= L) m = PAD;
+      else if (seq_idx && here < 0) m = PAD;
+      else if (seq_idx && t > 0) {
+        // Behind padding the document before it decides; a row that begins with padding continues what was before the call.
+        int number = before;
+        for (int s = t - 2; number < 0 && s >= 0; --s) number = seq_idx[s];
+        if (number >= 0 && here > number) m = RESET;
+      }
       mark[threadIdx.x] = m;
     }
     const bool any = __any_sync(0xffffffffu, m != REAL);
