@@ -161,20 +161,25 @@ def _target(dst: Path, to: str, force: bool) -> Path:
     """The absolute target, which doesn't exist, or which an earlier conversion made and `force` replaces."""
     target = Path(os.path.realpath(dst))
     if to == "gguf":
-        replaceable = target.is_file()
+        replaceable = target.is_file() and import_module("moai_core.convert.gguf").detect(target) is not None
     else:
         replaceable = (target / storage.MANIFEST).is_file()
         if target.is_dir() and not any(target.iterdir()):
             return target
     if os.path.lexists(target):
+        if not replaceable:
+            raise UsageError(
+                f"{dst}: already exists and is nothing that moai wrote, so it isn't replaced",
+                hint="choose another name",
+            )
         if not force:
             raise UsageError(f"{dst}: already exists", hint="choose another name, or replace it with --force")
-        if not replaceable:
-            raise UsageError(f"{dst}: is nothing that moai wrote, so it isn't replaced", hint="choose another name")
     return target
 
 
 def _find(src: str, on_event: OnEvent | None) -> Path:
+    if not src:
+        raise UsageError("the source's name is empty", hint="give a folder, a .gguf file or a name of the hub")
     path = Path(src).expanduser()
     if path.is_file() and (path.parent / "config.json").is_file() and path.suffix in (".safetensors", ".bin", ".json"):
         return path.parent

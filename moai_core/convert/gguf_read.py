@@ -82,7 +82,8 @@ def read(path: Path) -> Source:
         notes.append("the feed-forwards are zero, they were dropped")
     kinds = sorted({library().GGMLQuantizationType(entry.kind).name for entry in header.tensors.values()} - {"F32"})
     if dtype == torch.float32 and kinds:
-        notes.append(f"{', '.join(kinds)} is read as fp32, which holds every number exactly")
+        verb = "is" if len(kinds) == 1 else "are"
+        notes.append(f"{', '.join(kinds)} {verb} read as fp32, which holds every number exactly")
     return Source(path, "gguf", values, taken, files, entries, notes)
 
 

@@ -15,6 +15,7 @@ from moai_core.errors import StorageError, UsageError
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[\w.-]+\.gguf))?")
 _ALWAYS = ("config.json", *FILES)
 _KINDS = (".safetensors", ".bin", ".gguf")
+_TIMEOUT = 10.0  # seconds
 
 
 def is_name(text: str) -> bool:
@@ -33,7 +34,8 @@ def fetch(name: str, on_event: OnEvent | None = None) -> Path:
     assert match
     repo, file = match["repo"], match["file"]
     try:
-        there = hub.HfApi().list_repo_files(repo)
+        # One request without retries: where there is no connection, that is said at once.
+        there = [file.rfilename for file in hub.HfApi().model_info(repo, timeout=_TIMEOUT).siblings or []]
     except RepositoryNotFoundError as exc:
         gated = isinstance(exc, GatedRepoError)
         raise UsageError(

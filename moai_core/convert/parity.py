@@ -83,6 +83,12 @@ def judge(parity: Parity, options: Options) -> str | None:
     return None
 
 
+def _hint(options: Options) -> str:
+    if options.outtype in (None, "f32"):
+        return "please report it; --no-check converts without comparing"
+    return f"{options.outtype} rounds more than this model bears: take a wider --outtype, or keep it with --no-check"
+
+
 def fits(source: Source) -> str | None:
     """Why a model of this size can't run here in fp32, or None."""
     numbers = sum(torch.Size(lazy.shape).numel() for lazy in source.tensors.values())
@@ -123,7 +129,7 @@ def check(
     if why := judge(parity, options):
         raise CheckpointError(
             f"{target}: the check failed, nothing was kept: {why} ({' and '.join(parity.runtimes)})",
-            hint="please report it; --no-check converts without comparing",
+            hint=_hint(options),
         )
     report = {**asdict(parity), "seconds": round(time.perf_counter() - begun, 2)}
     if on_event is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +168,17 @@ def test_a_conversion_that_changes_the_model_is_not_kept(make, tmp_path, monkeyp
     assert caught.value.exit_code == 3 and [p.name for p in tmp_path.iterdir()] == ["moai"]
     report = convert(folder, tmp_path / "out", "jamba", check=False)
     assert report["parity"] == {"skipped": "--no-check"}
+
+
+@pytest.mark.parametrize(
+    ("outtype", "hint"), [(None, "please report it"), ("f32", "please report it"), ("bf16", "a wider --outtype")]
+)
+def test_a_failed_check_says_what_to_do(outtype, hint, make, tmp_path, monkeypatch):
+    folder, _ = make()
+    monkeypatch.setattr(parity, "judge", lambda found, options: "the two differ")
+    with pytest.raises(CheckpointError, match="the two differ") as caught:
+        convert(folder, tmp_path / "out", "jamba", outtype=outtype)
+    assert hint in caught.value.hint and "--no-check" in caught.value.hint
 
 
 def test_nan_is_never_an_agreement(make, tmp_path, monkeypatch):
@@ -351,6 +363,7 @@ def test_a_tied_head_that_differs_is_refused(make, tmp_path):
         ({"to": "jamba", "dst": "mine"}, "already exists"),
         ({"to": "jamba", "dst": "mine", "force": True}, "is nothing that moai wrote"),
         ({"to": "gguf", "dst": "mine", "force": True}, "is nothing that moai wrote"),
+        ({"to": "gguf", "dst": "mine/thesis.txt", "force": True}, "is nothing that moai wrote"),
     ],
 )
 def test_arguments_are_checked_before_any_work(arguments, what, make, tmp_path):
@@ -360,7 +373,12 @@ def test_arguments_are_checked_before_any_work(arguments, what, make, tmp_path):
     arguments = {"dst": "out", **arguments}
     with pytest.raises(UsageError, match=what):
         convert(folder, tmp_path / arguments.pop("dst"), **arguments)
-    assert (tmp_path / "mine" / "thesis.txt").exists() and (folder / "config.json").exists()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work" and (folder / "config.json").exists()
+
+
+def test_an_empty_source_is_not_the_current_folder(tmp_path):
+    with pytest.raises(UsageError, match="the source's name is empty"):
+        convert("", tmp_path / "out", "jamba")
 
 
 def test_force_replaces_an_earlier_result(make, tmp_path):
@@ -373,6 +391,14 @@ def test_force_replaces_an_earlier_result(make, tmp_path):
 
 
 # ---- names of the hub
+
+
+def hub_lists(monkeypatch, files):
+    """Makes the hub have one repository, with these files."""
+    import huggingface_hub
+
+    found = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, timeout: found)
 
 
 def test_a_name_of_the_hub_without_a_connection_is_one_clear_line(tmp_path, monkeypatch):
@@ -396,7 +422,7 @@ def test_only_the_needed_files_are_fetched(make, tmp_path, monkeypatch):
         return str(folder)
 
     more = ["flax_model.msgpack", "pytorch_model.bin", "onnx/model.onnx", "modeling_evil.py", "a.gguf"]
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: there + more)
+    hub_lists(monkeypatch, there + more)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     report = convert("someone/tiny-moai", tmp_path / "out", "jamba", check=False)
@@ -413,9 +439,7 @@ def test_only_the_needed_files_are_fetched(make, tmp_path, monkeypatch):
     [(["a.gguf", "b.gguf"], "has 2 GGUF files"), (["config.json"], "has no weights"), ([], "has no weights")],
 )
 def test_a_repository_that_cannot_be_converted(files, what, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: files)
+    hub_lists(monkeypatch, files)
     with pytest.raises(UsageError, match=what):
         convert("someone/thing", tmp_path / "out", "moai")
 

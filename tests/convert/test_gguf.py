@@ -296,7 +296,7 @@ def test_quantized_files_are_read_as_the_package_dequantizes_them(made_of, tmp_p
         ("model.layers.0.mamba.out_proj", "blk.0.ssm_out"),
     ):
         assert np.array_equal(read.tensors[f"{key}.weight"].load().numpy(), wanted[f"{theirs}.weight"]), key
-    assert any("is read as fp32" in note for note in read.notes)
+    assert any("read as fp32" in note for note in read.notes)
 
 
 def test_the_command_writes_and_reads_a_model_that_runs(tiny_model, tokenizer_files, tmp_path):
