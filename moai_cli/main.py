@@ -18,6 +18,9 @@ from moai_cli import console, launch
 from moai_core import __version__
 from moai_core.errors import Interrupted, MoaiError, UsageError, storage_error
 
+# What Typer returns, without a word, where Ctrl-C met no handler of ours (while libraries are imported).
+_CTRL_C = 130
+
 app = typer.Typer(
     name="moai",
     help="Train, talk to and measure pure-Mamba language models.",
@@ -84,6 +87,8 @@ def run(argv: list[str] | None = None) -> int:
     try:
         result = app(argv, standalone_mode=False)
         sys.stdout.flush()
+        if result == _CTRL_C:
+            raise Interrupted(2)
         return result if isinstance(result, int) else 0
     except TyperException as exc:
         if os.environ.get("MOAI_DEBUG"):

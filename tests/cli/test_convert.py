@@ -61,3 +61,25 @@ def test_a_signal_in_the_middle_leaves_nothing(signum, folder, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and "error: interrupted" in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_outside_of_the_work_has_a_word(moai, folder, monkeypatch):
+    """While libraries are imported nothing catches Ctrl-C but the command line's last resort."""
+    import moai_core.convert
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moai_core.convert, "convert", interrupted)
+    assert moai("convert", folder, "out", "--to", "jamba") == (130, "", "error: interrupted\n")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path):
+    """The library's own retries would take half a minute and a page of warnings."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "moai_cli", "convert", "someone/some-model", "out", "--to", "moai"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    first, second = done.stderr.splitlines()
+    assert done.returncode == 4 and done.stdout == "" and second.startswith("hint: ")
+    assert first.startswith("error: someone/some-model: no such path, and the hub can't be reached (")
