@@ -35,7 +35,7 @@ class LlamaCpp:
     def __init__(self, path: Path) -> None:
         """Raises Unavailable without llama-cpp-python, RuntimeError where llama.cpp doesn't load the file."""
         if find_spec("llama_cpp") is None:
-            raise Unavailable("llama-cpp-python isn't installed (pip install llama-cpp-python)")
+            raise Unavailable("llama-cpp-python isn't installed (pip install 'moai[llama]')")
         self.name = f"llama-cpp-python {metadata.version('llama-cpp-python')} {_file_type(path)}"
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self.process = subprocess.Popen(

@@ -249,7 +249,7 @@ def test_a_file_that_llama_cpp_refuses_is_an_error(made_of, tmp_path, monkeypatc
 
 def test_without_llama_cpp_the_check_is_unavailable(monkeypatch):
     monkeypatch.setattr(gguf_runtime, "find_spec", lambda name: None)
-    with pytest.raises(Unavailable, match="pip install llama-cpp-python"):
+    with pytest.raises(Unavailable, match=r"pip install 'moai\[llama\]'"):
         gguf_runtime.open_runtime(Path("m.gguf"), "gguf")
 
 
