@@ -132,9 +132,14 @@ def _norm_forward(
     residual: Tensor, x: Tensor | None, weight: Tensor, total: Tensor | None, y: Tensor, rstd: Tensor, eps: float
 ) -> None:
     (residual, apart), weight = _rows(residual), weight.contiguous()
-    x, x_apart = (None, apart) if x is None else _rows(x)
     count, size = rstd.numel(), weight.shape[0]
-    v, added = _vector(size, residual, weight, x), residual if x is None else x
+    # x has no say in how a row is divided: the norm made again from the stored sum must have the same bits.
+    v, x_apart, added = _vector(size, residual, weight), apart, residual
+    if x is not None:
+        x, x_apart = _rows(x)
+        if _vector(size, x) < min(v, 16 // x.element_size()):
+            x, x_apart = x.clone(memory_format=torch.contiguous_format), size
+        added = x
     k = _norm_kernels(residual.device, residual.dtype, added.dtype, weight.dtype, v, size)
     k.forward(-(-count // k.teams), k.block, residual, x, weight, total, y, rstd, count, apart, x_apart, eps)
 
