@@ -14,6 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -269,7 +270,7 @@ def draw(path: Path, panels: dict[str, list[Curve]], *, x: str, y: str, title: s
         if curves:
             axes.legend(frameon=False)
     grid[0].set_ylabel(y)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(textwrap.fill(title, 150), fontsize=8)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     try:

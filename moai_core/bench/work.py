@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,18 +153,9 @@ def both_ways(function: Callable[[dict[str, Tensor]], Tensor], direction: str) -
     return forward if direction == "forward" else backward
 
 
-def flash(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """On a GPU in half precision only the flash kernel may run; elsewhere torch chooses."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    half = device.type == "cuda" and dtype != torch.float32
-    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if half else nullcontext()
-
-
 def attend(one: dict[str, Tensor]) -> Tensor:
-    """Causal attention; see `Inputs.attention`."""
-    with flash(one["q"].device, one["q"].dtype):
-        return F.scaled_dot_product_attention(one["q"], one["k"], one["v"], is_causal=True)
+    """Causal attention, by the kernel that torch itself chooses; see `Inputs.attention`."""
+    return F.scaled_dot_product_attention(one["q"], one["k"], one["v"], is_causal=True)
 
 
 def _selective_scan(one: dict[str, Tensor]) -> Tensor:
