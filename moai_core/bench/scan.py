@@ -289,7 +289,7 @@ def run(
     """`measure` with the words of flags, and the picture; the report, with `plot` where there is one."""
     if plot is not None:
         report.check_plot(plot)
-    if limit <= 0 or (repeats is not None and repeats < 1):
+    if not limit > 0 or (repeats is not None and repeats < 1):
         raise UsageError("--limit must be above 0 and --repeats at least 1")
     where = report.place(device)
     found = measure(

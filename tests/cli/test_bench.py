@@ -88,6 +88,8 @@ def test_train(moai):
         (("scan", "--dtype", "int8"), "--dtype must be auto, bf16, fp16, fp32 (got 'int8')"),
         (("scan", "--json", "--markdown"), "--json and --markdown don't go together"),
         (("scan", "--repeats", "0"), "--repeats at least 1"),
+        (("scan", "--limit", "nan"), "--limit must be above 0"),
+        (("--limit", "nan"), "--limit must be above 0"),
         (("--seq-len", "64", "scan"), "--seq-len stands before 'scan'"),
         (("--hidden", "12"), "--hidden must be a multiple of 8"),
         (("--plot", "x.pdf"), "--plot must name a PNG file (got 'x.pdf')"),
