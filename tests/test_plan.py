@@ -169,17 +169,15 @@ def test_the_2b_step_meets_its_memory():
 
 # (recipe, overrides, torch.cuda.max_memory_allocated of a step in GiB on an H100 80GB; docs/LOG.md says how). With
 # checkpointing, so that little of it was the stand-ins' for scan and convolution; tests/gpu/test_memory.py measures all.
-SHORT = ["data.max_length=1024", "train.effective_batch=4"]
+FOUR_ROWS = ["train.batch_size=4", "train.effective_batch=4", "train.precision=bf16", "optim.name=adamw_bf16"]
 MEASURED = [
-    ("a100-2b", [], 43.26),
-    ("a40-2b", [], 39.83),
-    ("rtx4090-2b", [], 18.75),
-    ("a100-2b", ["train.effective_batch=8", "train.batch_size=8"], 32.40),
-    (
-        "a100-2b",
-        ["model.preset=8b", "train.precision=bf16", "optim.name=adamw_bf16", "train.batch_size=1", *SHORT],
-        65.62,
-    ),
+    ("h100-2b", [], 63.53),
+    ("a100-2b", [], 44.15),
+    ("a40-2b", [], 39.74),
+    ("rtx4090-2b", [], 18.14),
+    ("h100-2b", [*FOUR_ROWS, "train.checkpointing=none"], 32.00),
+    ("h100-2b", [*FOUR_ROWS, "train.checkpointing=selective"], 25.44),
+    ("h100-2b", [*FOUR_ROWS, "train.checkpointing=full"], 15.24),
 ]
 
 
