@@ -219,7 +219,8 @@ DEVICE void copy_async_wait() {
 // b = {(t, g), (t + 4, g)}, d = {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}, each as (row, column).
 
 #ifdef MOAI_HOST
-void host_mma_tf32(float* d, const uint32* a, const uint32* b);  // the emulator's, collective over the warp
+// Collective over the warp: whoever compiles for a processor brings it, with threads, barriers and shuffles.
+void host_mma_tf32(float* d, const uint32* a, const uint32* b);
 #endif
 
 DEVICE void mma_tf32(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
