@@ -8,6 +8,7 @@ and torch/serialization.py for the archive's layout. Left out: the format of tor
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import warnings
@@ -131,8 +132,11 @@ def write(folder: storage.FolderWriter, found: dict[str, Lazy], tell: Callable[[
     path = folder.path / SINGLE
     distinct = {id(lazy): lazy for lazy in found.values()}
     outlines = {key: torch.empty(lazy.shape, dtype=lazy.dtype) for key, lazy in distinct.items()}
-    with torch.serialization.skip_data():
-        torch.save({name: outlines[id(lazy)] for name, lazy in found.items()}, path)
+    try:
+        with torch.serialization.skip_data():
+            torch.save({name: outlines[id(lazy)] for name, lazy in found.items()}, path)
+    except RuntimeError as exc:  # torch's writer keeps the system's reason to itself
+        raise OSError(errno.EIO, f"{SINGLE} can't be written, the disk may be full") from exc
     del outlines
     names = {id(lazy): name for name, lazy in reversed(found.items())}
     with open(path, "r+b", buffering=0) as file:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from moai_core import checkpoint
 from moai_core.convert import convert
-from moai_core.errors import CheckpointError
+from moai_core.errors import CheckpointError, StorageError
 
 PLAIN = {"ffn": "none", "dt_bc_norm": False}
 GATED = {"ffn": "swiglu", "dt_bc_norm": False, "intermediate_size": 128}
@@ -224,3 +224,17 @@ def test_a_config_that_does_not_fit(config, what, tmp_path):
     with pytest.raises(CheckpointError, match=what) as caught:
         convert(tmp_path / "mamba-tiny", tmp_path / "moai", "moai")
     assert "\n" not in caught.value.message and not (tmp_path / "moai").exists()
+
+
+def test_a_file_that_cannot_grow_is_one_clear_line(tmp_path):
+    """torch's own writer of archives reports a position where the system refuses a write."""
+    resource = pytest.importorskip("resource")
+    released(tmp_path / "mamba-tiny")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"out: (pytorch_model.bin can't be written|disk full)") as caught:
+            convert(tmp_path / "mamba-tiny", tmp_path / "out", "mamba-ssm", check=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in caught.value.message and [path.name for path in tmp_path.iterdir()] == ["mamba-tiny"]
