@@ -83,6 +83,23 @@ struct Edge {
   DEVICE Edge() : c(threadIdx.x % 16 * 2), t0(threadIdx.x / 16 * PER) {}
 };
 
+// What marks do to an edge's numbers: padding takes no time and has no value; a step that begins a document forgets.
+DEVICE void mark_values(float (&values)[2][PER], const int (&mark)[TILE], const Edge& edge) {
+#pragma unroll
+  for (int k = 0; k < PER; ++k) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) values[j][k] = mark[edge.t0 + k] == PAD ? 0.0f : values[j][k];
+  }
+}
+DEVICE void mark_times(float (&dts)[2][PER], const int (&mark)[TILE], const Edge& edge) {
+  mark_values(dts, mark, edge);
+#pragma unroll
+  for (int k = 0; k < PER; ++k) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) dts[j][k] = mark[edge.t0 + k] == RESET ? FORGET : dts[j][k];
+  }
+}
+
 // The warps' shares of a sum, added in order.
 DEVICE void add_shares(float (&sum)[2][PER], const Rows (&shares)[WARPS], const Edge& edge) {
 #pragma unroll

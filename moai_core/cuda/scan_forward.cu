@@ -101,15 +101,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       }
     }
     if (s.special) {
-#pragma unroll
-      for (int k = 0; k < PER; ++k) {
-        const int mark = s.mark[edge.t0 + k];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          dts[j][k] = mark == PAD ? 0.0f : mark == RESET ? FORGET : dts[j][k];
-          xs[j][k] = mark == PAD ? 0.0f : xs[j][k];
-        }
-      }
+      mark_times(dts, s.mark, edge);
+      mark_values(xs, s.mark, edge);
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
