@@ -27,6 +27,7 @@ from moai_core.convert.source import Options, Parity, Unavailable
 F32_DELTA, F32_ARGMAX = 0.01, 63 / 64
 ROUNDED_ARGMAX = {"f16": 0.75, "bf16": 0.75, "q8_0": 0.75}
 _QUANTIZED_ARGMAX = 0.1  # of random weights in q4_0 a third agrees; of a wrong mapping none
+_NAME = "llama-cpp-python"
 
 
 class LlamaCpp:
@@ -36,7 +37,7 @@ class LlamaCpp:
         """Raises Unavailable without llama-cpp-python, RuntimeError where llama.cpp doesn't load the file."""
         if find_spec("llama_cpp") is None:
             raise Unavailable("llama-cpp-python isn't installed (pip install 'moai[llama]')")
-        self.name = f"llama-cpp-python {metadata.version('llama-cpp-python')} {_file_type(path)}"
+        self.name = f"{_NAME} {metadata.version(_NAME)} {_file_type(path)}"
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("gguf_llama.py")), str(path)],
@@ -126,10 +127,11 @@ def open_runtime(path: Path, format: str) -> LlamaCpp:
 
 
 def judge(parity: Parity, options: Options) -> str | None:
-    """See source.py. Without an outtype the runtime's name says what the file holds."""
-    kind = options.outtype or parity.runtimes[1].rsplit(" ", 1)[-1].lower()
-    part = F32_ARGMAX if kind == "f32" else ROUNDED_ARGMAX.get(kind, _QUANTIZED_ARGMAX)
-    if kind == "f32" and not parity.max_delta <= F32_DELTA * parity.spread:
+    """See source.py. What a file holds its runtime's name says; of two files the one that rounds more decides."""
+    kinds = {name.rsplit(" ", 1)[-1].lower() for name in parity.runtimes if name.startswith(_NAME)}
+    kinds |= {options.outtype} if options.outtype else set()
+    part = min(F32_ARGMAX if kind == "f32" else ROUNDED_ARGMAX.get(kind, _QUANTIZED_ARGMAX) for kind in kinds)
+    if kinds == {"f32"} and not parity.max_delta <= F32_DELTA * parity.spread:
         return (
             f"logits differ by {parity.max_delta:.2e}, more than {F32_DELTA:.0%} of their spread of {parity.spread:.2e}"
         )

@@ -453,8 +453,8 @@ def test_paths_that_are_no_names():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outtype", ["f32", "q8_0", "q4_0"])
-@pytest.mark.parametrize("to", ["moai", "jamba"])
+@pytest.mark.parametrize("outtype", ["f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("to", ["moai", "jamba", "gguf"])
 def test_a_gguf_file_is_judged_by_what_llama_cpp_rounds(to, outtype, make, tokenizer, tmp_path):
     pytest.importorskip("llama_cpp")
     folder, _ = make(

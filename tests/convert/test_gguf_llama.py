@@ -271,3 +271,12 @@ def test_judgement(outtype, stored, delta, argmax, why):
     found = Parity(("moai", f"llama-cpp-python 0.3.36 {stored}"), 96, delta, 1.0, 3.0, argmax, 60, 64)
     said = gguf.judge(found, Options("gguf", outtype))
     assert said is None if why is None else why in said
+
+
+@pytest.mark.parametrize(("before", "after", "argmax", "fine"), [
+    ("Q4_0", "F32", 91, True), ("Q4_0", "F32", 3, False), ("BF16", "F32", 94, True), ("F32", "F32", 96, False),
+])  # fmt: skip
+def test_of_two_files_the_one_that_rounds_more_decides(before, after, argmax, fine):
+    names = (f"llama-cpp-python 0.3.36 {before}", f"llama-cpp-python 0.3.36 {after}")
+    said = gguf.judge(Parity(names, 96, 0.1, 0.8, 3.0, argmax, 60, 64), Options("gguf", None))
+    assert (said is None) == fine
