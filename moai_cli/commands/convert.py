@@ -60,7 +60,8 @@ def convert(
         elif event["event"] == "fetch":
             bar.update(task, description=f"fetching {event['name']}")
         elif event["event"] == "check":
-            bar.update(task, description="comparing", completed=0, total=None)
+            bar.update(task, visible=False)  # a task that had a total can't lose it
+            bar.add_task("comparing", total=None)
         else:
             console.on_event(event)
 
