@@ -24,7 +24,21 @@ from moai_core.scan import cpu, cuda, mamba_ssm, reference
 
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "mamba_ssm": mamba_ssm, "reference": reference}
 
-__all__ = ["BACKENDS", "conv", "conv_step", "explain", "fallback", "pick", "scan", "step"]
+__all__ = ["BACKENDS", "conv", "conv_step", "documents", "explain", "fallback", "pick", "scan", "step"]
+
+
+def documents(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The seq_idx (1, L), int32, of documents that lie one behind the other in one row.
+
+    cu_seqlens: (documents + 1,), integers, where each begins and where the last ends, as FlashAttention has it; what
+    lies behind the last, up to `length`, is padding (-1). Raises UsageError when it has no such shape.
+    """
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        got = f"{tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}"
+        raise UsageError(f"cu_seqlens must be integers of the shape (documents + 1,) (got {got})")
+    at = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    number = torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True)
+    return torch.where(at < cu_seqlens[-1], number, -1).to(torch.int32)[None]
 
 
 def explain(

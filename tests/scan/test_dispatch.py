@@ -101,3 +101,11 @@ def test_a_gpu_without_moais_kernels_names_what_runs_instead(monkeypatch):
     assert package.fallback(gpu).startswith("the scan on cuda:0 falls back to 'other'; the backend 'cuda' refuses: ")
     monkeypatch.setattr(package, "BACKENDS", {"cuda": willing, "reference": BACKENDS["reference"]})
     assert package.fallback(gpu) is None
+
+
+def test_documents_by_their_borders():
+    borders = torch.tensor([0, 3, 3, 7], dtype=torch.int32)  # the second is empty
+    assert package.documents(borders, 9).tolist() == [[0, 0, 0, 2, 2, 2, 2, -1, -1]]
+    assert package.documents(torch.tensor([0, 2]), 2).tolist() == [[0, 0]]
+    with pytest.raises(UsageError, match=r"\(documents \+ 1,\) \(got \(1, 2\), torch.int64\)"):
+        package.documents(torch.tensor([[0, 2]]), 2)
