@@ -498,6 +498,13 @@ def _fuzz_overrides(examples: int, folder: Path) -> None:
     run()
 
 
+def test_a_file_of_empty_sections_is_named_with_its_line(tmp_path):
+    file = tmp_path / "f.yaml"
+    file.write_text("\ntrain: {}\n")
+    with pytest.raises(RecipeError, match=rf"^{re.escape(str(file))}:2: train.steps or train.epochs must be set$"):
+        load(file)
+
+
 def test_fuzz(tmp_path):
     """About 700 hostile recipes: valid, or RecipeError with file:line."""
     _fuzz_trees(200, tmp_path)

@@ -273,7 +273,8 @@ def _resolve(stack: Sequence[Layer], name: str) -> tuple[Recipe | None, list[Rec
     values["output"] = values.get("output") or os.path.join("runs", values["name"])
     origins = {path: node.origin for path, node in merged.items()}
     recipe = Recipe(**{**values, "tokenizer": _tokenizer(values, merged.get(("tokenizer",)))}, origins=origins)
-    errors = list(_contradictions(recipe))
+    empty = [node.origin for layer in stack for key, node in layer.root.items() if key in sections]
+    errors = list(_contradictions(recipe, [*origins.values(), *empty]))
     return (None if errors else recipe), errors
 
 
@@ -317,12 +318,11 @@ def _tokenizer(values: Mapping[str, Any], node: Node | None) -> str | None:
     return beside if not os.path.isdir(paths.TOKENIZERS / text) and os.path.isdir(beside) else text
 
 
-def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:
-    """What no single value shows."""
+def _contradictions(recipe: Recipe, places: list[Origin]) -> Iterator[RecipeError]:
+    """What no single value shows. places: of all that was set, and of sections, which may be empty."""
     steps, epochs = recipe.train.steps, recipe.train.epochs
     if steps is None and epochs is None:
-        files = (origin for origin in recipe.origins.values() if origin.line is not None)
-        where = next(files, None) or next(iter(recipe.origins.values()), Origin("recipe"))
+        where = next((place for place in places if place.line is not None), next(iter(places), Origin("recipe")))
         yield RecipeError(f"{where}: train.steps or train.epochs must be set", hint="for example train.epochs=1")
     elif steps is not None and epochs is not None:
         yield recipe.error("train.epochs", "and train.steps are both set; keep one")
