@@ -294,8 +294,7 @@ def run(
         report.check_plot(plot)
     if length < 16:
         raise UsageError(f"--seq-len must be at least 16 (got {length})")
-    if not limit > 0 or (repeats is not None and repeats < 1):
-        raise UsageError("--limit must be above 0 and --repeats at least 1")
+    report.check_effort(limit, repeats)
     where = report.place(device)
     width = _HIDDEN[where.type] if hidden is None else hidden
     if width < 8 or width % 8:

@@ -230,6 +230,12 @@ class Curve:
     dashed: bool = False
 
 
+def check_effort(limit: float, repeats: int | None) -> None:
+    """Raises UsageError for a time limit or a number of repetitions with which nothing can be measured."""
+    if not limit > 0 or (repeats is not None and repeats < 1):
+        raise UsageError("--limit must be above 0 and --repeats at least 1")
+
+
 def check_plot(path: Path) -> None:
     """Raises before the work begins what would stop the picture at its end: StorageError, UsageError."""
     if path.suffix.lower() != ".png":

@@ -289,8 +289,7 @@ def run(
     """`measure` with the words of flags, and the picture; the report, with `plot` where there is one."""
     if plot is not None:
         report.check_plot(plot)
-    if not limit > 0 or (repeats is not None and repeats < 1):
-        raise UsageError("--limit must be above 0 and --repeats at least 1")
+    report.check_effort(limit, repeats)
     where = report.place(device)
     found = measure(
         shapes_of(where, preset, lengths, batches, dims, states), device=where, dtype=report.dtype_of(dtype, where),

@@ -18,9 +18,12 @@ import torch
 from moai_core.cuda import driver, nvrtc
 from moai_core.cuda.driver import Kernel
 
-__all__ = ["FOLDER", "Kernel", "kernel", "why_not"]
+__all__ = ["FOLDER", "TYPES", "Kernel", "kernel", "why_not"]
 
 FOLDER = Path(__file__).resolve().parent
+
+# The numbers that kernels know, by the short names that macros take.
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
 
 # bf16 tensor-core products, cp.async: what the kernels are written for begins with Ampere.
 MIN_CAPABILITY = (8, 0)

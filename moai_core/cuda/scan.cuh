@@ -8,7 +8,7 @@
 constexpr int THREADS = 32 * WARPS;
 constexpr int SLOTS = 2;           // tiles in shared memory as they come: one at work, one on its way
 constexpr int STATES = N / WARPS;  // of one thread
-static_assert(N % WARPS == 0 && WARPS <= 8 && (TILE == 8 || TILE == 16), "states and steps are dealt out evenly");
+static_assert(N % WARPS == 0 && WARPS >= 2 && WARPS <= 8 && (TILE == 8 || TILE == 16), "states and steps are dealt out evenly");
 
 template <class X>
 struct KeptType {
@@ -82,6 +82,12 @@ struct Edge {
   int c, t0;  // the first of its channels in the block, the first of its steps in the tile
   DEVICE Edge() : c(threadIdx.x % 16 * 2), t0(threadIdx.x / 16 * PER) {}
 };
+
+// One number a channel, zeros where there are none.
+DEVICE void read_channels(float (&to)[2], const float* from, int64 c, int64 I) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k) to[k] = from && c + k < I ? from[c + k] : 0.0f;
+}
 
 // What marks do to an edge's numbers: padding takes no time and has no value; a step that begins a document forgets.
 DEVICE void mark_values(float (&values)[2][PER], const int (&mark)[TILE], const Edge& edge) {
@@ -268,28 +274,23 @@ struct Marker {
 // load (asks for a tile), arrive (its marks), in, body, out, flush (stores the results). A block waits between stages;
 // the multiprocessor's other blocks are at other stages then.
 
-DEVICE void block_barrier() {
-  if (WARPS == 1) __syncwarp();
-  else __syncthreads();
-}
-
 template <class Load, class Arrive, class In, class Body, class Out, class Flush>
 DEVICE void run_tiles(int tiles, Load load, Arrive arrive, In stage_in, Body body, Out stage_out, Flush flush) {
   for (int i = -1; i < tiles; ++i) {
     if (i >= 0) {
       stage_in(i);
-      block_barrier();
+      __syncthreads();
     }
     if (i + 1 < tiles) load(i + 1);
     copy_async_commit();
     if (i >= 0) {
       body(i);
-      block_barrier();
+      __syncthreads();
       stage_out(i);
     }
     if (i + 1 < tiles) arrive(i + 1);
     copy_async_wait<0>();
-    block_barrier();
+    __syncthreads();
     if (i >= 0) flush(i);
   }
 }

@@ -17,8 +17,7 @@
 constexpr bool EXACT = sizeof(T) == 4;
 constexpr int VALUES = 2 * TILE;            // summed over channels, of one state: dB of each step, then dC
 constexpr int FRAGMENTS = VALUES / 16;      // of the tensor cores' results
-constexpr bool ALONE = WARPS == 1;
-constexpr bool RATES = !ALONE && N <= 32;   // decay rates in shared memory, where it has room
+constexpr bool RATES = N <= 32;             // decay rates in shared memory, where it has room
 constexpr int PART = 2 * N * TILE;          // numbers of a tile's partial sums
 
 struct alignas(16) Slot {  // one tile as it comes from memory
@@ -32,7 +31,7 @@ struct alignas(16) Pool {
   Slot slot[SLOTS];
   Rows dt, x, dy;
   float BC[2 * N][TILE];  // when a state is done, the sums over channels that are its dB and dC
-  Rows sums[ALONE ? 1 : 3][WARPS];  // over a warp's states: C h, g B, q A log2(e)
+  Rows Ch[WARPS], gB[WARPS], qA[WARPS];  // over a warp's states: C h, g B, q A log2(e)
   float carry[N][32], dA[N][32];  // each one thread's; here because registers can't be indexed
   float a2[RATES ? N : 1][32];
 };
@@ -92,10 +91,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int64 end = (int64)last * TILE;
   const Edge edge;
   const int at_c = column(edge.t0, edge.c);
-  // A warp alone has read its rows of x and dy before it writes its sums.
-  Rows(&shares_Ch)[WARPS] = pool.sums[0];
-  Rows(&shares_gB)[WARPS] = ALONE ? *reinterpret_cast<Rows(*)[WARPS]>(&pool.x) : pool.sums[ALONE ? 0 : 1];
-  Rows(&shares_qA)[WARPS] = ALONE ? *reinterpret_cast<Rows(*)[WARPS]>(&pool.dy) : pool.sums[ALONE ? 0 : 2];
 
 #pragma unroll 1
   for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
@@ -112,12 +107,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
   for (int p = 0; p < 8; ++p) one[p] = lane / 4 == p ? 0x3f800000u : 0u;
   float bias_c[2], D_c[2], sum_D[2] = {0.0f, 0.0f}, sum_bias[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const bool there = c0 + edge.c + k < I;
-    bias_c[k] = there && bias ? bias[c0 + edge.c + k] : 0.0f;
-    D_c[k] = there && D ? D[c0 + edge.c + k] : 0.0f;
-  }
+  read_channels(bias_c, bias, c0 + edge.c, I);
+  read_channels(D_c, D, c0 + edge.c, I);
 
   // Tiles are walked from the last to the first: rows begin at the last tile, tiles lie backwards.
   Cursor<T, 32, true> u_rows(u + batch * u_batch + end * u_step + c0, u_step, -TILE * u_step, 0, I - c0);
@@ -223,9 +214,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       __syncwarp();  // B and C of this state have been read
       add_groups(pool.BC, n, sums, lane);
     }
-    write_steps(shares_gB[warp], lane, 0, gB);
-    write_steps(shares_qA[warp], lane, 0, qA);
-    write_steps(shares_Ch[warp], lane, 0, Ch);
+    write_steps(pool.gB[warp], lane, 0, gB);
+    write_steps(pool.qA[warp], lane, 0, qA);
+    write_steps(pool.Ch[warp], lane, 0, Ch);
   };
 
   auto gradients = [&](Slot& s, const float(&gB)[2][PER], const float(&qA)[2][PER], const float(&Ch)[2][PER],
@@ -267,9 +258,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   auto stage_out = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
     float gB[2][PER], qA[2][PER], Ch[2][PER];
-    add_shares(gB, shares_gB, edge);
-    add_shares(qA, shares_qA, edge);
-    add_shares(Ch, shares_Ch, edge);
+    add_shares(gB, pool.gB, edge);
+    add_shares(qA, pool.qA, edge);
+    add_shares(Ch, pool.Ch, edge);
     if (s.special) gradients(s, gB, qA, Ch, true);
     else gradients(s, gB, qA, Ch, false);
 #pragma unroll
@@ -298,14 +289,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       if (d_first && at.index == 0) d_first[(batch * I + c) * N + n] = pool.carry[n][lane];
     }
   }
-  block_barrier();
+  __syncthreads();
   auto both = reinterpret_cast<float(*)[THREADS / 16][32]>(&pool.dt);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {  // the threads of a channel hold the sums of different steps
     both[0][threadIdx.x / 16][edge.c + j] = sum_D[j];
     both[1][threadIdx.x / 16][edge.c + j] = sum_bias[j];
   }
-  block_barrier();
+  __syncthreads();
   if (warp == 0 && mine) {
     float to_D = 0.0f, to_bias = 0.0f;
     for (int k = 0; k < THREADS / 16; ++k) {

@@ -58,12 +58,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       h[j] = exp2_approx(a2[j] * sums[s * I + c]) * h[j] + ends[(s * I + c) * N + n];
   }
   float bias_c[2], D_c[2];
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const bool there = c0 + edge.c + k < I;
-    bias_c[k] = there && bias ? bias[c0 + edge.c + k] : 0.0f;
-    D_c[k] = there && D ? D[c0 + edge.c + k] : 0.0f;
-  }
+  read_channels(bias_c, bias, c0 + edge.c, I);
+  read_channels(D_c, D, c0 + edge.c, I);
   if (kept) kept += (batch * ((L + TILE - 1) / TILE) + at.first) * N * I + c;
 
   Cursor<T, 32, true> u_rows(u + batch * u_batch + t_first * u_step + c0, u_step, TILE * u_step, 0, I - c0);

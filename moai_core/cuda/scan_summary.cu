@@ -43,8 +43,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     a2[j] = mine ? decay_rate(A[c * N + warp * STATES + j]) : -1.0f;
     h[j] = 0.0f;
   }
-#pragma unroll
-  for (int k = 0; k < 2; ++k) bias_c[k] = c0 + edge.c + k < I && bias ? bias[c0 + edge.c + k] : 0.0f;
+  read_channels(bias_c, bias, c0 + edge.c, I);
 
   Cursor<T, 32, true> in_rows(in + batch * in_batch + t_first * in_step + c0, in_step, way * in_step, 0, I - c0);
   Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + t_first * dt_step + c0, dt_step, way * dt_step, 2, I - c0);

@@ -100,6 +100,6 @@ def usable(*tensors: Tensor) -> bool:
     that they know.
     """
     for t in tensors:
-        if t.dtype not in ops.NAMES or t.numel() == 0:
+        if t.dtype not in cuda.TYPES or t.numel() == 0:
             return False
     return cuda.why_not(tensors[0].device) is None

@@ -14,8 +14,6 @@ from torch.autograd import Function
 from moai_core import cuda
 from moai_core.cuda import ops
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
-
 # What one row of a norm may have: a block holds it in registers, or a warp.
 WIDEST = 32768
 WIDEST_SMALL = 512
@@ -224,7 +222,7 @@ def scale_in_place(x: Tensor, by: Tensor) -> None:
 
 
 def _cross_entropy_kernel(name: str, x: Tensor, v: int, block: int) -> Any:
-    return cuda.kernel("cross_entropy.cu", name, x.device, T=NAMES[x.dtype], V=v, BLOCK=block)
+    return cuda.kernel("cross_entropy.cu", name, x.device, T=cuda.TYPES[x.dtype], V=v, BLOCK=block)
 
 
 # ---- Shapes of results, and what of a tensor a thread moves
@@ -302,7 +300,7 @@ def _norm_kernels(
         # Two vectors a thread: loads under way enough with few threads to meet at the barrier.
         team = min(512 if vectors <= 2048 else 1024, 32 * -(-vectors // 64))
     block = team if team > 32 else 128
-    macros = {"R": NAMES[stream], "X": NAMES[added], "W": NAMES[weight]}
+    macros = {"R": cuda.TYPES[stream], "X": cuda.TYPES[added], "W": cuda.TYPES[weight]}
     sizes = {"SIZE": size, "V": v, "TEAM": team, "PER": -(-vectors // team)}
     forward, backward, add = (
         cuda.kernel("norm.cu", f"norm_{name}", device, **macros, **sizes) for name in ("forward", "backward", "sum")
@@ -314,7 +312,7 @@ def _norm_kernels(
 def _small_kernels(
     device: torch.device, row: torch.dtype, weight: torch.dtype, v: int, size: int
 ) -> tuple[cuda.Kernel, cuda.Kernel, cuda.Kernel]:
-    macros = {"X": NAMES[row], "W": NAMES[weight]}
+    macros = {"X": cuda.TYPES[row], "W": cuda.TYPES[weight]}
     names = ("small_norms_forward", "small_norms_backward", "small_norms_sum")
     a, b, c = (cuda.kernel("small_norms.cu", name, device, **macros, V=v, PER=-(-size // (32 * v))) for name in names)
     return a, b, c
@@ -322,7 +320,9 @@ def _small_kernels(
 
 @lru_cache(maxsize=64)
 def _swiglu_kernels(device: torch.device, dtype: torch.dtype, v: int) -> tuple[cuda.Kernel, cuda.Kernel]:
-    a, b = (cuda.kernel("swiglu.cu", f"swiglu_{way}", device, T=NAMES[dtype], V=v) for way in ("forward", "backward"))
+    a, b = (
+        cuda.kernel("swiglu.cu", f"swiglu_{way}", device, T=cuda.TYPES[dtype], V=v) for way in ("forward", "backward")
+    )
     return a, b
 
 

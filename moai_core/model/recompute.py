@@ -142,12 +142,11 @@ def _whole(half: Tensor) -> Tensor | None:
     """The tensor of which `half` is the second half of the last axis, if its storage holds that tensor and no more: so
     the scan on GPUs returns the gradient of z, and only the first half is left to be written.
     """
-    width, storage = half.shape[-1], half.untyped_storage()
-    shape = (*half.shape[:-1], 2 * width)
-    stride = torch.empty(shape, device="meta").stride()
-    if half.stride() != stride or half.storage_offset() != width or storage.nbytes() != 2 * half.nbytes:
+    width = half.shape[-1]
+    if half.storage_offset() != width or half.untyped_storage().nbytes() != 2 * half.nbytes:
         return None
-    return half.as_strided(shape, stride, 0)
+    whole = half.as_strided((*half.shape[:-1], 2 * width), half.stride(), 0)
+    return whole if whole.is_contiguous() else None
 
 
 def _storage(tensor: Tensor) -> int:

@@ -29,7 +29,6 @@ from moai_core.scan.cuda_step import step
 __all__ = ["conv", "conv_step", "scan", "step", "why_not"]
 
 STATES = (8, 16, 32, 64, 128)
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
 
 
 def why_not(
@@ -46,7 +45,7 @@ def why_not(
     """Why these kernels can't do such a call, or None."""
     if (reason := cuda.why_not(device)) is not None:
         return reason
-    if dtype not in _NAMES:
+    if dtype not in cuda.TYPES:
         return f"it computes float32, bfloat16 and float16, not {dtype}"
     if op in ("conv", "conv_step"):
         return cuda_conv.why_not(I, K)
@@ -246,7 +245,7 @@ def _summary(
         return None, None
     batch, length, channels = x.shape
     N = A.shape[1]
-    warps = next(w for w in (2, 4, 8) if N // w <= 32)
+    warps = _warps(N)
     shared = shared_bytes("summary", warps, shape.tile, x.itemsize, states.itemsize, N)
     ends, sums = A.new_empty(batch, shape.segments, channels, N), A.new_empty(batch, shape.segments, channels)
     own = shape._replace(warps=warps, shared=shared)
@@ -260,8 +259,8 @@ def _summary(
 def _kernel(name: str, shape: Division, u: Tensor, A: Tensor, B: Tensor, **macros: int) -> cuda.Kernel:
     file = "scan_backward.cu" if name == "scan_reduce" else f"{name}.cu"
     return cuda.kernel(
-        file, name, u.device, T=_NAMES[u.dtype], TB=_NAMES[B.dtype], N=A.shape[1], WARPS=shape.warps, TILE=shape.tile,
-        SHARED=shape.shared, **macros,
+        file, name, u.device, T=cuda.TYPES[u.dtype], TB=cuda.TYPES[B.dtype], N=A.shape[1], WARPS=shape.warps,
+        TILE=shape.tile, SHARED=shape.shared, **macros,
     )  # fmt: skip
 
 
@@ -298,8 +297,7 @@ def _division(
     limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     tile = tile_of(states)
     tiles, blocks = -(-length // tile), batch * _blocks(channels)
-    most = 32 if direction == "forward" else states  # states of one thread
-    warps = next(w for w in (2, 4, 8) if states // w <= most)
+    warps = _warps(states) if direction == "forward" else 2
     segments = 1
     if blocks < 3 * properties.multi_processor_count:
         segments = max(1, min(8 * properties.multi_processor_count // blocks, tiles // 4))
@@ -308,6 +306,11 @@ def _division(
     if shared > limit:
         raise LookupError(f"it needs {shared} bytes of shared memory a block, and this GPU has {limit}")
     return Division(warps, tile, span, -(-tiles // span), shared)
+
+
+def _warps(states: int) -> int:
+    """As few as leave a thread no more states than its registers hold."""
+    return next(w for w in (2, 4, 8) if states // w <= 32)
 
 
 def tile_of(states: int) -> int:
@@ -325,9 +328,8 @@ def shared_bytes(direction: str, warps: int, tile: int, size: int, states_size: 
     if direction == "forward":
         return 2 * (3 * narrow + both + marks) + (2 + warps) * wide + 2 * states * tile * 4
     slot = 4 * narrow + both + states * 32 * (4 if size == 4 else 2) + marks
-    rates = states if warps > 1 and states <= 32 else 1
-    shares = 3 * warps if warps > 1 else 1
-    return 2 * slot + (3 + shares) * wide + 2 * states * tile * 4 + (2 * states + rates) * 32 * 4
+    rates = states if states <= 32 else 1
+    return 2 * slot + (3 + 3 * warps) * wide + 2 * states * tile * 4 + (2 * states + rates) * 32 * 4
 
 
 def _too_large(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
@@ -353,9 +355,9 @@ def _solid(x: Any) -> Any:
     return None if x is None else x.contiguous()
 
 
-def _strides(*rows: Tensor | None) -> list[int]:
+def _strides(*tensors: Tensor | None) -> list[int]:
     strides: list[int] = []
-    for x in rows:
+    for x in tensors:
         strides += (0, 0) if x is None else x.stride()[:2]
     return strides
 

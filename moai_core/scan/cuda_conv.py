@@ -19,7 +19,6 @@ from moai_core.cuda import ops
 from moai_core.scan import reference
 
 WIDTHS = range(2, 9)
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
 
 # As in conv.cu.
 _THREADS = 128
@@ -158,7 +157,7 @@ def _gradients(
 
 
 def _kernel(name: str, u: Tensor, weight: Tensor) -> cuda.Kernel:
-    return cuda.kernel("conv.cu", name, u.device, T=_NAMES[u.dtype], W=_NAMES[weight.dtype], K=weight.shape[-1])
+    return cuda.kernel("conv.cu", name, u.device, T=cuda.TYPES[u.dtype], W=cuda.TYPES[weight.dtype], K=weight.shape[-1])
 
 
 def _vector(u: Tensor, width: int) -> int:

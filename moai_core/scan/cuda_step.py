@@ -6,7 +6,6 @@ scan over a chunk of one token gives them. Nothing waits for the GPU, so a CUDA 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moai_core import cuda
@@ -15,7 +14,6 @@ from moai_core.scan import reference
 from moai_core.scan.cuda_conv import solid
 
 STATES = (8, 16, 32, 64, 128)
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float"}
 
 _THREADS = 128  # as in step.cu
 # Beyond as many threads as fill a large GPU a few times over, each takes several rows.
@@ -65,7 +63,7 @@ def _step(
     A, D, dt_bias, state = (solid(x) for x in (A, D, dt_bias, state))
     threads = channels * states // 4
     turns = min(batch, max(1, _ENOUGH_THREADS // threads), 65535)
-    cuda.kernel("step.cu", "scan_step", u.device, T=_NAMES[u.dtype], N=states)(
+    cuda.kernel("step.cu", "scan_step", u.device, T=cuda.TYPES[u.dtype], N=states)(
         (-(-threads // _THREADS), turns, 1), _THREADS, u, dt, A, B, C, D, z, dt_bias, state, y, last, batch, channels,
         *(0 if x is None else x.stride(0) for x in (u, dt, z, B, C)),
     )  # fmt: skip

@@ -16,7 +16,6 @@ from torch import Tensor
 from moai_core import cuda
 
 THREADS, CHUNK = 256, 65536  # as in the kernel
-_NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def update(
     rows = table.fill(entries)
     gradients = [p.grad.contiguous() for p in parameters if p.grad is not None]
     addresses = torch.tensor([g.data_ptr() for g in gradients]).to(device, non_blocking=True)
-    kernel = cuda.kernel("adamw.cu", "adamw", device, P=_NAMES[dtype], S=_NAMES[state])
+    kernel = cuda.kernel("adamw.cu", "adamw", device, P=cuda.TYPES[dtype], S=cuda.TYPES[state])
     if table.blocks:
         numbers = (1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay)
         step, over_root = lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
