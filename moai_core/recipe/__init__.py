@@ -339,5 +339,5 @@ def _contradictions(recipe: Recipe, places: list[Origin]) -> Iterator[RecipeErro
         )
     if os.sep in recipe.name or "\0" in recipe.name or recipe.name in (".", ".."):
         yield recipe.error("name", f"must be usable as a folder's name (got {recipe.name!r})")
-    if "\0" in recipe.output or "\0" in (recipe.tokenizer or ""):
+    elif "\0" in recipe.output or "\0" in (recipe.tokenizer or ""):
         yield recipe.error("output" if "\0" in recipe.output else "tokenizer", "must not contain a NUL character")

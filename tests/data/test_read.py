@@ -398,20 +398,20 @@ def fuzz(tmp_path_factory, lines):
     path.unlink()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(LINE, min_size=1, max_size=4))
 def test_fuzzed_jsonl_is_valid_or_names_its_line(tmp_path_factory, lines):
     fuzz(tmp_path_factory, lines)
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
 @given(st.lists(LINE, min_size=1, max_size=6))
 def test_fuzzed_jsonl_is_valid_or_names_its_line_slow(tmp_path_factory, lines):
     fuzz(tmp_path_factory, lines)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.binary(max_size=200), st.sampled_from(["f.json", "f.jsonl.gz", "f.jsonl.zst", "f.parquet", "f.txt", "f.json.gz"])
 )
