@@ -21,6 +21,7 @@ import torch
 
 from moai_core import storage, tensors
 from moai_core.errors import CheckpointError, UsageError
+from moai_core.quant import linear as quant
 
 if TYPE_CHECKING:
     from moai_core.model import MoaiMambaForCausalLM
@@ -46,7 +47,7 @@ def write(folder: storage.FolderWriter, model: torch.nn.Module, *, max_shard_siz
             state[name] = tensor
     config: Any = model.config
     config.architectures = [type(model).__name__]
-    config.dtype = max(state.values(), key=torch.Tensor.numel).dtype
+    config.dtype = _main_dtype(model, state)
     folder.write("config.json", config.to_json_string().encode())
     if getattr(model, "generation_config", None) is not None:
         generation: Any = model.generation_config
@@ -71,19 +72,24 @@ def read(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.
     try:
         with torch.device("meta"):
             model = MoaiMambaForCausalLM(config)
+    except UsageError as exc:
+        raise CheckpointError(f"{folder / 'config.json'}: {exc.message}", hint=exc.hint) from exc
     except (RuntimeError, ValueError, OverflowError) as exc:
         raise CheckpointError(f"{folder / 'config.json'}: no model has these sizes ({_line(exc)})") from exc
     # With a tied head the file usually has one of the two names.
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    _compare(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, found, optional)
+    optional = {"lm_head.weight"} if config.tie_word_embeddings and "lm_head.weight" in model.state_dict() else set()
+    stored = _stored(model)
+    _compare(folder, {name: tuple(t.shape) for name, t in model.state_dict().items()}, found, optional, stored)
     state = {}
     for file in files:
         for name, tensor in tensors.iterate(folder / file):
-            state[name] = tensor.to(device=device, dtype=_dtype(name, tensor, dtype))
+            state[name] = tensor.to(device=device, dtype=stored.get(name) or _dtype(name, tensor, dtype))
     for name in optional & state.keys():
         if not torch.equal(state.pop(name), state["model.embed_tokens.weight"]):
             raise CheckpointError(f"{folder}: config.json ties {name} to the embedding, but the two differ")
     model.load_state_dict(state, strict=not optional, assign=True)
+    if isinstance(embedding := model.model.embed_tokens, quant.QuantEmbedding):
+        embedding.dtype = model.dtype
     model.tie_weights()
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"never loaded: {left}"
@@ -183,7 +189,26 @@ def _config(folder: Path, found: Mapping[str, Any]) -> Any:
     return config
 
 
-def _compare(folder: Path, wanted: Mapping[str, tuple[int, ...]], found: Found, optional: set[str]) -> None:
+def _main_dtype(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The type of the weights: that of most numbers, what is quantized or kept in fp32 aside."""
+    stored = _stored(model)
+    plain = {name: t for name, t in state.items() if name not in stored and name.rsplit(".", 1)[-1] not in KEEP_FP32}
+    return max((plain or state).values(), key=torch.Tensor.numel).dtype
+
+
+def _stored(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    """The tensors of quantized layers and the types that their formats give them."""
+    layers = quant.quantized(model).items()
+    return {f"{name}.{part}": dtype for name, layer in layers for part, (_, dtype) in layer.stored.items()}
+
+
+def _compare(
+    folder: Path,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Found,
+    optional: set[str],
+    stored: Mapping[str, torch.dtype],
+) -> None:
     def some(names: Sequence[str]) -> str:
         return ", ".join(name[:80] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -196,7 +221,15 @@ def _compare(folder: Path, wanted: Mapping[str, tuple[int, ...]], found: Found, 
         raise CheckpointError(f"{folder}: missing tensors: {some(missing)}")
     if extra := [name for name in found if name not in wanted]:
         raise CheckpointError(f"{folder}: unexpected tensors: {some(extra)}")
-    if odd := [name for name, info in found.items() if not info.dtype.is_floating_point]:
+    # transformers writes scales as fp32, which loses nothing.
+    wide = {torch.float16: torch.float32}
+    for name, dtype in stored.items():
+        if found[name].dtype not in (dtype, wide.get(dtype)):
+            raise CheckpointError(
+                f"{folder}: tensor {name} has type {found[name].dtype}, its format is stored as {dtype}"
+            )
+    plain = {name: info.dtype for name, info in found.items() if name not in stored}
+    if odd := [name for name, dtype in plain.items() if not dtype.is_floating_point or dtype.itemsize < 2]:
         raise CheckpointError(
             f"{folder}: tensor {odd[0]} has type {found[odd[0]].dtype}, expected a floating-point one"
         )

@@ -18,11 +18,12 @@ LAYERS = [
     {"footprint"},
     {"plan"},
     {"cuda"},
-    {"device", "tensors", "scan"},
+    {"device", "tensors", "scan", "quant"},
     {"model", "data"},
     {"weights"},
     {"checkpoint", "evaluate"},
     {"training", "generation", "convert"},
+    {"quantize"},
     {"bench"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -23,7 +23,8 @@ class MoaiMambaConfig(PreTrainedConfig):
     time_step_rank (default H // 16), V vocab_size. `max_position_embeddings` is a training length, not a limit.
     `use_fast_scan: false` selects the reference scan. `use_checkpoint` recomputes layers in the backward pass.
     `dt_bc_norm` adds RMSNorms on dt, B and C (Jamba, arXiv 2403.19887). `quantization_bits` and `use_quantization` are
-    read by the quantizers.
+    kept true by the quantizers; `quantization` says which modules are stored in which
+    format (moai_core/quant/linear.py, `plan`).
 
     Raises UsageError for a value that no model can have.
     """
@@ -55,6 +56,7 @@ class MoaiMambaConfig(PreTrainedConfig):
     residual_in_fp32: bool = numbers.DEFAULTS["residual_in_fp32"]
     tie_word_embeddings: bool = numbers.DEFAULTS["tie_word_embeddings"]
     use_cache: bool = True
+    quantization: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         values = numbers.fields(**{name: getattr(self, name) for name in numbers.DEFAULTS})

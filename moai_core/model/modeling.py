@@ -31,6 +31,7 @@ from moai_core.model.mamba import LayerState, MambaMixer, dt_bias_init
 from moai_core.model.norm import RMSNorm
 from moai_core.model.recompute import Recomputed
 from moai_core.model.state import MoaiState
+from moai_core.quant import linear as quant
 
 CHECKPOINTING = ("none", "selective", "full")
 
@@ -105,7 +106,8 @@ class MoaiPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoaiMambaLayer"]  # noqa: RUF012 (transformers' own convention)
     # Loading in half precision keeps these in fp32, as MambaMixer._apply does for casts.
-    _keep_in_fp32_modules_strict = {"A_log", "D", "dt_bias"}  # noqa: RUF012
+    # (Scales of quantized layers are fp16 numbers, which fp32 holds and bf16 doesn't.)
+    _keep_in_fp32_modules_strict = {"A_log", "D", "dt_bias", "scales", "zeros"}  # noqa: RUF012
     # A recurrent state can't be cropped: transformers then refuses assisted decoding instead of giving wrong tokens.
     _is_stateful = True
 
@@ -122,7 +124,8 @@ class MoaiPreTrainedModel(PreTrainedModel):
             )
             init.ones_(module.D)
             init.copy_(module.dt_bias, dt_bias_init(module.dt_bias.shape[0], module.dt_bias.device))
-            init.uniform_(module.dt_proj.weight, -(module.split[0] ** -0.5), module.split[0] ** -0.5)
+            if isinstance(module.dt_proj, nn.Linear):
+                init.uniform_(module.dt_proj.weight, -(module.split[0] ** -0.5), module.split[0] ** -0.5)
         elif isinstance(module, nn.Conv1d):
             bound = 1 / math.sqrt(module.kernel_size[0])
             init.uniform_(module.weight, -bound, bound)
@@ -141,7 +144,7 @@ class MoaiMambaModel(MoaiPreTrainedModel):
 
     def __init__(self, config: MoaiMambaConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MoaiMambaLayer(config) for _ in range(config.num_hidden_layers)])
         self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.scan_backend = "auto" if config.use_fast_scan else "reference"
@@ -149,6 +152,8 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         self.gradient_checkpointing = config.use_checkpoint
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
         self.selective = False
+        if config.quantization is not None:
+            quant.install(self, config.quantization, prefix="model.")
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -227,8 +232,23 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
     def __init__(self, config: MoaiMambaConfig) -> None:
         super().__init__(config)
         self.model = MoaiMambaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.quantization is not None:
+            self._quantize_head(config)
         self.post_init()
+
+    def _quantize_head(self, config: MoaiMambaConfig) -> None:
+        """The layers are quantized already; a tied head multiplies with what the embedding stores."""
+        embedding = self.model.embed_tokens
+        if config.tie_word_embeddings and isinstance(embedding, quant.QuantEmbedding):
+            self.lm_head = quant.TiedHead(embedding)
+            self._tied_weights_keys = {}
+        quant.install(self, config.quantization)
+        if config.tie_word_embeddings and isinstance(self.lm_head, quant.QuantLinear):
+            raise UsageError(
+                "model field quantization: lm_head is tied to embed_tokens, which holds the numbers of both",
+                hint="name embed_tokens instead",
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

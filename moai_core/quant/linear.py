@@ -1,0 +1,235 @@
+"""Quantized layers under the names of those they replace: `QuantLinear`, `QuantEmbedding` and the head that shares an
+embedding.
+
+`install` puts them into a model as its configuration says (`config.quantization`), before weights are loaded; after
+that every way of loading and saving works, since what is stored are plain tensors NAME.qweight, NAME.scales, … Only who
+multiplies differs from device to device (kernels.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moai_core.errors import UsageError
+from moai_core.quant import kernels
+from moai_core.quant.formats import FORMATS, Spec
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+class QuantLinear(nn.Module):
+    """x @ W^T with a quantized W (out, in); no bias. In place of an `nn.Linear`."""
+
+    qweight: Tensor  # every format has one
+
+    def __init__(self, in_features: int, out_features: int, spec: Spec) -> None:
+        """Raises UsageError where the format can't hold such a matrix."""
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.kernel = "auto"
+        self._prepared: dict[Any, Any] = {}
+        FORMATS[spec.format].check(spec, out_features, in_features)
+        self.stored = FORMATS[spec.format].tensors(spec, out_features, in_features)
+        for name, (shape, dtype) in self.stored.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, with the types of the format. Raises UsageError after `release`."""
+        held = {name: getattr(self, name) for name in self.stored}
+        if any(tuple(held[name].shape) != shape for name, (shape, _) in self.stored.items()):
+            raise UsageError(
+                "the stored weights were given up for the kernel's own copy of them",
+                hint="load the model again to save or convert it",
+            )
+        return {name: held[name].to(dtype) for name, (_, dtype) in self.stored.items()}
+
+    def weight_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(out, in), exactly the stored values where dtype is fp32."""
+        return FORMATS[self.spec.format].decode(self.spec, self.tensors()).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype. The gradient is that of x alone."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Multiply.apply(x, self)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`forward` without a gradient."""
+        chosen, prepared = self._ready(x.device, x.dtype)
+        y = chosen.linear(self.spec, prepared, x.reshape(-1, self.in_features), self.out_features)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _ready(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+        chosen = kernels.pick(self.spec, device, dtype, self.kernel)
+        if chosen not in self._prepared:
+            self._prepared = {chosen: chosen.prepare(self.spec, self.tensors())}
+        return chosen, self._prepared[chosen]
+
+    def release(self, dtype: torch.dtype) -> None:
+        """Prepare for inputs of this type on the weights' device, and give up the stored tensors where the kernel has
+        a copy of its own: half the memory, but the model can't be saved or moved any more."""
+        _, prepared = self._ready(self.qweight.device, dtype)
+        kept = {tensor.data_ptr() for tensor in _leaves(prepared)}
+        for name in self.stored:
+            if getattr(self, name).data_ptr() not in kept:
+                setattr(self, name, torch.empty(0, dtype=self.stored[name][1], device=self.qweight.device))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves like any module; a cast leaves the stored types alone."""
+        for name, (_, dtype) in self.stored.items():
+            # As integers they are nothing that a cast of floating-point numbers changes.
+            setattr(self, name, fn(getattr(self, name).view(_INTEGERS[dtype.itemsize])).view(dtype))
+        self._prepared = {}
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, tensor in self.tensors().items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        return f"in={self.in_features}, out={self.out_features}, {s.format}, group {s.group_size or 'row'}"
+
+
+def _leaves(prepared: Any) -> Iterator[Tensor]:
+    if isinstance(prepared, Tensor):
+        yield prepared
+    elif isinstance(prepared, Mapping):
+        for value in prepared.values():
+            yield from _leaves(value)
+    elif isinstance(prepared, (list, tuple)):
+        for value in prepared:
+            yield from _leaves(value)
+
+
+class _Multiply(torch.autograd.Function):
+    """The matrix is constant: adapters and earlier layers train through it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: QuantLinear) -> Tensor:
+        ctx.module = module
+        return module.multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ ctx.module.weight_values(gradient.dtype), None
+
+
+class QuantEmbedding(QuantLinear):
+    """Rows of a quantized W (V, H) by id, and, as a tied head, x @ W^T (`multiply`). In place of an `nn.Embedding`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, spec: Spec) -> None:
+        super().__init__(embedding_dim, num_embeddings, spec)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.dtype = torch.get_default_dtype()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) integers -> (..., H) in `dtype`, the type of the model's other weights."""
+        flat = ids.reshape(-1)
+        # A tensor without dimensions belongs to all rows.
+        rows = {name: tensor[flat] if tensor.dim() else tensor for name, tensor in self.tensors().items()}
+        values = FORMATS[self.spec.format].decode(self.spec, rows)
+        return values.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
+
+    def release(self, dtype: torch.dtype) -> None:
+        """Keeps what is stored: rows are read from it."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
+        return self
+
+
+class TiedHead(nn.Module):
+    """A head that multiplies with the embedding's matrix and has none of its own."""
+
+    def __init__(self, embedding: QuantEmbedding) -> None:
+        super().__init__()
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self._embedding = [embedding]  # in a list: no module of this one, so that nothing is stored twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., H) -> logits (..., V)."""
+        return QuantLinear.forward(self._embedding[0], x)
+
+
+# ---- a model -----------------------------------------------------------------------------------------------------
+
+
+def plan(quantization: Any, names: list[str], *, whole: bool = True) -> dict[str, Spec]:
+    """`{module: Spec}` of those of `names` that config.json's `quantization` speaks of. A key of its `modules` is a
+    module's name or the last parts of it ("in_proj"); the longest that fits wins, and a value of null leaves a module
+    as it is.
+
+    Raises UsageError for what isn't of this form and, where `names` are the whole model's, for a key that fits none.
+    """
+    modules = quantization.get("modules") if isinstance(quantization, Mapping) else None
+    if not isinstance(modules, Mapping) or not all(isinstance(key, str) for key in modules):
+        raise UsageError("model field quantization must have modules, {name: {format, group_size, symmetric}}")
+    specs = {key: None if value is None else Spec.from_dict(value) for key, value in modules.items()}
+    if whole and (idle := [key for key in specs if not any(_fits(key, name) for name in names)]):
+        raise UsageError(f"model field quantization: the model has no module {idle[0][:80]!r}")
+    found = {}
+    for name in names:
+        keys = [key for key in specs if _fits(key, name)]
+        if keys and (spec := specs[max(keys, key=len)]) is not None:
+            found[name] = spec
+    return found
+
+
+def _fits(key: str, name: str) -> bool:
+    return name == key or name.endswith(f".{key}")
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that can be quantized, by name: matrix products and the embedding."""
+    kinds = (nn.Linear, nn.Embedding, QuantLinear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def install(model: nn.Module, quantization: Any, *, prefix: str = "") -> None:
+    """Put quantized layers in place of those that `quantization` names; their numbers are yet to be loaded.
+
+    prefix: where `model` stands in the whole ("model."), empty for the whole. Raises UsageError as `plan` does, and
+    where a matrix doesn't fit its format.
+    """
+    found = matrices(model)
+    for path, spec in plan(quantization, [prefix + name for name in found], whole=not prefix).items():
+        name = path.removeprefix(prefix)
+        old = found[name]
+        try:
+            if isinstance(old, nn.Embedding):
+                _replace(model, name, QuantEmbedding(old.num_embeddings, old.embedding_dim, spec))
+            elif isinstance(old, nn.Linear):
+                _replace(model, name, QuantLinear(old.in_features, old.out_features, spec))
+        except UsageError as exc:
+            raise UsageError(f"{path}: {exc.message}", hint=exc.hint) from exc
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def quantized(model: nn.Module) -> dict[str, QuantLinear]:
+    """The model's quantized layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def set_kernel(model: nn.Module, name: str) -> None:
+    """Let every quantized layer multiply with the kernel `name` ("auto": the first that can). Raises UsageError for a
+    name that isn't one."""
+    if name != "auto" and name not in kernels.KERNELS:
+        raise UsageError(f"unknown kernel {name!r}", hint=f"choose one of: auto, {', '.join(kernels.KERNELS)}")
+    for module in quantized(model).values():
+        module.kernel = name
+
+
+def release(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give up what is stored twice, for a model that is only going to be used (QuantLinear.release)."""
+    for module in quantized(model).values():
+        module.release(dtype)
