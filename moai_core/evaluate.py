@@ -150,7 +150,7 @@ def evaluate_file(
     problems = Problems(on_error)
     device = next(model.parameters()).device
     table = token_bytes(tokenizer)
-    documents = _whole(files, tokenizer, format, problems, limit, train_on == "all")
+    documents = whole_documents(files, tokenizer, format, problems, limit, train_on == "all")
     lanes = [_Lane() for _ in range(batch_size)]
     training, state = model.training, None
     counted = scored = size = 0
@@ -206,7 +206,7 @@ def _step(
     return loss.double(), out.state
 
 
-def _whole(
+def whole_documents(
     files: list[Any],
     tokenizer: PreTrainedTokenizerFast,
     format: str,
@@ -214,7 +214,7 @@ def _whole(
     limit: int | None,
     all_turns: bool,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Whole documents as (ids, trainable or None); the parts of a long text are joined."""
+    """Whole documents, at most `limit`, as (ids, trainable or None); the parts of a long text are joined."""
     encoder = Encoder(tokenizer)
     source = read_documents(files, format=format, problems=problems)
     parts: list[np.ndarray] = []

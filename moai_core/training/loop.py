@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moai_core import checkpoint, evaluate, plan
+from moai_core import checkpoint, evaluate
 from moai_core.data.loader import Loader
 from moai_core.errors import Interrupted, NonFiniteError, StorageError, UsageError
 from moai_core.model.loss import IGNORED, shift_labels
@@ -76,12 +76,13 @@ def train(
     output: str | Path | None = None,
     on_event: OnEvent = lambda event: None,
     stop: StopFlag | None = None,
+    kind: setup.Kind = setup.MAMBA,
 ) -> Result:
     """Trains until the recipe's steps are done.
 
     model_path: weights to start from (run, step or Hugging Face folder), with a fresh optimizer and optim.finetune_lr.
     resume: auto, never or a checkpoint's path (resume.py). output: the run folder (default: the recipe's). Under
-    torchrun every process calls this; rank 0 writes.
+    torchrun every process calls this; rank 0 writes. kind: the class of model, for benchmarks that train another one.
 
     Events (`{"event": ...}`): start, step, valid, sample, checkpoint, warning, note, and those of the data pipeline; on
     rank 0 only. Raises UsageError, RecipeError, DataError (2), CheckpointError (3), StorageError (4), NonFiniteError
@@ -98,7 +99,8 @@ def train(
     with ExitStack() as stack:
         with stop.at_once():
             ranks = Ranks(cpu=setup.on_cpu(recipe), mixed=mixed)
-            loop = Loop(recipe, Path(output or recipe.output or f"runs/{recipe.name}"), ranks, stop, on_event, stack)
+            folder = Path(output or recipe.output or f"runs/{recipe.name}")
+            loop = Loop(recipe, folder, ranks, stop, on_event, stack, kind)
             loop.open(resume, None if model_path is None else Path(model_path), dtype)
         with ranks.guard():
             result = loop.go()
@@ -113,7 +115,7 @@ class Loop(Run):
         """Steps until done. Whatever ends the run, what it recorded is drawn; a wish to stop is heard after saving."""
         progress = self.progress
         began = time.perf_counter() - progress.seconds
-        self.flops = plan.flops_per_token(self.model.config.numbers())["training"]
+        self.flops = self.kind.flops(self.model)
         self.peak_flops = setup.peak_flops(self.recipe)
         self._announce()
         try:

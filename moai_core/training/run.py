@@ -62,9 +62,17 @@ class Run:
     """What one training run holds on this process, from its first state or a checkpoint's."""
 
     def __init__(
-        self, recipe: Recipe, run_dir: Path, ranks: Ranks, stop: StopFlag, on_event: OnEvent, stack: ExitStack
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        ranks: Ranks,
+        stop: StopFlag,
+        on_event: OnEvent,
+        stack: ExitStack,
+        kind: setup.Kind = setup.MAMBA,
     ) -> None:
         self.recipe, self.run_dir, self.ranks, self.stop, self.stack = recipe, run_dir, ranks, stop, stack
+        self.kind = kind
         self.on_event: OnEvent = on_event if ranks.main else lambda event: None
         self.accumulation = ranks.main_first(lambda: recipe.accumulation(ranks.world))
         self.rows = recipe.train.batch_size * self.accumulation * ranks.world
@@ -122,10 +130,10 @@ class Run:
         source = step_dir or (None if model_path is None else setup.model_folder(model_path, self.on_event))
         self.tokenizer = setup.load_tokenizer(recipe, source)
         if source is None:
-            self.model = setup.new_model(recipe, self.tokenizer)
+            self.model = self.kind.new(recipe, self.tokenizer)
         else:
-            self.model = setup.load_model(source, recipe, self.tokenizer, dtype, self.on_event)
-        setup.make_ready(self.model, recipe, dtype)
+            self.model = self.kind.load(source, recipe, self.tokenizer, dtype, self.on_event)
+        self.kind.ready(self.model, recipe, dtype)
         return saved
 
     def _take_folder(self, resume: str) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 import math
 import os
 import resource
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moai_core import checkpoint, scan
+from moai_core import checkpoint, plan, scan
 from moai_core.data import tokenize
 from moai_core.errors import UsageError
 from moai_core.recipe import Recipe
@@ -104,6 +106,15 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MoaiMambaFo
 
     from moai_core.model import MoaiMambaConfig, MoaiMambaForCausalLM
 
+    values = numbers(recipe, tokenizer)
+    set_seed(recipe.train.seed % 2**32)
+    return MoaiMambaForCausalLM(MoaiMambaConfig(**values))
+
+
+def numbers(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The model's fields, vocabulary and special ids taken from the tokenizer where the recipe leaves them open.
+    UsageError where the tokenizer has more ids.
+    """
     values = recipe.model.numbers()
     if recipe.model.vocab_size is None:
         values["vocab_size"] = max(tokenizer.get_vocab().values()) + 1
@@ -115,8 +126,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MoaiMambaFo
         if getattr(recipe.model, f"{key}_token_id") is None and value is not None:
             values[f"{key}_token_id"] = value
     tokenize.check_tokenizer(tokenizer, values["vocab_size"])
-    set_seed(recipe.train.seed % 2**32)
-    return MoaiMambaForCausalLM(MoaiMambaConfig(**values))
+    return values
 
 
 def load_model(
@@ -143,14 +153,35 @@ def make_ready(model: MoaiMambaForCausalLM, recipe: Recipe, dtype: torch.dtype) 
     model.train()
 
 
-def warn_of_fallback(model: MoaiMambaForCausalLM, device: torch.device, on_event: Any) -> None:
+def warn_of_fallback(model: Any, device: torch.device, on_event: Any) -> None:
     """A warning where a GPU has to train without moai's kernels, and nobody chose another scan."""
     config = model.config
-    if model.model.scan_backend == "auto":
+    if getattr(model.model, "scan_backend", None) == "auto":
         sizes = {"I": config.expand_factor * config.hidden_size, "N": config.state_size, "K": config.conv_kernel_size}
         line = scan.fallback(device, torch.bfloat16, **sizes)
         if line is not None:
             on_event({"event": "warning", "message": line})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The class of model that a run trains. Recipes speak of pure-Mamba models; a benchmark gives another kind, to
+    train what it compares with by the same loop.
+
+    new(recipe, tokenizer): initial weights from train.seed, on the CPU. load(folder, recipe, tokenizer, dtype,
+    on_event): the weights of a checkpoint or model folder. ready(model, recipe, dtype): type of the weights and modes
+    of the recipe, in place. flops(model): of training on one token. A model takes (input_ids, labels, seq_idx,
+    num_items, seq_idx_in_order, use_cache) as MoaiMambaForCausalLM does and returns something with `loss`; it has
+    `generate`.
+    """
+
+    new: Callable[[Recipe, Any], Any]
+    load: Callable[[Path, Recipe, Any, torch.dtype, Any], Any]
+    ready: Callable[[Any, Recipe, torch.dtype], None]
+    flops: Callable[[Any], int]
+
+
+MAMBA = Kind(new_model, load_model, make_ready, lambda model: plan.flops_per_token(model.config.numbers())["training"])
 
 
 def total_steps(recipe: Recipe, rows_in_epoch: int | None, rows_in_step: int) -> int:
