@@ -11,7 +11,8 @@ A matrix W (O, I) with groups of g columns is stored as
     int8  qweight int8 (O, I), scales fp16 (O, I/g).                  Value: q * scale, q -127..127
 
 A group is g neighbouring columns of a row that share a scale; g = 0 stands for the whole row. Scales are fp16, as in
-the layouts that other tools read (GPTQ, AWQ), and a value is exact in fp32. Left out: anything below 4 bits.
+the layouts that other tools read (GPTQ, AWQ), and a value is exact in fp32. Floating-point formats: fp8.py, fp4.py,
+bnb.py. Left out: anything below 4 bits.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class Format(Protocol):
     name: str
     # The bits of one number, scales aside.
     bits: int
+    # Whether some of the rows can be decoded without the others, as an embedding's are.
+    by_rows: bool
 
     def check(self, spec: Spec, out: int, columns: int) -> None:
         """Raises UsageError where a matrix of this shape can't be stored so."""
@@ -76,7 +79,7 @@ class Format(Protocol):
         """Round to nearest, with scales that just reach the smallest and the largest number of each group."""
 
     def decode(self, spec: Spec, tensors: Mapping[str, Tensor]) -> Tensor:
-        """(O, I) fp32, exactly the stored values. Takes any subset of the rows."""
+        """(O, I) fp32, exactly the stored values. Takes any subset of the rows where `by_rows`."""
 
 
 def groups(spec: Spec, columns: int) -> int:
@@ -102,10 +105,16 @@ def check_groups(spec: Spec, columns: int, allowed: tuple[int, ...] = GROUPS) ->
 
 
 def half(scales: Tensor) -> Tensor:
-    """Scales as fp16; none that was above 0 becomes 0, so that no group is lost. Raises UsageError beyond fp16."""
+    """Scales as fp16; none that wasn't 0 becomes 0, so that no group is lost. Raises UsageError beyond fp16."""
     if scales.numel() and not float(scales.abs().max()) <= LARGEST:
         raise UsageError(f"a scale of {float(scales.abs().max()):.3g} doesn't fit fp16: the weights are too large")
-    return torch.where(scales > 0, scales.clamp(min=SMALLEST), scales).to(torch.float16)
+    return rounded(scales)
+
+
+def rounded(scales: Tensor) -> Tensor:
+    """`half` without its look at the numbers, which a GPU would have to be waited for."""
+    least = torch.full_like(scales, SMALLEST).copysign(scales)
+    return torch.where((scales != 0) & (scales.abs() < SMALLEST), least, scales).to(torch.float16)
 
 
 def pack4(codes: Tensor) -> Tensor:
@@ -122,7 +131,7 @@ def unpack4(packed: Tensor) -> Tensor:
 class Int4:
     """Group-wise 4-bit integers."""
 
-    name, bits = "int4", 4
+    name, bits, by_rows = "int4", 4, True
 
     def check(self, spec: Spec, out: int, columns: int) -> None:
         check_groups(spec, columns)
@@ -172,7 +181,7 @@ def codes4(w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
 class Int8:
     """8-bit integers by row, or by group."""
 
-    name, bits = "int8", 8
+    name, bits, by_rows = "int8", 8, True
 
     def check(self, spec: Spec, out: int, columns: int) -> None:
         check_groups(spec, columns)
