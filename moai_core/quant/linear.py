@@ -123,6 +123,9 @@ class QuantEmbedding(QuantLinear):
     """Rows of a quantized W (V, H) by id, and, as a tied head, x @ W^T (`multiply`). In place of an `nn.Embedding`."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, spec: Spec) -> None:
+        """Raises UsageError where the format can't hold such a matrix, or give single rows of it."""
+        if not FORMATS[spec.format].by_rows:
+            raise UsageError(f"{spec.format} can't be an embedding: its scales run over the ends of the rows")
         super().__init__(embedding_dim, num_embeddings, spec)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.dtype = torch.get_default_dtype()
