@@ -32,6 +32,7 @@ class MambaMixer(nn.Module):
 
     # The recurrence multiplies these thousands of times over; half precision would change the model.
     _FP32 = ("A_log", "D", "dt_bias")
+    conv_scale: Tensor | None
 
     def __init__(self, config: MoaiMambaConfig) -> None:
         super().__init__()
@@ -52,6 +53,10 @@ class MambaMixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.empty(inner, state))
         self.D = nn.Parameter(torch.empty(inner))
+        # A quantized model may scale u after the convolution (moai_core/quantize/awq.py): powers of two, (I,). With
+        # dt, B and C as they were the scan is linear in u, so y and the SSM state are scaled by the same vector.
+        scaled = bool((config.quantization or {}).get("conv_scale"))
+        self.register_buffer("conv_scale", torch.ones(inner) if scaled else None)
         self.out_proj = nn.Linear(inner, hidden, bias=False)
         self.out_proj.writes_residual = True  # type: ignore[assignment]
 
@@ -75,6 +80,7 @@ class MambaMixer(nn.Module):
     def _step(self, x: Tensor, state: LayerState, backend: str) -> tuple[Tensor, LayerState]:
         u, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)
         u, conv_state = kernels.conv_step(u, self.conv1d.weight, self.conv1d.bias, state[0], backend=backend)
+        u = self._scaled(u)
         dt, B, C = self._select(u)
         y, ssm_state = kernels.step(u, dt, self.A(), B, C, self.D, z, self.dt_bias, state[1], backend=backend)
         return self.out_proj(y)[:, None], (conv_state, ssm_state)
@@ -87,13 +93,17 @@ class MambaMixer(nn.Module):
         def run(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
             # Weights are read from the module at each call: a sharded one has others in the backward pass.
             weight, bias = self.conv1d.weight, self.conv1d.bias
-            return kernels.conv(x, weight, bias, state=state, seq_idx=seq_idx, backend=backend)
+            y, new = kernels.conv(x, weight, bias, state=state, seq_idx=seq_idx, backend=backend)
+            return self._scaled(y), new
 
         u, new = run(x, state)
         if keep:
             return u, new
         x, state = x.detach(), None if state is None else state.detach()
         return Recomputed(u, lambda: run(x, state)[0]), new
+
+    def _scaled(self, u: Tensor) -> Tensor:
+        return u if self.conv_scale is None else u * self.conv_scale.to(u.dtype)
 
     def _select(self, u: Tensor | Recomputed) -> tuple[Any, Tensor, Tensor]:
         """The input-dependent parameters: raw dt (..., I), made again if u is, B and C (..., N)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moai_core.errors import UsageError
 from moai_core.quant import kernels
 from moai_core.quant.formats import FORMATS, Spec
+from moai_core.quant.hadamard import OnlineHadamard, why_not
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -31,6 +32,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.kernel = "auto"
+        # Applied to the inputs of a matrix that is stored for rotated ones (hadamard.py).
+        self.rotation: OnlineHadamard | None = None
         self._prepared: dict[Any, Any] = {}
         FORMATS[spec.format].check(spec, out_features, in_features)
         self.stored = FORMATS[spec.format].tensors(spec, out_features, in_features)
@@ -53,12 +56,14 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype. The gradient is that of x alone."""
+        if self.rotation is not None:
+            x = self.rotation(x)
         if x.requires_grad and torch.is_grad_enabled():
             return _Multiply.apply(x, self)
         return self.multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """`forward` without a gradient."""
+        """`forward` without a gradient, of inputs that are rotated already."""
         chosen, prepared = self._ready(x.device, x.dtype)
         y = chosen.linear(self.spec, prepared, x.reshape(-1, self.in_features), self.out_features)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -211,6 +216,18 @@ def install(model: nn.Module, quantization: Any, *, prefix: str = "") -> None:
                 _replace(model, name, QuantLinear(old.in_features, old.out_features, spec))
         except UsageError as exc:
             raise UsageError(f"{path}: {exc.message}", hint=exc.hint) from exc
+    _rotate(model, quantization.get("rotate", []), prefix)
+
+
+def _rotate(model: nn.Module, keys: Any, prefix: str) -> None:
+    """Give the quantized layers that config.json's `quantization.rotate` names their rotation."""
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise UsageError(f"model field quantization: rotate must be a list of modules (got {str(keys)[:80]})")
+    for name, module in quantized(model).items():
+        if any(_fits(key, prefix + name) for key in keys) and not isinstance(module, QuantEmbedding):
+            if reason := why_not(module.in_features):
+                raise UsageError(f"{prefix + name}: its inputs can't be rotated: {reason}")
+            module.rotation = OnlineHadamard(module.in_features)
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -237,8 +237,8 @@ class Statistics:
 
     def energy(self, weight: Tensor) -> float:
         """The mean of |W x|^2, weight (O, I)."""
-        wide = weight.to(self.hessian.dtype)
-        return float(((wide @ self.hessian) * wide).sum().clamp(min=0))
+        with exact_products():
+            return float(((weight @ self.hessian.to(weight.dtype)) * weight).sum(dtype=torch.float64).clamp(min=0))
 
 
 class _Sums:
@@ -282,13 +282,14 @@ class _Reached(Exception):
 class Runner:
     """The hidden states (S, L, H) of all sequences, before the block that comes next.
 
-    device: where the layers are. scratch: a folder for a temporary file that
-    holds the states instead of memory (S * L * H numbers). batch_tokens: tokens run at a time. Events: {"event":
-    "progress", "task": "calibrate", "source": what is run, "done", "total", "unit": "sequences"}.
+    device: where the layers are. dtype: of the residual stream (None: the embedding's). scratch: a folder for a
+    temporary file that holds the states instead of memory (S * L * H numbers). batch_tokens: tokens run at a time.
+    Events: {"event": "progress", "task": "calibrate", "source": what is run, "done", "total", "unit": "sequences"}.
     """
 
     calibration: Calibration
     device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
     scratch: str | Path | None = None
     batch_tokens: int = 16384
     on_event: OnEvent | None = None
@@ -296,9 +297,9 @@ class Runner:
     block: int = field(init=False, default=0)
 
     @torch.no_grad()
-    def embed(self, embedding: nn.Module, *, dtype: torch.dtype | None = None) -> None:
-        """Hidden states from ids; the next block is the first layer's mixer. dtype: of the residual stream (None: the
-        embedding's, as `residual_in_fp32: false`). Raises UsageError for ids beyond the vocabulary.
+    def embed(self, embedding: nn.Module) -> None:
+        """Hidden states from ids; the next block is the first layer's mixer. Raises UsageError for ids beyond the
+        vocabulary.
         """
         ids, size = self.calibration.ids, int(getattr(embedding, "num_embeddings", 0))
         if size and not 0 <= int(ids.min()) <= int(ids.max()) < size:
@@ -306,7 +307,7 @@ class Runner:
         self.block, first = 0, True
         for rows in self._batches("embedding"):
             x = embedding(ids[rows].to(self.device))
-            x = x.to(dtype or x.dtype)
+            x = x.to(self.dtype or x.dtype)
             if first:
                 self.hidden, first = self._space((*ids.shape, x.shape[-1]), x.dtype), False
             self.hidden[rows] = x.to(self.hidden.device)
@@ -339,17 +340,18 @@ class Runner:
                     sums[name].add(seen[name], real)
         return {name: sums[name].finish(name) for name in names}
 
-    def advance(self, layer: MoaiMambaLayer) -> None:
+    def step(self, layer: MoaiMambaLayer) -> None:
         """Move the states through the block that comes next, with the layer's weights as they are now."""
         with torch.no_grad():
             for rows in self._batches(BLOCKS[self.block]):
                 self.hidden[rows] = self._run(layer, rows).to(self.hidden)
         self.block = (self.block + 1) % 2 if layer.feed_forward is not None else 0
 
-    def skip(self, layer: MoaiMambaLayer) -> None:
-        """Move past a whole layer that is quantized already."""
-        for _ in range(1 + (layer.feed_forward is not None)):
-            self.advance(layer)
+    def advance(self, layer: MoaiMambaLayer) -> None:
+        """Move past the layer, or what is left of it."""
+        self.step(layer)
+        while self.block:
+            self.step(layer)
 
     def head_inputs(self, norm: nn.Module) -> Statistics:
         """The statistics of the head's inputs, after the last layer; norm: the final one."""

@@ -16,16 +16,18 @@ stored. Left out: formats whose levels aren't evenly spaced (they round to neare
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moai_core.errors import CheckpointError, UsageError
-from moai_core.quant.formats import Spec
+from moai_core.quant.formats import FORMATS, Spec
 
 # The smallest range that is tried, as a share of the whole one, and how many are.
 SMALLEST, STEPS = 0.5, 24
+# Formats with evenly spaced levels.
+EVEN = ("int4", "int8")
 # So many weights at a time stay in a processor's cache.
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 # The least scale that fp16 can hold.
@@ -114,6 +116,17 @@ def search(
         better = error < least
         best, least = torch.where(better, tried.scale, best), torch.where(better, error, least)
     return whole._replace(scale=best)
+
+
+def nearest(spec: Spec, weight: Tensor, *, steps: int = STEPS, signed: bool = True) -> dict[str, Tensor]:
+    """The stored tensors of weight (O, I) rounded to nearest: with searched ranges for int4 and int8, with the format's
+    own scales for others. For what is chosen without data.
+    """
+    storage: Any = FORMATS[spec.format]
+    if spec.format not in EVEN:
+        return storage.encode(spec, weight)
+    scales, zeros = clip(spec, weight.float(), steps=steps, signed=signed)
+    return storage.encode_with(spec, weight, scales, *([] if zeros is None else [zeros]))
 
 
 def rounded(spec: Spec, weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
