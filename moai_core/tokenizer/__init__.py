@@ -1,0 +1,1 @@
+"""Tokenizers: trained from text (train), extended by a domain's words (extend), measured beside others (evaluate)."""
