@@ -86,6 +86,9 @@ class Watch:
             self._bar.remove_task(self._tasks.pop(name))
         figures = f"loss {event['valid_loss']:.4f}  perplexity {event['perplexity']:.2f}"
         err.print(f"step {event['step']}  validation: {figures}  bits per byte {event['bits_per_byte']:.4f}")
+        if sets := event.get("sets"):
+            each = "  ".join(f"{clean(name)} {one['bits_per_byte']:.4f}" for name, one in sets.items())
+            err.print(f"step {event['step']}  bits per byte: {each}", markup=False)
 
     def _sample(self, event: dict[str, Any]) -> None:
         prompt, text = escape(clean(event["prompt"])), escape(clean(one_line(event["text"])))

@@ -86,7 +86,7 @@ def train(
     with training.StopFlag().catching() as stop, Watch() as watch:
         result = training.train(wanted, model_path=model, resume=resume, output=output, on_event=watch, stop=stop)
     if launch.is_first():
-        print_json(result.to_dict()) if json else _show(result)
+        print_json(result.to_dict()) if json else show_result(result)
 
 
 def _plan(recipe: Any, json: bool) -> None:
@@ -99,7 +99,8 @@ def _plan(recipe: Any, json: bool) -> None:
         table(("", recipe.name, ""), cost.rows())
 
 
-def _show(result: Any) -> None:
+def show_result(result: Any) -> None:
+    """The table at a run's end."""
     rows = [
         ("steps", f"{result.step:,}" + (f" ({result.skipped} skipped)" if result.skipped else "")),
         ("tokens", f"{result.tokens:,}"),
@@ -111,6 +112,8 @@ def _show(result: Any) -> None:
             ("perplexity", f"{result.valid['perplexity']:.2f}"),
         ]
         rows += [("bits per byte", f"{result.valid['bits_per_byte']:.4f}")]
+        for name, one in result.valid.get("sets", {}).items():
+            rows += [(f"bits per byte, {name}", f"{one['bits_per_byte']:.4f}")]
         if result.best and result.best["step"] != result.valid["step"]:
             rows += [("best validation loss", f"{result.best['loss']:.4f} (step {result.best['step']})")]
     rows += [("tokens/s", f"{result.tokens_per_s:,.0f}")] if result.tokens_per_s else []

@@ -20,7 +20,8 @@ from moai_core import config
 
 def _f(default: Any, help: str, **limits: Any) -> Any:
     """A schema field. limits: min, max (inclusive), above, below (exclusive); path=True for what is relative to the
-    recipe's folder."""
+    recipe's folder; named=True for sources that may come as
+    a mapping of names; brief=True for what is left out of stored recipes while it is null."""
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -86,6 +87,7 @@ class Source:
     weight: float = _f(1.0, "share of the mixture, relative to the other parts", above=0)
     format: Format | None = _f(None, "record format; null: data.format")
     train_on: TrainOn | None = _f(None, "null: data.train_on")
+    name: str | None = _f(None, "of data.valid: figures of the parts with this name are told apart", brief=True)
 
 
 Sources = tuple[Source, ...]
@@ -98,7 +100,9 @@ class Data:
     train: Sources | None = _f(
         None, "path (file, folder, glob, hf://dataset), or a list of {path, weight, format, train_on}"
     )
-    valid: Sources | None = _f(None, "the same for validation; null: a share of train is held out")
+    valid: Sources | None = _f(
+        None, "the same for validation, or a mapping of names to these; null: a share of train is held out", named=True
+    )
     valid_fraction: float = _f(0.01, "share of the documents held out when valid is null", min=0, below=1)
     max_length: int = _f(2048, "tokens a row", min=8)
     format: Format = _f("auto", "record format; auto: detected per file")
@@ -201,7 +205,8 @@ def describe(kind: Any, limits: Any = types.MappingProxyType({})) -> str:
         elif typing.get_origin(one) is Literal:
             words.append(repr(inner[0]) if len(inner) == 1 else "one of " + ", ".join(inner))
         elif one == Sources:
-            words.append("a path, or a list of {path, weight, format, train_on}")
+            names = ", or a mapping of names to these" if limits.get("named") else ""
+            words.append(f"a path, or a list of {{path, weight, format, train_on}}{names}")
         elif typing.get_origin(one) is tuple:
             count = "a list of" if inner[-1] is Ellipsis else f"a list of {len(inner)}:"
             words.append(f"{count} {describe(inner[0], limits)}")
@@ -221,7 +226,8 @@ def _range(limits: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A section or value as JSON-able dicts, lists and scalars."""
+    """A section or value as JSON-able dicts, lists and scalars; `brief` fields only where they are set."""
     if dataclasses.is_dataclass(value):
-        return {name: plain(inner) for name, inner in items(value)}
+        brief = {spec.name for spec in dataclasses.fields(value) if spec.metadata.get("brief")}
+        return {name: plain(inner) for name, inner in items(value) if name not in brief or inner is not None}
     return [plain(inner) for inner in value] if isinstance(value, tuple) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -68,6 +69,8 @@ def _tuple(kind: Any, inner: tuple[Any, ...], node: Node, limits: Mapping[str, A
     if node.null:
         raise ValueError
     variable = inner[-1] is Ellipsis
+    if limits.get("named") and isinstance(node.value, dict) and node.value and not {*node.value} & {*fields(Source)}:
+        return tuple(one for name, entry in node.value.items() for one in _named(name, entry, limits, key))
     entries = node.value if isinstance(node.value, list) else [node] if variable else []
     if (not variable and len(entries) != len(inner)) or (kind == Sources and not entries):
         raise ValueError
@@ -78,6 +81,14 @@ def _tuple(kind: Any, inner: tuple[Any, ...], node: Node, limits: Mapping[str, A
         if errors:
             raise errors[0]
     return tuple(found)
+
+
+def _named(name: str, node: Node, limits: Mapping[str, Any], key: str) -> tuple[Source, ...]:
+    """The sources under one name of a mapping."""
+    found = _typed(Sources, node, limits, f"{key}.{name}")
+    if any(one.name is not None for one in found):
+        raise RecipeError(f"{node.origin}: {key}.{name} holds names of its own", hint="names stand once, as keys")
+    return tuple(dataclasses.replace(one, name=name) for one in found)
 
 
 def _source(node: Node, key: str) -> Source:

@@ -305,19 +305,24 @@ class Loop(Run):
             yield batch
 
     def _evaluate(self) -> None:
-        progress, loader = self.progress, self.valid_loader
-        if loader is None:
+        if not self.valid_loaders:
             return
-        found = evaluate.evaluate(
-            self.model,
-            self._valid_batches(loader),
-            device=self.ranks.device,
-            autocast=self.ranks.autocast,
-            on_event=self.on_event,
-        )
-        self._agree_to_go_on(0, 0)
-        nats, tokens, size = self.ranks.sum(found["nats"], found["tokens"], found["bytes"])
+        progress, sums = self.progress, {}
+        for name, loader in self.valid_loaders.items():
+            found = evaluate.evaluate(
+                self.model,
+                self._valid_batches(loader),
+                device=self.ranks.device,
+                autocast=self.ranks.autocast,
+                on_event=self.on_event,
+            )
+            self._agree_to_go_on(0, 0)
+            sums[name] = self.ranks.sum(found["nats"], found["tokens"], found["bytes"])
+        nats, tokens, size = (sum(part) for part in zip(*sums.values(), strict=True))
         valid = evaluate.summary(nats, int(tokens), int(size))
+        if any(name is not None for name in sums):
+            each = {name or "": evaluate.summary(n, int(t), int(b)) for name, (n, t, b) in sums.items()}
+            valid["sets"] = each
         progress.evaluated, progress.valid = progress.step, {"step": progress.step, **valid}
         if math.isfinite(valid["loss"]) and (progress.best is None or valid["loss"] < progress.best["loss"]):
             progress.best = progress.valid
@@ -330,7 +335,8 @@ class Loop(Run):
             }
             self.metrics.write(row)
             self.on_event({"event": "valid", **row})
-            self._track({k: row[k] for k in ("valid_loss", "perplexity", "bits_per_byte")})
+            sets = {f"bits_per_byte/{name}": one["bits_per_byte"] for name, one in valid.get("sets", {}).items()}
+            self._track({k: row[k] for k in ("valid_loss", "perplexity", "bits_per_byte")} | sets)
 
     def _sample(self) -> None:
         progress, t = self.progress, self.recipe.train
@@ -366,6 +372,7 @@ class Loop(Run):
             "rng": checkpoint.rng_state(),
             "rows": self.rows,
             "model_path": self.model_path,
+            "kind": self.kind.label,
         }
         checkpoint.save(
             self.run_dir,

@@ -23,6 +23,8 @@ METRICS, SAMPLES, PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -4,6 +4,7 @@ back.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 
 from moai_core import checkpoint, storage
 from moai_core.data.loader import make_loader
+from moai_core.errors import UsageError
 from moai_core.recipe import Recipe
 from moai_core.training import metrics, optim, setup, track
 from moai_core.training import resume as resuming
@@ -91,7 +93,7 @@ class Run:
         start = ranks.main_first(lambda: resuming.find_start(self.run_dir, resume, self.on_event))
         saved = ranks.main_first(lambda: self._open_model(start.step_dir, model_path, dtype, resume))
         self.loader = ranks.main_first(lambda: self._loader("train"))
-        self.valid_loader = ranks.main_first(lambda: self._loader("valid")) if recipe.train.eval_every else None
+        self.valid_loaders = self._valid_loaders() if recipe.train.eval_every else {}
         self.steps = ranks.main_first(lambda: setup.total_steps(recipe, self.loader.len_rows, self.rows))
         self.parallel = ranks.prepare(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -152,16 +154,32 @@ class Run:
                 self.run_dir.rmdir()
 
     def _agree(self, trainer: dict[str, Any], step_dir: Path, *, explicit: bool) -> None:
+        if (before := trainer.get("kind", "")) != self.kind.label:
+            raise UsageError(
+                f"{step_dir} was trained as {before or 'a plain model'}, not as {self.kind.label or 'one'}",
+                hint="train in another folder with --output",
+            )
         differ = resuming.check_agreement(
             self.recipe, trainer, step_dir=step_dir, explicit=explicit, rows=self.rows, model_path=self.model_path
         )
         if differ:
             self.on_event({"event": "note", "message": f"resuming with other values of {', '.join(differ)}"})
 
-    def _loader(self, split: str) -> Any:
+    def _valid_loaders(self) -> dict[str | None, Any]:
+        """A loader for each name in data.valid, None for what has no name."""
+        data = self.recipe.data
+        made = {}
+        for name in dict.fromkeys(source.name for source in data.valid or ()) or [None]:
+            chosen = data.valid and tuple(source for source in data.valid if source.name == name)
+            part = dataclasses.replace(data, valid=chosen)
+            if (loader := self.ranks.main_first(lambda part=part: self._loader("valid", part))) is not None:
+                made[name] = loader
+        return made
+
+    def _loader(self, split: str, data: Any = None) -> Any:
         train = self.recipe.train
         return make_loader(
-            self.recipe.data,
+            self.recipe.data if data is None else data,
             self.tokenizer,
             split=split,
             batch_size=train.batch_size,

@@ -179,6 +179,8 @@ class Kind:
     load: Callable[[Path, Recipe, Any, torch.dtype, Any], Any]
     ready: Callable[[Any, Recipe, torch.dtype], None]
     flops: Callable[[Any], int]
+    # What the recipe doesn't say of the run, for people: a run goes on only under the same.
+    label: str = ""
 
 
 MAMBA = Kind(new_model, load_model, make_ready, lambda model: plan.flops_per_token(model.config.numbers())["training"])
