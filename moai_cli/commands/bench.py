@@ -1,17 +1,16 @@
-"""`moai bench`, `moai bench scan`, `moai bench train`: how fast moai is on this machine, and others beside it."""
+"""`moai bench`, `moai bench scan`, `moai bench train`: how fast moai is on this machine, and others beside it. What a
+model is worth is measured by the subcommands of moai_cli/quality.py.
+"""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from moai_cli.console import clean, console, err, note, print_json, progress, table, warn
+from moai_cli import quality
+from moai_cli.figures import show as _show
 from moai_cli.options import Device, Json
 from moai_core.errors import UsageError
 
@@ -46,7 +45,7 @@ def bench(
     json: Json = False,
     markdown: Markdown = False,
 ) -> None:
-    """Measure speed: Mamba against attention over the sequence length; the scan; a training step.
+    """Measure speed: Mamba against attention over the sequence length; the scan; a training step. And quality.
 
     Without a subcommand: the scan and one layer of a model against attention and an attention layer of the same width,
     at lengths that double up to --seq-len. Short sequences favour attention, long ones Mamba.
@@ -236,57 +235,5 @@ def train(
     _show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)
 
 
-def _show(run: Callable[..., dict[str, Any]], tables: Callable[[Any], list[Any]], json: bool, markdown: bool) -> None:
-    """Runs with a bar, then prints the report as tables, JSON or Markdown."""
-    if json and markdown:
-        raise UsageError("--json and --markdown don't go together", hint="leave one of them out")
-    from moai_core.bench import report
-
-    with _Bar() as bar:
-        found = run(command=report.typed("moai", sys.argv[1:]), on_event=bar)
-    if json:
-        return print_json(found)
-    for text in report.warnings(found["environment"]):
-        warn(text)
-    if markdown:
-        typer.echo(clean(report.markdown(found["environment"], tables(found), found["notes"])), nl=False)
-        return note(f"curves: {found['plot']}") if found.get("plot") else None
-    console.print(f"[dim]{escape(report.headline(found['environment']))}[/]")
-    for one in tables(found):
-        console.print()
-        lines = report.plain(one).split("\n")
-        if max(map(len, lines[bool(one.title) :])) <= console.width:
-            table(one.columns, one.rows, title=escape(one.title) or None, right=one.right)
-        else:  # cells folded to two letters a line are worse than a long line
-            typer.echo(clean("\n".join(lines)))
-    if found["notes"]:
-        console.print()
-    for text in found["notes"]:
-        console.print(escape(clean(text)))
-    if found.get("plot"):
-        console.print(f"\ncurves: {escape(found['plot'])}")
-
-
-class _Bar:
-    """A context manager that is also the `on_event` of a benchmark: a bar on a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        self._bar = progress()
-        self._task = self._bar.add_task("starting", total=None)
-        self._shown = time.monotonic()
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        if event["event"] != "progress":
-            return
-        done, total, task = event["done"], event["total"], escape(event["task"])
-        self._bar.update(self._task, description=task, completed=done, total=total)
-        if not err.is_terminal and done < total and time.monotonic() - self._shown > 10:
-            self._shown = time.monotonic()
-            note(f"{done}/{total} {event['task']}")
+for _command in (quality.twin, quality.context, quality.needle, quality.samples):
+    app.command()(_command)
