@@ -2,22 +2,13 @@
 
 float32 and, converted at the door, bfloat16 and float16; everything is computed in float32. Results are the same bits
 for any number of threads. Leaves out float64 (the reference does it) and second derivatives.
-
-Threads: a kernel runs in torch's own OpenMP team, called through `GOMP_parallel`. A pool of our own would fight with
-that team, whose threads spin for milliseconds after each matrix product (measured: with a pool of our own two threads
-were no faster than one). Where the symbol doesn't exist (macOS, Windows) there is a pool of Python threads. In a
-forked child torch's team is gone: there one thread works.
+Threads and compilation: moai_core/cpu.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moai_core.paths import cache_dir
+from moai_core import cpu
 
-_SMALL = 1 << 16  # states or taps; below it a second thread costs more than it gives
-_forked = False
+_KERNELS = "moai_core.scan.cpu_kernels"
 
 
 def why_not(device: torch.device, dtype: torch.dtype, **needs: object) -> str | None:
@@ -37,7 +27,7 @@ def why_not(device: torch.device, dtype: torch.dtype, **needs: object) -> str | 
         return f"it runs on the CPU only, not on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes in float32, and {dtype} would lose precision" if dtype == torch.float64 else f"not {dtype}"
-    return _numba_problem()
+    return cpu.problem()
 
 
 @torch.compiler.disable(reason="its kernels are called by address")
@@ -98,8 +88,8 @@ def step(
     batch, channels = u.shape
     states = A.shape[1]
     y, last = torch.empty_like(u_, memory_format=torch.contiguous_format), torch.empty_like(first)
-    _run(
-        "scan_step", batch * _tiles(channels), batch * channels * states, channels, states,
+    cpu.run(
+        _KERNELS, "scan_step", batch * _tiles(channels), batch * channels * states, channels, states,
         *_at(u_, 1), *_at(dt_, 1), *_at(z_, 1), *_at(B_, 1), *_at(C_, 1),
         *map(_address, (A_, D_, bias_, first, last, y)),
     )  # fmt: skip
@@ -138,8 +128,8 @@ class _Scan(torch.autograd.Function):
         to_A, to_first = u.new_empty(batch, channels, states), u.new_empty(batch, channels, states)
         to_B, to_C = u.new_empty(batch, tiles, length, states), u.new_empty(batch, tiles, length, states)
         to_D, to_bias = u.new_empty(batch, channels), u.new_empty(batch, channels)
-        _run(
-            "scan_backward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
+        cpu.run(
+            _KERNELS, "scan_backward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
             *_at(u), *_at(dt), *_at(z), *_at(B), *_at(C), *map(_address, (A, D, dt_bias, kept)), *_at(g_y),
             *map(_address, (g_last, to_u, to_dt, to_z, to_A, to_B, to_C, to_D, to_bias, to_first)),
         )  # fmt: skip
@@ -165,8 +155,9 @@ class _Conv(torch.autograd.Function):
         g_last = _solid(g_last)
         to_u, to_first = u.new_empty(u.shape), u.new_empty(batch, channels, width - 1)
         to_weight, to_bias = u.new_empty(batch, channels, width), u.new_empty(batch, channels)
-        _run(
-            "conv_backward", batch * _tiles(channels), u.numel() * width, length, channels, width, _address(marks),
+        cpu.run(
+            _KERNELS, "conv_backward", batch * _tiles(channels), u.numel() * width, length, channels, width,
+            _address(marks),
             *_at(u), *map(_address, (weight, bias, state)), *_at(g_y),
             *map(_address, (g_last, to_u, to_weight, to_bias, to_first)),
         )  # fmt: skip
@@ -195,8 +186,8 @@ def _scan_forward(
     states, tiles, kernels = A.shape[1], _tiles(channels), _kernels()
     y, last = u.new_empty(u.shape), u.new_empty(batch, channels, states)
     kept = u.new_empty(batch * tiles, -(-length // kernels.T), states, kernels.W) if keep else None
-    _run(
-        "scan_forward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
+    cpu.run(
+        _KERNELS, "scan_forward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
         *_at(u), *_at(dt), *_at(z), *_at(B), *_at(C), *map(_address, (A, D, dt_bias, state, last, y, kept)),
     )  # fmt: skip
     return y, last, kept
@@ -209,8 +200,9 @@ def _conv_forward(
     batch, length, channels = u.shape
     width = weight.shape[-1]
     y, last = u.new_empty(u.shape), u.new_empty(batch, channels, width - 1)
-    _run(
-        "conv_forward", batch * _tiles(channels), u.numel() * width, length, channels, width, _address(marks),
+    cpu.run(
+        _KERNELS, "conv_forward", batch * _tiles(channels), u.numel() * width, length, channels, width,
+        _address(marks),
         *_at(u), *map(_address, (weight, bias, state, last, y)),
     )  # fmt: skip
     return y, last
@@ -260,82 +252,5 @@ def _tiles(channels: int) -> int:
     return -(-channels // _kernels().W)
 
 
-def _run(name: str, items: int, work: int, *slots: int) -> None:
-    """Calls a kernel with its slots in as many threads as torch uses."""
-    kernel = _entry(name)
-    array = (ctypes.c_int64 * (2 + len(slots)))(0, items, *slots)
-    address = ctypes.addressof(array)
-    threads = 1 if work < _SMALL or _forked else min(torch.get_num_threads(), items)
-    if threads <= 1:
-        kernel(address)
-    elif team := _team():
-        team(kernel, address, threads, 0)
-    else:
-        others = [_pool(threads - 1).submit(kernel, address) for _ in range(threads - 1)]
-        kernel(address)
-        for other in others:
-            other.result()
-
-
-@cache
-def _entry(name: str) -> Any:
-    compiled = getattr(_kernels(), name)()
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-
-
-@cache
-def _team() -> Any:
-    """`GOMP_parallel(function, data, threads, flags)` of the OpenMP library that torch itself uses, or None."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        parallel = ctypes.CDLL(str(library)).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return parallel
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="moai-scan")
-
-
-def _alone() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_alone)
-
-
-@cache
-def _numba_problem() -> str | None:
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        return f"numba can't be imported ({error})"
-    return None
-
-
-@cache
 def _kernels() -> ModuleType:
-    """Imports `cpu_kernels`, numba's settings made first: where it caches, and how wide its vectors are."""
-    from numba.core import codegen, config
-
-    settings: Any = config
-    if not settings.CACHE_DIR:
-        folder = cache_dir() / "kernels"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            settings.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
-        except OSError:
-            settings.CACHE_DIR = ""  # compiled anew in each process
-    # LLVM halves the vectors of processors with AVX-512, since the first of them slowed down at full width. Those that
-    # know vbmi2 (Ice Lake, Zen 4 and later) don't: measured 1.3 times as fast.
-    features = codegen.get_host_cpu_features()
-    if settings.CPU_FEATURES is None and "+avx512vbmi2" in features:
-        settings.CPU_FEATURES = f"{features},-prefer-256-bit"
-    from moai_core.scan import cpu_kernels
-
-    return cpu_kernels
+    return cpu.load(_KERNELS)

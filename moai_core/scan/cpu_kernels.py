@@ -5,11 +5,8 @@ Why numba: it needs no compiler on the user's machine, and its LLVM turns the lo
 full-width vector instructions. Each kernel is compiled once and cached on disk. Leaves out torch altogether: `cpu`
 owns tensors, autograd and threads.
 
-How a kernel is called: with the address of an array of 64-bit integers (addresses, byte strides, sizes), in any
-number of threads at once. Slot 0 counts the work items taken, slot 1 says how many there are; each thread takes the
-next item until none is left. An item is one batch row times one tile of W channels, and what it computes doesn't
-depend on the thread, so results are the same bits for any number of threads. Sums over tiles and rows are left to the
-caller, in a fixed order.
+An item of work (moai_core/cpu) is one batch row times one tile of W channels. Sums over tiles and rows are left to
+the caller, in a fixed order.
 
 How the scan is laid out: channels lie in vector lanes, the states of a tile stay in the first-level cache, time runs
 sequentially. Softplus, gate and skip happen once a token at the edge of a chunk of T tokens, outside the loop over
@@ -25,15 +22,26 @@ the kernels x_b and x_t are the byte strides of x over batch and time; channels 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.core import cgutils, config
-from numba.extending import intrinsic as numba_intrinsic
+from numba import carray, types
+from numba.core import cgutils
+
+from moai_core.cpu.instructions import (
+    bits_of,
+    bytes_at,
+    float_of,
+    floats_at,
+    intrinsic,
+    kernel,
+    plain,
+    summing,
+    take,
+    tiny,
+)
 
 W = 128
 T = 16
@@ -50,53 +58,6 @@ P1, P2, P3 = f32(0.6931470036506653), f32(0.24022242426872253), f32(0.0555073358
 P4, P5 = f32(0.009671512991189957), f32(0.001326472731307149)
 # log(1 + e) = 2 artanh(s) with s = e / (2 + e), the series up to the 13th power
 S3, S5, S7, S9, S11, S13 = (f32(1 / n) for n in (3, 5, 7, 9, 11, 13))
-
-intrinsic: Any = numba_intrinsic  # its type says nothing about the call from compiled code
-tiny = njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
-plain = njit(fastmath={"contract"}, error_model="numpy")
-summing = njit(fastmath={"contract", "reassoc"}, error_model="numpy")
-
-
-def kernel(function: Any) -> Any:
-    """A function that returns the C function `void f(int64_t *slots)`: compiled, or read from disk, at first use."""
-
-    @functools.cache
-    def compiled() -> Any:
-        return cfunc(types.void(types.CPointer(types.int64)), cache=bool(getattr(config, "CACHE_DIR", "")))(function)
-
-    return compiled
-
-
-@intrinsic
-def bits_of(typing: Any, x: Any) -> Any:
-    return types.int32(types.float32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def float_of(typing: Any, x: Any) -> Any:
-    return types.float32(types.int32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def floats_at(typing: Any, address: Any) -> Any:
-    pointer = types.CPointer(types.float32)
-    return pointer(types.int64), lambda ctx, builder, sig, args: builder.inttoptr(args[0], ctx.get_value_type(pointer))
-
-
-@intrinsic
-def bytes_at(typing: Any, address: Any) -> Any:
-    pointer = types.CPointer(types.int8)
-    return pointer(types.int64), lambda ctx, builder, sig, args: builder.inttoptr(args[0], ctx.get_value_type(pointer))
-
-
-@intrinsic
-def take(typing: Any, slots: Any) -> Any:
-    """The next work item: slots[0]++, atomically."""
-
-    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.CPointer(types.int64)), codegen
 
 
 @intrinsic

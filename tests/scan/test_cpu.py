@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from moai_core import cpu as machine
 from moai_core.scan import cpu, reference, scan
 
 
@@ -29,7 +30,7 @@ def everything(inputs, seq_idx=None, backend="cpu"):
 
 
 def test_same_bits_for_any_number_of_threads_and_every_time(oracle, threads, monkeypatch):
-    monkeypatch.setattr(cpu, "_SMALL", 0)
+    monkeypatch.setattr(machine, "SMALL", 0)
     inputs, numbers = oracle.problem(3, 35, 260, 4, packed=True)
     given, numbers = oracle.tensors(inputs), torch.tensor(numbers)
     runs = []
@@ -41,15 +42,15 @@ def test_same_bits_for_any_number_of_threads_and_every_time(oracle, threads, mon
 
 
 def test_python_threads_do_the_work_where_openmp_is_out_of_reach(oracle, threads, monkeypatch):
-    monkeypatch.setattr(cpu, "_SMALL", 0)
+    monkeypatch.setattr(machine, "SMALL", 0)
     inputs, _ = oracle.problem(2, 35, 260, 4)
     given = oracle.tensors(inputs)
     threads(1)
     wanted = everything(given)
     threads(3)
-    monkeypatch.setattr(cpu, "_team", lambda: None)
+    monkeypatch.setattr(machine, "_team", lambda: None)
     assert all(torch.equal(a, b) for a, b in zip(everything(given), wanted, strict=True))
-    assert cpu._pool.cache_info().currsize == 1
+    assert machine._pool.cache_info().currsize == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -58,7 +59,8 @@ def test_a_forked_child_computes_the_same(team):
     """The parent's threads don't exist in the child: who waits for them hangs. A fresh process, so a hang is ours."""
     program = f"""
 import os, torch
-from moai_core.scan import cpu, scan
+from moai_core import cpu
+from moai_core.scan import scan
 if not {team}:
     cpu._team = lambda: None
 torch.set_num_threads(2)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moai_core import cpu as machine
 from moai_core import scan as package
 from moai_core.errors import UsageError
 from moai_core.scan import BACKENDS, conv, conv_step, explain, pick, scan, step
@@ -71,7 +72,7 @@ def test_integers_suit_no_backend():
 
 def test_without_numba_the_reason_is_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "numba", None)
-    package.cpu._numba_problem.cache_clear()
+    machine.problem.cache_clear()
     pick.cache_clear()
     try:
         assert "numba can't be imported" in dict(explain("cpu"))["cpu"]
@@ -79,7 +80,7 @@ def test_without_numba_the_reason_is_said(monkeypatch):
         with pytest.raises(UsageError, match="scan backend 'cpu' can't be used here: numba can't be imported"):
             pick("cpu", backend="cpu")
     finally:
-        package.cpu._numba_problem.cache_clear()
+        machine.problem.cache_clear()
         pick.cache_clear()
 
 

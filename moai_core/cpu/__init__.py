@@ -1,0 +1,126 @@
+"""Machine code on processors: how kernels written as numba functions are compiled, cached and run in torch's threads.
+
+    run(name of a module, name of its kernel, items, work, *slots)
+
+A kernel (`instructions.kernel`) is called with the address of an array of 64-bit integers, in any number of threads at
+once: slot 0 counts the work items taken, slot 1 says how many there are, the rest are addresses, sizes and strides.
+What an item computes must not depend on the thread that takes it, so that results are the same bits for any number of
+threads. Nothing here knows what is computed: scan/cpu.py and quant/cpu.py do.
+
+Threads: a kernel runs in torch's own OpenMP team, called through `GOMP_parallel`. A pool of our own would fight with
+that team, whose threads spin for milliseconds after each matrix product (measured: with a pool of our own two threads
+were no faster than one). Where the symbol doesn't exist (macOS, Windows) there is a pool of Python threads. In a
+forked child torch's team is gone: there one thread works.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from moai_core.paths import cache_dir
+
+# Elementary operations; below it a second thread costs more than it gives.
+SMALL = 1 << 16
+_forked = False
+
+
+def run(module: str, name: str, items: int, work: int, *slots: int) -> None:
+    """Calls a kernel with its slots in as many threads as torch uses, in one if there is little work."""
+    kernel = entry(module, name)
+    array = (ctypes.c_int64 * (2 + len(slots)))(0, items, *slots)
+    address = ctypes.addressof(array)
+    threads = 1 if work < SMALL or _forked else min(torch.get_num_threads(), items)
+    if threads <= 1:
+        kernel(address)
+    elif team := _team():
+        team(kernel, address, threads, 0)
+    else:
+        others = [_pool(threads - 1).submit(kernel, address) for _ in range(threads - 1)]
+        kernel(address)
+        for other in others:
+            other.result()
+
+
+@cache
+def entry(module: str, name: str) -> Any:
+    """The C function of a kernel: compiled, or read from disk, at first use."""
+    compiled = getattr(load(module), name)()
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+
+
+@cache
+def load(module: str) -> ModuleType:
+    """Imports a module of kernels, numba's settings made first."""
+    settings()
+    return import_module(module)
+
+
+@cache
+def problem() -> str | None:
+    """Why there is no numba here; None where there is."""
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        return f"numba can't be imported ({error})"
+    return None
+
+
+@cache
+def settings() -> None:
+    """Where numba caches, and how wide its vectors are; before it compiles anything."""
+    from numba.core import codegen, config
+
+    values: Any = config
+    folder = Path(values.CACHE_DIR or cache_dir() / "kernels") / _sources()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        values.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
+    except OSError:
+        values.CACHE_DIR = ""  # compiled anew in each process
+    # LLVM halves the vectors of processors with AVX-512, since the first of them slowed down at full width. Those that
+    # know vbmi2 (Ice Lake, Zen 4 and later) don't: measured 1.3 times as fast.
+    features = codegen.get_host_cpu_features()
+    if values.CPU_FEATURES is None and "+avx512vbmi2" in features:
+        values.CPU_FEATURES = f"{features},-prefer-256-bit"
+
+
+def _sources() -> str:
+    """A name that changes with the instructions that kernels are made of: numba looks at a kernel's own file only."""
+    own = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:16]
+
+
+@cache
+def _team() -> Any:
+    """`GOMP_parallel(function, data, threads, flags)` of the OpenMP library that torch itself uses, or None."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="moai")
+
+
+def _alone() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_alone)
