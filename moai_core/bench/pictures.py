@@ -58,8 +58,13 @@ def heatmaps(
     title: str,
 ) -> None:  # fmt: skip
     """One map of shares (0 to 1; rows y, columns x) a panel, on one scale. Raises StorageError."""
-    figure, canvas = _figure(len(panels), 1.5 + 0.75 * len(x), 1.6 + 0.5 * len(y))
-    for axes, (name, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    figure, canvas = _figure(across, 1.5 + 0.75 * len(x), down * (1.6 + 0.5 * len(y)))
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (name, values) in zip(grid, panels.items(), strict=False):
         axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for row, line in enumerate(values):
             for column, value in enumerate(line):
@@ -84,7 +89,7 @@ def _figure(panels: int, width: float, height: float) -> tuple[Any, Any]:
 
 def _write(path: Path, figure: Any, canvas: Any, title: str) -> None:
     # The fonts that matplotlib carries have no CJK glyphs.
-    wide = int(18 * figure.get_figwidth())
+    wide = int(14 * figure.get_figwidth())
     figure.suptitle(textwrap.fill(title.encode("ascii", "replace").decode(), max(40, wide)), fontsize=8)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
