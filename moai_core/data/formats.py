@@ -1,17 +1,19 @@
-"""One reader a file format, streaming: txt, md, jsonl, json arrays, parquet; all but the last also as .gz and .zst.
+"""One reader a file format, streaming: txt, md, jsonl, json arrays, csv, tsv, parquet; all but the last also as .gz and
+.zst.
 
 One .txt or .md file is ONE document (paragraphs belong together); a line that holds only `<|endoftext|>` separates
-documents inside a file. .jsonl has one record a line, .json an array of records (or one record a line), .parquet one
-a row. UTF-8 only (a byte order mark is fine); CRLF counts as a line end.
+documents inside a file. .jsonl has one record a line, .json an array of records (or one record a line), .csv, .tsv and
+.parquet one a row under the names of the first. UTF-8 only (a byte order mark is fine); CRLF counts as a line end.
 
 Bad lines go to `Problems`. Damage of the container (truncated gzip, broken parquet, an array that ends early) always
 raises DataError: what follows it can't be trusted. Memory stays bounded: texts longer than `TEXT_PART` come in parts,
 cut at a line break, and a record may have at most `MAX_RECORD` bytes. Sources: RFC 1952 (gzip), RFC 8878 (zstd), RFC
-8259 (JSON), jsonlines.org."""
+8259 (JSON), jsonlines.org, RFC 4180 (CSV)."""
 
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 import os
 import zlib
@@ -37,6 +39,8 @@ def read_records(path: Path, ending: str, problems: Problems) -> Iterator[tuple[
     if ending == ".parquet":
         return _parquet(path, problems)
     blocks = _blocks(path, problems)
+    if ending in (".csv", ".tsv"):
+        return _rows(path, blocks, "\t" if ending == ".tsv" else ",", problems)
     if ending == ".json":
         first = b""
         for block in blocks:
@@ -253,6 +257,31 @@ def _array(path: Path, blocks: Iterator[bytes]) -> Iterator[tuple[str, int, Any]
             raise DataError(f"{path}:{array.line}: {why}")
     if array.sign():
         raise DataError(f"{path}:{array.line}: text after the end of the array")
+
+
+def _rows(path: Path, blocks: Iterable[bytes], comma: str, problems: Problems) -> Iterator[tuple[str, int, Any]]:
+    """Rows as {name in the first row: text}. A row of another length is bad; an open quote damages what follows."""
+    text = (_decoded(path, number, offset, raw) for number, offset, raw in _lines(path, blocks))
+    rows, names, began = csv.reader(text, delimiter=comma, strict=True), None, 1
+    try:
+        for row in rows:
+            if names is None:
+                names = row
+            elif len(row) == len(names):
+                yield str(path), began, dict(zip(names, row, strict=True))
+            elif row:
+                problems.bad(str(path), began, f"{len(row)} fields, the first row has {len(names)}")
+            began = rows.line_num + 1
+    except csv.Error as exc:
+        hint = "a quote inside a field is written twice"
+        raise DataError(f"{path}:{began}: not valid CSV ({exc})", hint=hint) from exc
+
+
+def _decoded(path: Path, number: int, offset: int, raw: bytes) -> str:
+    try:
+        return _decode(raw, offset) + "\n"
+    except BadRecord as exc:  # a row may go on over lines, so none can be left out
+        raise DataError(f"{path}:{number}: {exc}") from exc
 
 
 def _parquet(path: Path, problems: Problems) -> Iterator[tuple[str, int, Any]]:

@@ -19,8 +19,8 @@ from moai_core.errors import DataError, UsageError, storage_error
 
 __all__ = ["Problems", "check_format", "documents_of", "find_files", "left_out", "read_documents", "suffix"]
 
-SUFFIXES = (*TEXT, ".jsonl", ".ndjson", ".json", ".parquet")
-_EXPECTED = "txt, md, jsonl, json or parquet, all but the last also as .gz or .zst"
+SUFFIXES = (*TEXT, ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_EXPECTED = "txt, md, jsonl, json, csv, tsv or parquet, all but the last also as .gz or .zst"
 
 
 def check_format(format: str) -> str:
