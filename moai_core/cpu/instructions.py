@@ -191,8 +191,11 @@ def fetch(builder: Any, address: Any, locality: int) -> None:
     builder.call(line, [builder.inttoptr(address, pointer), *(ir.Constant(i32, n) for n in (0, locality, 1))])
 
 
-def dot4(builder: Any, total: Any, u: Any, s: Any) -> Any:
-    """total[i] += sum over j < 4 of u[4 i + j] s[4 i + j]: u unsigned unless SIGNED, s signed 8-bit numbers."""
+def dot4(builder: Any, total: Any, u: Any, s: Any, *, nibbles: bool) -> Any:
+    """total[i] += sum over j < 4 of u[4 i + j] s[4 i + j]: u unsigned unless SIGNED, s signed 8-bit numbers.
+
+    nibbles: u is at most 15.
+    """
     u, s = (builder.bitcast(x, Ints.llvm) for x in (u, s))
     if DOT == "generic":
         for j in range(4):
@@ -212,14 +215,26 @@ def dot4(builder: Any, total: Any, u: Any, s: Any) -> Any:
         elif DOT == "avxvnni":
             parts.append(_assembly(builder, "{vex} vpdpbusd $3, $2, $0", "=x,0,x,x", t, a, b))
         else:
-            pairs = _assembly(builder, "vpmaddubsw $2, $1, $0", "=x,x,x", a, b)
-            ones = constant(pairs.type, 0x00010001)
-            parts.append(builder.add(t, _assembly(builder, "vpmaddwd $2, $1, $0", "=x,x,x", pairs, ones)))
+            parts.append(_dot_avx2(builder, t, a, b, nibbles))
     while len(parts) > 1:
         count = 2 * parts[0].type.count
         whole = ir.Constant(ir.VectorType(i32, count), list(range(count)))
         parts = [builder.shuffle_vector(a, b, whole) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
+
+
+def _dot_avx2(builder: Any, total: Any, u: Any, s: Any, nibbles: bool) -> Any:
+    """Sums of two products must fit 16 bits, so larger numbers are taken in halves."""
+    mask = constant(u.type, 0x0F0F0F0F)
+    halves = [(u, 0x00010001)]
+    if not nibbles:
+        halves = [(builder.and_(u, mask), 0x00010001)]
+        halves += [(builder.and_(builder.lshr(u, constant(u.type, 4)), mask), 0x00100010)]
+    for half, weight in halves:
+        pairs = _assembly(builder, "vpmaddubsw $2, $1, $0", "=x,x,x", half, s)
+        sums = _assembly(builder, "vpmaddwd $2, $1, $0", "=x,x,x", pairs, constant(u.type, weight))
+        total = builder.add(total, sums)
+    return total
 
 
 def _assembly(builder: Any, text: str, constraints: str, *values: Any) -> Any:

@@ -152,7 +152,7 @@ def _dots(bits: int, rows: int) -> Callable[..., Any]:
                         address = plus(builder.add(row, plane) if p else row, 4 * c)
                         s = code.splat(builder, code.read(builder, address, i32))
                         slot = sums[r, p, c % chains]
-                        builder.store(code.dot4(builder, builder.load(slot), u, s), slot)
+                        builder.store(code.dot4(builder, builder.load(slot), u, s, nibbles=bits == 4), slot)
         for r in range(rows):
             high, low = (_total(builder, [sums[r, p, c] for c in range(chains)]) for p in range(2))
             both = builder.add(builder.shl(high, ir.Constant(code.Ints.llvm, [8] * 16)), low)
