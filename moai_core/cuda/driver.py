@@ -24,6 +24,8 @@ _CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 # CUlaunchConfig: grid and block (three numbers each), bytes of shared memory, stream, attributes and their count.
 _CONFIG = struct.Struct("7I4xQQI4x")
 _WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory that every launch may have
+# CUlaunchAttribute, of 72 bytes: programmatic stream serialization (6), allowed.
+_OVERLAP = ctypes.create_string_buffer(struct.pack("I4xi", 6, 1), 72)
 
 
 @lru_cache(maxsize=1)
@@ -116,13 +118,20 @@ class Kernel:
         self._lock = threading.Lock()
 
     def __call__(
-        self, grid: int | tuple[int, int, int], block: int, *args: Tensor | int | float | None, shared: int = 0
+        self,
+        grid: int | tuple[int, int, int],
+        block: int,
+        *args: Tensor | int | float | None,
+        shared: int = 0,
+        overlap: bool = False,
     ) -> None:
         """Launch on torch's current stream of this GPU.
 
         grid: blocks, as a number or (x, y, z); block: threads of each; shared: bytes of dynamic shared memory.
-        args: a tensor of this GPU gives its address, None a null pointer, int a `long long`, float a `float`. Raises
-        RuntimeError with CUDA's reason when the launch is refused (an earlier kernel's fault is reported here too).
+        args: a tensor of this GPU gives its address, None a null pointer, int a `long long`, float a `float`.
+        overlap: blocks may begin before the kernel in front of this one has ended (compute capability 9.0; the kernel
+        says in its code from where on it needs the other's results). Raises RuntimeError with CUDA's reason when the
+        launch is refused (an earlier kernel's fault is reported here too).
         """
         x, y, z = grid if isinstance(grid, tuple) else (grid, 1, 1)
         index = self._index
@@ -140,7 +149,8 @@ class Kernel:
             if shared > self._shared:
                 self._allow(shared)
             self._values.pack_into(self._slots, 0, *values)  # type: ignore[union-attr]
-            _CONFIG.pack_into(self._config, 0, x, y, z, block, 1, 1, shared, stream, 0, 0)
+            attributes = (ctypes.addressof(_OVERLAP), 1) if overlap else (0, 0)
+            _CONFIG.pack_into(self._config, 0, x, y, z, block, 1, 1, shared, stream, *attributes)
             self._current(self._here_ref)
             if self._here.value == self._context:
                 status = self._launch(self._config_ref, self._function, self._pointers, None)

@@ -1,0 +1,221 @@
+// moai: kernels decode_embed, decode_norm, decode_mix, decode_scan
+// moai: macros T=bf16 R=bf16 FORMAT=Plain S=float N=16 RANK=128 NORMS=1 MIXED=0
+// moai: macros T=bf16 R=float FORMAT=Int8 S=fp16 N=16 RANK=256 NORMS=1 MIXED=1
+// moai: macros T=float R=float FORMAT=Plain S=float N=8 RANK=7 NORMS=0 MIXED=0
+// moai: macros T=fp16 R=fp16 FORMAT=Int4 S=fp16 N=64 RANK=20 NORMS=1 MIXED=0
+//
+// What stands between the matrix products of a step of generation for one token a row:
+//
+//   decode_embed  the embedding's row of each token begins the residual stream
+//   decode_norm   (wide batches) residual += sums of the product before, then its RMSNorm
+//   decode_mix    (wide batches) the sums of x_proj to dt's vector, B and C, with their norms
+//   decode_scan   dt_proj, softplus, the selective scan's step, the gate; for few rows also what decode_mix does
+//
+// Source of the scan: arXiv 2312.00752, algorithm 2. Results are rounded where the model rounds, between operations.
+//
+//   T  type of activations and weights      R  type of the residual stream      FORMAT, S  of the embedding
+//   N  states of a channel                  RANK  of dt                         NORMS  on dt, B and C
+//   MIXED  1: decode_mix has been there
+#include "decode.cuh"
+
+constexpr int THREADS = 256, WARPS = 8;
+constexpr int PIECE = 16 / sizeof(T);
+constexpr int MIX = RANK + 2 * N;
+
+// Grid: a block a row. group: columns that share a scale.
+extern "C" __global__ void __launch_bounds__(THREADS)
+decode_embed(const int64* tokens, const unsigned char* weight, const S* scales, const fp16* zeros, R* residual,
+             int64 row_bytes, int64 H, int64 group, int64 groups) {
+  let_next_begin();
+  const int64 token = tokens[blockIdx.x];
+  const unsigned char* row = weight + token * row_bytes;
+  for (int64 c = threadIdx.x; c < H; c += THREADS) {
+    float value;
+    if constexpr (FORMAT<T>::BITS == 4) {
+      const float code = (float)(row[c / 2] >> (c % 2 * 4) & 15);
+      value = code - (zeros ? to_float(zeros[token * groups + c / group]) : 8.0f);
+    } else if constexpr (FORMAT<T>::BITS == 8) {
+      value = (float)(signed char)row[c];
+    } else {
+      value = to_float(((const T*)row)[c]);
+    }
+    if constexpr (FORMAT<T>::BITS < 16) value = rounded<T>(value * to_float(scales[token * groups + c / group]));
+    residual[blockIdx.x * H + c] = from_float<R>(value);
+  }
+}
+
+// Grid: a block a row. partial (slices, batch, H) fp32, or null.
+extern "C" __global__ void __launch_bounds__(THREADS)
+decode_norm(R* residual, const float* partial, const T* weight, T* y, int64 H, int64 slices, float eps) {
+  __shared__ float scratch[WARPS];
+  wait_for_previous();
+  let_next_begin();
+  R* row = residual + blockIdx.x * H;
+  float sum = 0.0f, v[PIECE];
+  for (int64 at = (int64)threadIdx.x * PIECE; at < H; at += THREADS * PIECE) {
+    load_piece<R, PIECE>(v, row + at);
+    if (partial) {
+      float total[PIECE] = {};
+      for (int64 slice = 0; slice < slices; slice++) {
+        float part[PIECE];
+        load_piece<float, PIECE>(part, partial + (slice * gridDim.x + blockIdx.x) * H + at);
+#pragma unroll
+        for (int i = 0; i < PIECE; i++) total[i] += part[i];
+      }
+#pragma unroll
+      for (int i = 0; i < PIECE; i++) {
+        const R stored = from_float<R>(v[i] + rounded<T>(total[i]));
+        row[at + i] = stored, v[i] = to_float(stored);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < PIECE; i++) sum += v[i] * v[i];
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
+  __syncthreads();
+  const float rstd = rstd_of(scratch, H, eps);
+  for (int64 at = (int64)threadIdx.x * PIECE; at < H; at += THREADS * PIECE) {  // what this thread wrote itself
+    load_piece<R, PIECE>(v, row + at);
+#pragma unroll
+    for (int i = 0; i < PIECE; i++)
+      y[blockIdx.x * H + at + i] = from_float<T>(v[i] * rstd * to_float(weight[at + i]));
+  }
+}
+
+// ---- dt's vector, B and C of `count` rows from the sums of x_proj, into mixed[row][MIX].
+
+struct Norms {
+  const T *dt, *B, *C;
+  float eps;
+};
+
+DEVICE void mix(float* mixed, float* rstd, const float* partial, const Norms& norms, int64 slices, int64 batch,
+                int64 first, int count) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int i = threadIdx.x; i < count * MIX; i += THREADS) {
+    const int64 at = (first + i / MIX) * MIX + i % MIX;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int64 slice = 0; slice < slices; slice++) sum += load_fresh_float(partial + slice * batch * MIX + at);
+    mixed[i] = rounded<T>(sum);
+  }
+  __syncthreads();
+  if constexpr (NORMS) {
+    for (int part = warp; part < count * 3; part += WARPS) {
+      const int which = part % 3, size = which ? N : RANK;
+      const float* row = mixed + part / 3 * MIX + (which ? RANK + (which - 1) * N : 0);
+      float sum = 0.0f;
+      for (int k = lane; k < size; k += 32) sum += row[k] * row[k];
+      sum = warp_sum(sum);
+      if (lane == 0) rstd[part] = rsqrtf(sum / (float)size + norms.eps);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * MIX; i += THREADS) {
+      const int k = i % MIX, which = k < RANK ? 0 : k < RANK + N ? 1 : 2;
+      const T* weight = which == 0 ? norms.dt + k : which == 1 ? norms.B + (k - RANK) : norms.C + (k - RANK - N);
+      mixed[i] = rounded<T>(mixed[i] * rstd[i / MIX * 3 + which] * to_float(*weight));
+    }
+    __syncthreads();
+  }
+}
+
+// Grid: a block a row.
+extern "C" __global__ void __launch_bounds__(THREADS)
+decode_mix(const float* partial, const T* norm_dt, const T* norm_B, const T* norm_C, float* mixed, int64 slices,
+           int64 batch, float eps) {
+  __shared__ float row[MIX], rstd[3];
+  wait_for_previous();
+  let_next_begin();
+  mix(row, rstd, partial, Norms{norm_dt, norm_B, norm_C, eps}, slices, batch, blockIdx.x, 1);
+  for (int k = threadIdx.x; k < MIX; k += THREADS) mixed[blockIdx.x * MIX + k] = row[k];
+}
+
+// ---- The step
+
+constexpr int CHANNELS = 32;  // of a block; 8 threads each for dt_proj
+constexpr int ROWS = 8;       // of a block at most
+constexpr int VEC = RANK % PIECE == 0 ? PIECE : 1;
+constexpr int PER = (RANK + 8 * VEC - 1) / (8 * VEC);  // vectors of dt_proj's row that a thread has
+constexpr int LANES = N / 4;                           // threads that share a channel's states
+
+// Grid: x 32 channels each, y 8 rows each. A_log2: -exp(A_log) log2(e), (I, N). Shared memory: mixed, ROWS MIX floats.
+extern "C" __global__ void __launch_bounds__(THREADS)
+decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* norm_C, const T* dt_weight,
+            const float* dt_bias, const float* A_log2, const float* D, const T* u, const T* z, const float* state,
+            float* next_state, T* y, const unsigned char* ahead, int64 ahead_bytes, int64 slices, int64 batch, int64 I,
+            float eps) {
+  extern __shared__ float mixed[];
+  __shared__ float rstd[3 * ROWS], steps[ROWS][CHANNELS];
+  const int64 first = (int64)blockIdx.x * CHANNELS, row0 = (int64)blockIdx.y * ROWS;
+  const int rows = (int)(batch - row0 < ROWS ? batch - row0 : ROWS);
+
+  // What the previous kernels have no part in: weights, and the state that the last step left.
+  const int own = threadIdx.x / 8, part = threadIdx.x % 8;
+  const int64 channel = first + own < I ? first + own : I - 1;
+  Vec<T, VEC> w[PER];
+#pragma unroll
+  for (int i = 0; i < PER; i++) {
+    const int k = (i * 8 + part) * VEC;
+    w[i] = k < RANK ? load_vec<T, VEC>(dt_weight + channel * RANK + k) : Vec<T, VEC>{};
+  }
+  const float bias = dt_bias[channel];
+  for (int64 i = threadIdx.x; i < (int64)CHANNELS * N / 32; i += THREADS) {  // lines of 128 bytes
+    const int64 at = first * N + i * 32;
+    if (at >= I * N) break;
+    prefetch_line(A_log2 + at);
+    for (int m = 0; m < rows; m++) prefetch_line(state + (row0 + m) * I * N + at);
+  }
+  if (ahead && threadIdx.x < 32) {
+    constexpr int64 RUN = 4096;
+    const int64 block = (int64)blockIdx.y * gridDim.x + blockIdx.x, blocks = (int64)gridDim.x * gridDim.y;
+    for (int64 at = (block * 32 + threadIdx.x) * RUN; at < ahead_bytes; at += blocks * 32 * RUN)
+      prefetch_run(ahead + at, (uint32)(ahead_bytes - at < RUN ? ahead_bytes - at : RUN));
+  }
+
+  wait_for_previous();
+  let_next_begin();
+  if constexpr (MIXED) {
+    for (int i = threadIdx.x; i < rows * MIX; i += THREADS) mixed[i] = load_fresh_float(partial + row0 * MIX + i);
+    __syncthreads();
+  } else {
+    mix(mixed, rstd, partial, Norms{norm_dt, norm_B, norm_C, eps}, slices, batch, row0, rows);
+  }
+  for (int m = 0; m < rows; m++) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      const int k = (i * 8 + part) * VEC;
+#pragma unroll
+      for (int j = 0; j < VEC; j++) sum += k + j < RANK ? to_float(w[i].at[j]) * mixed[m * MIX + k + j] : 0.0f;
+    }
+#pragma unroll
+    for (int other = 4; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+    if (part == 0) steps[m][own] = softplus(rounded<T>(sum) + bias);
+  }
+  __syncthreads();
+
+  // A thread has 4 states of a channel; a warp whole channels.
+  for (int i = threadIdx.x; i < rows * CHANNELS * LANES; i += THREADS) {
+    const int lane = i % LANES, own_channel = i / LANES % CHANNELS, m = i / (LANES * CHANNELS);
+    const bool real = first + own_channel < I;
+    const int64 c = real ? first + own_channel : I - 1, row = row0 + m, at = (row * I + c) * N + lane * 4;
+    const Vec<float, 4> a = load_vec<float, 4>(A_log2 + c * N + lane * 4);
+    Vec<float, 4> h = load_vec<float, 4>(state + at);
+    const float x = load_fresh_number<T>(u + row * I + c), step = steps[m][own_channel];
+    const float* B = mixed + m * MIX + RANK + lane * 4;
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      h.at[j] = exp2_approx(step * a.at[j]) * h.at[j] + step * x * B[j];
+      sum += h.at[j] * B[N + j];
+    }
+#pragma unroll
+    for (int other = LANES / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+    if (!real) continue;
+    store_vec<float, 4>(next_state + at, h);
+    if (lane > 0) continue;
+    const float gate = load_fresh_number<T>(z + row * I + c);
+    y[row * I + c] = from_float<T>((sum + D[c] * x) * (gate * sigmoid(gate)));
+  }
+}

@@ -1,0 +1,214 @@
+// Products of a matrix with few vectors (1 to 64), for generation: what a warp does with a tile of 16 rows of W.
+//
+// W (rows, columns) is read as it is stored, row by row, in chunks of 64 bytes: lane l, g = l / 4, t = l % 4, takes bytes
+// 16t to 16t + 15 of rows g and g + 8. As a sum over k may go in any order, these are fragments A of tensor-core products
+// m16n8k16, and the same k of 8 vectors x are fragments B. So no weight needs another order in memory, and the bits of a
+// vector's result don't depend on how many others there are. fp32 weights take fused multiply-adds.
+//
+//   FORMAT   COLUMNS of 16 bytes   stored as
+//   Plain    8 (fp32: 4)           numbers of type T
+//   Int8     16                    signed bytes
+//   Int4     32                    codes 0..15 in halves of bytes, the even column in the low one; stands for code - 8
+//   Fp8      16                    e4m3
+//
+// Also here: launches that begin before the previous kernel ends (programmatic dependent launch), loads of what that
+// kernel wrote.
+#pragma once
+#include "common.cuh"
+
+// ---- What the previous kernel on the stream writes must not be read before `wait_for_previous`; weights may.
+
+DEVICE void wait_for_previous() {
+#if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may begin where there is room. After the wait, so that no kernel runs beside the last but one.
+DEVICE void let_next_begin() {
+#if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Bring `bytes` (a multiple of 16) from memory into the L2 cache; a hint, called by one thread.
+DEVICE void prefetch_run(const void* from, uint32 bytes) {
+#if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+DEVICE void prefetch_line(const void* from) {
+#ifndef MOAI_HOST
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
+}
+
+using Words = Vec<uint32, 4>;  // 16 bytes
+
+// What another multiprocessor has written a moment ago: past the first cache.
+DEVICE Words load_fresh(const void* from) {
+#ifdef MOAI_HOST
+  return *reinterpret_cast<const Words*>(from);
+#else
+  Words w;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.at[0]), "=r"(w.at[1]), "=r"(w.at[2]), "=r"(w.at[3])
+               : "l"(from)
+               : "memory");
+  return w;
+#endif
+}
+
+DEVICE float load_fresh_float(const float* from) {
+#ifdef MOAI_HOST
+  return *from;
+#else
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+#endif
+}
+
+template <class Number>
+DEVICE float load_fresh_number(const Number* from) {
+  if constexpr (sizeof(Number) == 4) return load_fresh_float((const float*)from);
+#ifdef MOAI_HOST
+  return to_float(*from);
+#else
+  Number x;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(*reinterpret_cast<uint16*>(&x)) : "l"(from) : "memory");
+  return to_float(x);
+#endif
+}
+
+// 16 bytes of numbers, as fp32.
+template <class Number>
+DEVICE void unpack(float (&to)[16 / sizeof(Number)], const Words& from) {
+  const Vec<Number, 16 / sizeof(Number)> v = *reinterpret_cast<const Vec<Number, 16 / sizeof(Number)>*>(&from);
+#pragma unroll
+  for (int i = 0; i < (int)(16 / sizeof(Number)); i++) to[i] = to_float(v.at[i]);
+}
+
+// As the model stores it between two operations.
+template <class Number>
+DEVICE float rounded(float x) {
+  return to_float(from_float<Number>(x));
+}
+
+template <class Number>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<bf16> = true;
+
+// ---- Tensor cores: d += a b, a (16, 16), b (16, 8), 16-bit numbers in pairs, fp32 sums. Fragments, as (row, column):
+// a = {(g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..)}, b = {(2t.., g), (2t + 8.., g)},
+// d = {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}.
+
+#ifdef MOAI_HOST
+void host_mma_bf16(float* d, const uint32* a, const uint32* b);
+void host_mma_fp16(float* d, const uint32* a, const uint32* b);
+#endif
+
+template <class Number>
+DEVICE void mma_16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+#ifdef MOAI_HOST
+  if constexpr (is_bf16<Number>) host_mma_bf16(d, a, b);
+  else host_mma_fp16(d, a, b);
+#else
+  if constexpr (is_bf16<Number>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// x + y of two pairs of 16-bit numbers; exact where the sum is representable.
+template <class Number>
+DEVICE uint32 add_pairs(uint32 x, uint32 y) {
+#ifdef MOAI_HOST
+  auto half = [](uint32 w, int i) {
+    Number n;
+    n.bits = (uint16)(w >> (16 * i));
+    return to_float(n);
+  };
+  const uint32 low = from_float<Number>(half(x, 0) + half(y, 0)).bits;
+  return low | (uint32)from_float<Number>(half(x, 1) + half(y, 1)).bits << 16;
+#else
+  uint32 z;
+  if constexpr (is_bf16<Number>)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(0x3f803f80u), "r"(y));  // x 1 + y: bf16 adds from sm_90 on
+  else asm("add.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+#endif
+}
+
+// ---- Formats: from 16 bytes of a row to the words a[0] and a[2] (a[1] and a[3] for the row below) of step s of
+// COLUMNS / 4, and to the words b of the same columns of x, of which XV vectors of 16 bytes belong to 16 bytes of W.
+
+template <class Number>
+struct Plain {
+  static constexpr int COLUMNS = 16 / sizeof(Number), XV = 1, BITS = 8 * sizeof(Number);
+  static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) { low = w.at[2 * s], high = w.at[2 * s + 1]; }
+  static DEVICE void vectors(uint32 (&b)[2], const Words (&x)[XV], int s) { b[0] = x[0].at[2 * s], b[1] = x[0].at[2 * s + 1]; }
+};
+
+// Four fp32 numbers to two words.
+template <class Number>
+DEVICE void two_pairs(uint32& low, uint32& high, const float (&x)[4]) {
+  const Vec<Number, 2> a = pair_from_floats<Number>(x[0], x[1]), b = pair_from_floats<Number>(x[2], x[3]);
+  low = *reinterpret_cast<const uint32*>(&a), high = *reinterpret_cast<const uint32*>(&b);
+}
+
+template <class Number>
+struct Int8 {
+  static constexpr int COLUMNS = 16, XV = 2, BITS = 8;
+  static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) {
+    const uint32 unsigned_bytes = w.at[s] ^ 0x80808080u;
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)  // 2^23 + byte, without a conversion
+      x[i] = bits_float(__byte_perm(unsigned_bytes, 0x4b000000u, 0x7440u + i)) - 8388736.0f;
+    two_pairs<Number>(low, high, x);
+  }
+  static DEVICE void vectors(uint32 (&b)[2], const Words (&x)[XV], int s) {
+    b[0] = x[s / 2].at[s % 2 * 2], b[1] = x[s / 2].at[s % 2 * 2 + 1];
+  }
+};
+
+template <class Number>
+struct Fp8 {
+  static constexpr int COLUMNS = 16, XV = 2, BITS = 8;
+  static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) {
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // exponent and mantissa at their places in fp32, whose bias is 120 greater
+      const uint32 byte = w.at[s] >> (8 * i);
+      x[i] = bits_float((byte & 0x80u) << 24 | (byte & 0x7fu) << 20) * 0x1p120f;
+    }
+    two_pairs<Number>(low, high, x);
+  }
+  static DEVICE void vectors(uint32 (&b)[2], const Words (&x)[XV], int s) { Int8<Number>::vectors(b, x, s); }
+};
+
+// A word's columns come out as the pairs (0, 4), (1, 5), (2, 6), (3, 7).
+template <class Number>
+struct Int4 {
+  static constexpr int COLUMNS = 32, XV = 4, BITS = 4;
+  static constexpr bool BF16 = is_bf16<Number>;
+  // 128 (1024 in fp16), whose last mantissa bits count ones; and less by 8 more, negative.
+  static constexpr uint32 BASE = BF16 ? 0x43004300u : 0x64006400u, BACK = BF16 ? 0xc308c308u : 0xe408e408u;
+  static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) {
+    const uint32 word = w.at[s / 2] >> (s % 2 * 8);
+    low = add_pairs<Number>((word & 0x000f000fu) | BASE, BACK);
+    high = add_pairs<Number>((word >> 4 & 0x000f000fu) | BASE, BACK);
+  }
+  static DEVICE void vectors(uint32 (&b)[2], const Words (&x)[XV], int s) {
+    const uint32 near = x[s / 2].at[s % 2], far = x[s / 2].at[s % 2 + 2];
+    b[0] = (near & 0xffffu) | far << 16, b[1] = near >> 16 | (far & 0xffff0000u);
+  }
+};

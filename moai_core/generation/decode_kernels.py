@@ -1,0 +1,235 @@
+"""The decode engine's matrix products: which weights its kernel reads, and how a product is launched.
+
+`cuda/decode_linear.cu` multiplies with few vectors and takes along what stands before and behind a product. Here is
+what the host decides: how K is cut (from the shape alone, so that a row's bits depend on nothing else), how many tiles
+a block takes at once, and how deep the rings in shared memory are. Left out: formats whose numbers aren't 16 and more
+bits or int8, int4, fp8 (they are decoded elsewhere), biases.
+
+Letters as in the model: H hidden, I inner, R rank, N states; O rows and K columns of a weight, M rows of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moai_core import cuda
+from moai_core.quant.linear import QuantEmbedding, QuantLinear, TiedHead
+
+# What x is (SOURCE) and what becomes of a result (RESULT), as decode_linear.cu numbers them.
+COPY, NORM, RING = 0, 1, 2
+STORE, RESIDUAL, SWIGLU, CONV, PARTIAL = 0, 1, 2, 3, 4
+
+# Rows that fit into registers beside a product, and the widest batch of one launch.
+NARROW, WIDE = 8, 64
+THREADS, WARPS, CHUNK_BYTES = 256, 8, 64
+# Chunks that a lane reads ahead: with 2 blocks on a multiprocessor 80 KB are under way, more than latency asks for.
+DEPTH, LEAST_DEPTH = 6, 2
+# Tiles of 16 rows of a 16-bit weight that a block takes at once from a wide batch: fewer read x more often.
+WIDE_TILES = 4
+_TILE_SUMS = 8 * 20
+_WHOLE_ROW = 1 << 30
+
+_FORMATS = {"int8": ("Int8", 8), "int4": ("Int4", 4), "fp8": ("Fp8", 8)}
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it is started with."""
+
+    kernel: Any
+    grid: int | tuple[int, int, int]
+    block: int
+    args: tuple[Tensor | int | float | None, ...]
+    shared: int = 0
+
+
+class Matrix(NamedTuple):
+    """A weight (O, K) as the kernels read it: its bytes row by row, and scales."""
+
+    format: str
+    group: int
+    rows: int
+    columns: int
+    weight: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from a row to the next."""
+        return self.weight.shape[1] * self.weight.element_size()
+
+    @property
+    def chunks(self) -> int:
+        """64-byte chunks of a row."""
+        return -(-self.row_bytes // CHUNK_BYTES)
+
+    @property
+    def bytes(self) -> int:
+        """What one product reads."""
+        return sum(t.numel() * t.element_size() for t in (self.weight, self.scales, self.zeros) if t is not None)
+
+
+def refusal(name: str, module: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why the kernels can't multiply with this module's weight, or None."""
+    if isinstance(module, TiedHead):
+        module = module._embedding[0]
+    if type(module) in (QuantLinear, QuantEmbedding):
+        spec = module.spec
+        if spec.format not in _FORMATS:
+            return f"{name} is stored as {spec.format}"
+        if getattr(module, "rotation", None) is not None:
+            return f"{name} has a rotated input"
+        if dtype == torch.float32:
+            return f"{name} is quantized, and the model computes in float32"
+        if module.qweight.numel() == 0:
+            return f"{name} has given up its stored numbers (release)"
+        bits, columns = _FORMATS[spec.format][1], module.in_features
+        return None if columns * bits % 128 == 0 else f"{name}: {columns} columns are no whole number of 16 bytes"
+    if type(module) not in (nn.Linear, nn.Embedding):
+        return f"{name} is a {type(module).__name__}"
+    if getattr(module, "bias", None) is not None:
+        return f"{name} has a bias"
+    if module.weight.dtype != dtype:  # type: ignore[union-attr]
+        return f"{name} is {module.weight.dtype}, not {dtype}"  # type: ignore[union-attr]
+    columns = module.weight.shape[1]  # type: ignore[union-attr]
+    if columns * dtype.itemsize % 16 or not module.weight.is_contiguous():  # type: ignore[union-attr,operator]
+        return f"{name}: rows of {columns} numbers are no whole number of 16 bytes"
+    return None
+
+
+def matrix(module: nn.Module) -> Matrix:
+    """The weight of a module that isn't refused; nothing is copied."""
+    if isinstance(module, TiedHead):
+        module = module._embedding[0]
+    if not isinstance(module, QuantLinear):
+        weight: Tensor = module.weight.detach()  # type: ignore[union-attr,assignment,operator]
+        return Matrix("Plain", 0, weight.shape[0], weight.shape[1], weight)
+    held, spec = module.tensors(), module.spec
+    name, _ = _FORMATS[spec.format]
+    # int4 is scaled group by group in any case; a whole row is one group.
+    group = 0 if spec.format == "fp8" else spec.group_size or (_WHOLE_ROW if spec.format == "int4" else 0)
+    return Matrix(
+        name, group, module.out_features, module.in_features, held["qweight"], held["scales"], held.get("zeros")
+    )
+
+
+def slices_of(m: Matrix, result: int) -> int:
+    """In how many parts K is summed: many for the few rows of x_proj, 4 where a wide batch adds them in the next norm."""
+    if result == PARTIAL:
+        return max(1, min(16, m.chunks // WARPS))
+    return 4 if result == RESIDUAL and m.chunks >= 4 * WARPS else 1
+
+
+def linear(
+    m: Matrix,
+    x: Tensor | None,
+    out: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    batch: int,
+    result: int = STORE,
+    residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    up: Matrix | None = None,
+    conv: Sequence[Tensor | None] = (None,) * 6,
+    width: int = 4,
+    ahead: Tensor | None = None,
+) -> list[Launch]:
+    """One product for `batch` rows: a launch, or several that take some of the rows each.
+
+    x (M, K), or None: the norm of the residual stream (M, H), at most NARROW rows. out: (M, O), with up (M, O) of
+    silu(gate) up, with PARTIAL (slices, M, O) fp32. A RESIDUAL product of more than NARROW rows leaves PARTIAL sums in
+    `out` for the next norm. conv: weight (I, K), bias (I), scale (I), both or None, window
+    (M, I, K-1), the next window, z (M, I).
+    ahead: a tensor that a later kernel reads.
+    """
+    source = RING if batch > NARROW else NORM if x is None else COPY
+    slices = slices_of(m, result)
+    if source == RING and result == RESIDUAL:
+        result = PARTIAL
+    most = 32 if m.format == "Int4" else WIDE
+    stream = residual.dtype if residual is not None else dtype
+    second = (None, None, None) if up is None else (up.weight, up.scales, up.zeros)
+    ahead_bytes = 0 if ahead is None else ahead.numel() * ahead.element_size() // 16 * 16
+    found = []
+    for begin in range(0, batch, most):
+        rows = slice(begin, min(batch, begin + most))
+        count = rows.stop - begin
+        nt, rt = _tiles(m, count, result, source)
+        depth, shared = _shared(m, dtype, count, source, result, slices, nt, rt)
+        scale = torch.float32 if m.scales is None else m.scales.dtype
+        kernel = cuda.kernel(
+            "decode_linear.cu", "decode_linear", m.weight.device, T=cuda.TYPES[dtype], R=cuda.TYPES[stream],
+            FORMAT=m.format, GROUP=m.group, ZEROS=int(m.zeros is not None), S=cuda.TYPES[scale], NT=nt, RT=rt,
+            SLICES=slices, SOURCE=source, RESULT=result, KC=width, DEPTH=depth,
+        )  # fmt: skip
+        units = -(-m.rows // ((8 if result == SWIGLU else 16) * rt)) * (slices if result == PARTIAL else 1)
+        blocks = multiprocessors(m.weight.device) * (1 if source == RING else 2)
+        to = None if out is None else out[:, rows] if result == PARTIAL else out[rows]
+        parts = [None if t is None else t[rows] for t in (x, residual, *conv[3:])]
+        args = (
+            m.weight, second[0], m.scales, second[1], m.zeros, second[2], *parts[:2], norm, to, *conv[:3], *parts[2:],
+            ahead, ahead_bytes, m.rows, m.columns, m.row_bytes, 1 if m.scales is None else m.scales.shape[1], count,
+            batch, float(eps),
+        )  # fmt: skip
+        found.append(Launch(kernel, min(units, blocks), THREADS, args, shared))
+    return found
+
+
+def most_rows(weights: Sequence[Matrix], dtype: torch.dtype) -> int:
+    """How many rows beside each of these weights shared memory has room for, at most NARROW."""
+    for rows in range(NARROW, 0, -1):
+        try:
+            for m in weights:
+                _shared(m, dtype, rows, COPY, RESIDUAL, slices_of(m, RESIDUAL), 1, 1)
+            return rows
+        except ValueError:
+            continue
+    return 0
+
+
+def _tiles(m: Matrix, rows: int, result: int, source: int) -> tuple[int, int]:
+    """(NT, RT): tiles of 8 rows of the batch, and of 16 rows of the weight, that a block takes at once."""
+    if source != RING:
+        return 1, 2 if result == PARTIAL else 1
+    return next(n for n in (1, 2, 4, 8) if rows <= 8 * n), WIDE_TILES if m.format == "Plain" else 2
+
+
+def _shared(
+    m: Matrix, dtype: torch.dtype, rows: int, source: int, result: int, slices: int, nt: int, rt: int
+) -> tuple[int, int]:
+    """(depth of the ring, bytes of shared memory). ValueError where even the shallowest doesn't fit."""
+    per_unit = 1 if source == RING or result == PARTIAL else slices
+    vectors = _columns(m, dtype) * dtype.itemsize // 16
+    pieces = 2 * rt + (nt * vectors if source == RING else 0)
+    row = m.chunks * 4 * vectors
+    kept = 0 if source == RING else rows * (row if row % 8 else row + 4) * 16
+    sums = WARPS * nt * _TILE_SUMS * 4 * (1 if source == RING else 2 * per_unit * rt)
+    for depth in range(DEPTH, LEAST_DEPTH - 1, -1):
+        total = WARPS * depth * pieces * 512 + kept + sums
+        if total <= shared_memory(m.weight.device) - 1024:
+            return depth, total
+    raise ValueError(f"{rows} rows of {m.columns} numbers don't fit into shared memory")
+
+
+def _columns(m: Matrix, dtype: torch.dtype) -> int:
+    """Columns of 16 bytes of a row."""
+    return {"Plain": 16 // dtype.itemsize, "Int4": 32}.get(m.format, 16)
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Of this GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=64)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
