@@ -32,7 +32,7 @@ def build(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Read, clean, filter and deduplicate the sources of a recipe, hold text out, and write a folder of jsonl.zst files.
+    """Read, clean, filter and deduplicate the sources of a recipe, hold text out, and write it as jsonl.zst files.
 
     The same files and recipe give the same bytes. The folder appears whole or not at all.
     """

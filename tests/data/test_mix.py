@@ -109,7 +109,7 @@ def test_duplicates_go_and_weights_repeat(made):
 
 
 def test_held_out_text_is_nowhere_in_training(made):
-    told, out, _, _, blocks = made
+    _, out, _, _, blocks = made
     train = "\n".join(text for _, text in report.records(out, "train"))
     lines = {line for part in ("valid", "calib") for _, text in report.records(out, part) for line in text.split("\n")}
     assert lines and not [line for line in lines if len(line) > 30 and line in train]
