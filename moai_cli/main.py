@@ -52,7 +52,7 @@ def _global(
 
 
 def _register() -> None:
-    from moai_cli.commands import bench, chat, convert, doctor, eval, generate, init, recipes, train
+    from moai_cli.commands import bench, chat, convert, data, doctor, eval, generate, init, recipes, train
 
     app.command(name="init")(init.init)
     app.command(name="train")(train.train)
@@ -60,6 +60,7 @@ def _register() -> None:
     app.command(name="chat")(chat.chat)
     app.command(name="eval")(eval.evaluate)
     app.command(name="convert")(convert.convert)
+    app.add_typer(data.app, name="data")
     app.add_typer(bench.app, name="bench")
     app.add_typer(recipes.app, name="recipes")
     app.command(name="doctor")(doctor.doctor)
