@@ -110,7 +110,7 @@ def evaluate(
             for row in made:
                 tokens[row["tokenizer"]] += _encode(opened[row["tokenizer"]][0], batch, row)
         if not counted["bytes"]:
-            raise UsageError(f"{', '.join(paths)}: no text in it")
+            raise UsageError(f"{', '.join(paths)}: no text in it", hint="check the path")
         for row in made:
             count = tokens[row["tokenizer"]]
             row["texts"][label] = {**counted, "tokens": count, "bytes_per_token": counted["bytes"] / max(1, count)}

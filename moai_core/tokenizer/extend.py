@@ -55,9 +55,9 @@ def extend(
     Returns a report. Raises UsageError, CheckpointError, DataError, StorageError; `out` then isn't there.
     """
     if not 1 <= add <= _MOST:
-        raise UsageError(f"--add must lie between 1 and {_MOST} (got {add})")
+        raise UsageError(f"--add must lie between 1 and {_MOST} (got {add})", hint="usual are 1,000 to 16,000")
     if min_frequency < 1:
-        raise UsageError(f"--min-frequency must be at least 1 (got {min_frequency})")
+        raise UsageError(f"--min-frequency must be at least 1 (got {min_frequency})", hint="10 keeps noise out")
     out, tell, begin = Path(out), on_event or (lambda event: None), time.perf_counter()
     check_target(out, force)
     place = find_tokenizer(base)

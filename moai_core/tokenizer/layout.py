@@ -111,7 +111,9 @@ def notice_file(notice: Path | None) -> dict[str, bytes]:
     try:
         return {"ATTRIBUTION.md": notice.read_bytes()}
     except OSError as exc:
-        raise UsageError(f"--notice {notice}: can't be read ({exc.strerror})") from exc
+        raise UsageError(
+            f"--notice {notice}: can't be read ({exc.strerror})", hint="a file that says what text it learnt from"
+        ) from exc
 
 
 def check_target(out: Path, force: bool) -> None:

@@ -67,6 +67,8 @@ class Texts:
     ) -> None:
         if not sources:
             raise UsageError("no text given", hint="name files, folders or globs: txt, md, jsonl, json, parquet")
+        if on_error not in ("stop", "skip"):
+            raise UsageError(f"--on-error must be stop or skip (got {on_error!r})", hint="skip counts bad lines")
         self.sources, self.seed, self.on_error, self.whole = list(sources), seed, on_error, whole
         self._tell = on_event or (lambda event: None)
         self.files: list[list[Path]] = []

@@ -56,10 +56,11 @@ def train(
     least = len(SPECIAL) + _BYTES
     if not least <= vocab_size <= _MOST:
         raise UsageError(
-            f"--vocab-size must lie between {least} (the bytes and special tokens) and {_MOST} (got {vocab_size})"
+            f"--vocab-size must lie between {least} and {_MOST} (got {vocab_size})",
+            hint=f"{least} are the bytes and the special tokens alone; usual are 8,000 to 200,000",
         )
     if min_frequency < 1:
-        raise UsageError(f"--min-frequency must be at least 1 (got {min_frequency})")
+        raise UsageError(f"--min-frequency must be at least 1 (got {min_frequency})", hint="10 keeps noise out")
     out = Path(out)
     check_target(out, force)
     files = own_files({"model": {}}, Path(notice) if notice else None)  # a missing notice is told now

@@ -1,0 +1,82 @@
+"""`moai tokenizer` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LINES = "".join(f"Line {n}: 예순 {n * 7 % 60}, 東京へ行きました。\n" for n in range(400))
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(LINES, encoding="utf-8")
+    return tmp_path / "text.txt"
+
+
+def test_train_extend_eval(moai, text):
+    code, out, err = moai("tokenizer", "train", "text.txt=2", "-o", "새것", "--vocab-size", 330, "--seed", 1)
+    assert code == 0 and "ids" in out and "330" in out and err == ""
+    (text.parent / "more.txt").write_text("amortization of debentures\n" * 40, encoding="utf-8")
+    code, out, err = moai("tokenizer", "extend", "새것", "more.txt", "--add", 6, "--out", "more", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["added"] == 6 and report["first_new_id"] == 330 and report["vocab_size"] == 336
+    assert report["bytes_per_token"] > report["bytes_per_token_before"]
+    code, out, err = moai("tokenizer", "eval", "새것", "more", "moai_tiny", "--data", "text.txt", "-d", "fin=more.txt")
+    assert code == 0 and "bytes per token" in out and "moai_tiny" in out and "fin" in out
+    code, out, err = moai("tokenizer", "eval", "새것", "--data", "text.txt", "--json")
+    assert json.loads(out)["tokenizers"][0]["exact"] is True
+
+
+def test_notes_and_warnings_go_to_stderr(moai, text):
+    code, out, err = moai("tokenizer", "train", "text.txt", "-o", "a", "--vocab-size", 5000)
+    assert code == 0 and "5,000 ids were asked for; no further pair was seen 10 times" in err
+    code, _, err = moai("tokenizer", "train", "text.txt", "-o", "b", "--vocab-size", 5000, "--min-frequency", 1)
+    assert code == 0 and "warning: of the last 1,000 merges" in err
+
+
+def test_extend_with_a_model(moai, text, folder):
+    code, out, _ = moai("tokenizer", "extend", folder, "text.txt", "--add", 20, "--model", folder, "--out", "grown")
+    assert code == 0 and "rows of the model" in out and "6,272 now" in out
+    code, out, _ = moai("generate", "--model", "grown", "--prompt", "東京へ", "-n", 3, "--temperature", 0)
+    assert code == 0 and out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "nowhere.txt", "-o", "x"], "error: nowhere.txt: no such file or folder"),
+        (["train", "text.txt=0", "-o", "x"], "error: 'text.txt=0': the weight must be"),
+        (["train", "text.txt", "-o", "x", "--vocab-size", "10"], "error: --vocab-size must lie between 263"),
+        (["train", "text.txt", "-o", "text.txt"], "error: text.txt: already exists"),
+        (["train", "text.txt", "-o", "x", "--on-error", "ignore"], "error: --on-error must be stop or skip"),
+        (["extend", "nobody", "text.txt", "-o", "x"], "error: tokenizer 'nobody': no such folder or name"),
+        (["eval", "moai_tiny", "--data", "text.bin"], "error: text.bin: no such file or folder"),
+    ],
+)
+def test_errors_are_one_line_and_a_hint(arguments, line, moai, text, tmp_path):
+    code, out, err = moai("tokenizer", *arguments)
+    assert (code, out) == (2, "") and line in err
+    assert len(err.splitlines()) == 2 and err.splitlines()[1].startswith("hint: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_signal_while_merging_ends_it_and_leaves_nothing(tmp_path):
+    """The library's trainer doesn't hear of signals: enough text that it is busy when the signal comes."""
+    words = (
+        f"{n * 7919 % 100_003:05d}"[::-1].translate(str.maketrans("0123456789", "abcdefghij")) for n in range(400_000)
+    )
+    (tmp_path / "much.txt").write_text("\n".join(words), encoding="utf-8")
+    command = [sys.executable, "-m", "moai_cli", "tokenizer", "train", "much.txt", "-o", "out", "--min-frequency", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "error: interrupted" in err and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["much.txt"]
