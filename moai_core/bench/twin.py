@@ -113,8 +113,9 @@ def _speed(run: Path) -> float | None:
 
 
 def _free() -> None:
-    gc.collect()
+    """Gives a GPU's memory back before the next model takes it."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
