@@ -52,17 +52,34 @@ def _global(
 
 
 def _register() -> None:
-    from moai_cli.commands import bench, chat, convert, data, doctor, eval, generate, init, recipes, train
+    from moai_cli.commands import (
+        bench,
+        chat,
+        convert,
+        data,
+        doctor,
+        eval,
+        generate,
+        init,
+        qat,
+        quantize,
+        recipes,
+        tokenizer,
+        train,
+    )
 
     app.command(name="init")(init.init)
     app.command(name="train")(train.train)
     app.command(name="generate")(generate.generate)
     app.command(name="chat")(chat.chat)
     app.command(name="eval")(eval.evaluate)
+    app.command(name="qat")(qat.qat)
+    app.command(name="quantize")(quantize.quantize)
     app.command(name="convert")(convert.convert)
     app.add_typer(data.app, name="data")
     app.add_typer(bench.app, name="bench")
     app.add_typer(recipes.app, name="recipes")
+    app.add_typer(tokenizer.app, name="tokenizer")
     app.command(name="doctor")(doctor.doctor)
 
 

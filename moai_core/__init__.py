@@ -1,4 +1,4 @@
-"""moai_core: pure-Mamba language models: configuration, model, scans, data, training and generation.
+"""moai_core: pure-Mamba language models: configuration, model, scans, quantization, data, training and generation.
  The names below are the public API. They load on first use, so that `import moai_core` costs nothing and stays free of
 torch.
 """
@@ -17,6 +17,10 @@ __all__ = [
     "MoaiState",
     "get_mamba_config",
     "load_mamba_config",
+    "quantize_awq",
+    "quantize_fp8",
+    "quantize_gptq",
+    "quantize_model",
 ]
 
 if TYPE_CHECKING:
@@ -28,12 +32,14 @@ if TYPE_CHECKING:
         get_mamba_config,
         load_mamba_config,
     )
+    from moai_core.quantize.memory import quantize_awq, quantize_fp8, quantize_gptq, quantize_model
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'moai_core' has no attribute {name!r}")
-    return getattr(import_module("moai_core.model"), name)
+    home = "quantize.memory" if name.startswith("quantize_") else "model"
+    return getattr(import_module(f"moai_core.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moai_core.model import MoaiMambaForCausalLM
 
 __all__ = [
+    "find",
     "fingerprint",
     "latest",
     "load_model",
@@ -179,8 +180,11 @@ def latest(run_dir: str | os.PathLike[str], *, on_event: OnEvent | None = None) 
             return None
 
 
-def _resolve(path: str | os.PathLike[str], on_event: OnEvent | None = None) -> Path:
-    """The folder that holds the model: `path` itself, or the latest step of the run folder `path`."""
+def find(path: str | os.PathLike[str], on_event: OnEvent | None = None) -> Path:
+    """The folder that holds the model: `path` itself, or the latest step of the run folder `path`.
+
+    Raises CheckpointError where there is none, or no complete one.
+    """
     folder = Path(path)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "doesn't exist"
@@ -198,7 +202,7 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
 
     The manifest's hashes are taken where there is one, the files are read where not. Raises CheckpointError.
     """
-    folder = _resolve(path)
+    folder = find(path)
     if (folder / storage.MANIFEST).exists():
         hashes = {name: entry["sha256"] for name, entry in storage.read_manifest(folder).items()}
     else:
@@ -228,7 +232,7 @@ def load_model(
     a scan backend that can't run here.
     """
     while True:
-        folder = _resolve(path, on_event)
+        folder = find(path, on_event)
         try:
             if (folder / storage.MANIFEST).exists() or (folder / "trainer.json").exists():
                 verify(folder, only=lambda name: not name.startswith("optimizer"))
@@ -281,15 +285,21 @@ def _parameter_names(model: torch.nn.Module) -> dict[torch.Tensor, str]:
 
 
 def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state keyed by parameter name: another order of parameters or world size can load it."""
+    """The optimizer's state keyed by parameter name: another order of parameters or world size can load it. With it go
+    trained parameters that the model's own files don't hold as they are."""
     names = _parameter_names(model)
     groups = [
         {**group, "params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups
     ]
-    return {
-        "state": {names[parameter]: dict(values) for parameter, values in optimizer.state.items()},
-        "groups": groups,
+    state: dict[str, Any] = {names[parameter]: dict(values) for parameter, values in optimizer.state.items()}
+    held = model.state_dict()
+    # What the model's files hold rounded, or not at all (weights behind fake quantization).
+    beside = {
+        name: parameter.detach()
+        for parameter, name in names.items()
+        if parameter.requires_grad and (name not in held or held[name].dtype != parameter.dtype)
     }
+    return {"state": state, "groups": groups, **({"parameters": beside} if beside else {})}
 
 
 def load_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -300,6 +310,10 @@ def load_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimize
     Raises CheckpointError if the parameters differ.
     """
     names = _parameter_names(model)
+    with torch.no_grad():
+        for parameter, name in names.items():
+            if name in saved.get("parameters", {}):
+                parameter.copy_(saved["parameters"][name])
     settings = {name: group for group in saved["groups"] for name in group["params"]}
     for group in optimizer.param_groups:
         if missing := [names[parameter] for parameter in group["params"] if names[parameter] not in settings]:

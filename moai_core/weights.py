@@ -2,6 +2,7 @@
 
     config.json, generation_config.json
     model.safetensors, or model-0000I-of-0000K.safetensors and model.safetensors.index.json
+    adapter_config.json, adapter_model.safetensors    LoRA adapters, where it has any (moai_core/quant/lora.py)
 
 Why not transformers' `from_pretrained`: a folder from elsewhere may be truncated, hostile or of another model; here it
 is refused with one line that names file and tensor before memory is given to it, nothing missing is quietly initialised
@@ -22,6 +23,7 @@ import torch
 from moai_core import storage, tensors
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.quant import linear as quant
+from moai_core.quant import lora
 
 if TYPE_CHECKING:
     from moai_core.model import MoaiMambaForCausalLM
@@ -40,14 +42,15 @@ def write(folder: storage.FolderWriter, model: torch.nn.Module, *, max_shard_siz
     from huggingface_hub import split_torch_state_dict_into_shards
 
     state, seen = {}, set()
-    for name, tensor in model.state_dict().items():
+    held, adapters = lora.split(model.state_dict()) if lora.adapted(model) else (model.state_dict(), {})
+    for name, tensor in held.items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() == 0 or place not in seen:
             seen.add(place)
             state[name] = tensor
     config: Any = model.config
     config.architectures = [type(model).__name__]
-    config.dtype = _main_dtype(model, state)
+    config.dtype = _main_dtype(state)
     folder.write("config.json", config.to_json_string().encode())
     if getattr(model, "generation_config", None) is not None:
         generation: Any = model.generation_config
@@ -55,6 +58,8 @@ def write(folder: storage.FolderWriter, model: torch.nn.Module, *, max_shard_siz
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         folder.write(file, tensors.encode({name: state[name] for name in names}, {"format": "pt"}))
+    if adapters:
+        lora.write(folder, model, adapters)
     if split.is_sharded:
         folder.write(INDEX, storage.json_bytes({"metadata": split.metadata, "weight_map": split.tensor_to_filename}))
 
@@ -93,6 +98,8 @@ def read(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.
     model.tie_weights()
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"never loaded: {left}"
+    if (folder / lora.CONFIG).exists():
+        lora.read(folder, model, device)
     if (folder / "generation_config.json").exists():
         model.generation_config = _generation(folder / "generation_config.json")
     return model.eval()
@@ -189,11 +196,12 @@ def _config(folder: Path, found: Mapping[str, Any]) -> Any:
     return config
 
 
-def _main_dtype(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> torch.dtype:
+def _main_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:
     """The type of the weights: that of most numbers, what is quantized or kept in fp32 aside."""
-    stored = _stored(model)
-    plain = {name: t for name, t in state.items() if name not in stored and name.rsplit(".", 1)[-1] not in KEEP_FP32}
-    return max((plain or state).values(), key=torch.Tensor.numel).dtype
+    quantized = {name.rpartition(".")[0] for name in state if name.endswith(".qweight")}
+    parts = {name: name.rpartition(".") for name in state}
+    plain = [state[n] for n, (module, _, leaf) in parts.items() if module not in quantized and leaf not in KEEP_FP32]
+    return max(plain or state.values(), key=torch.Tensor.numel).dtype
 
 
 def _stored(model: torch.nn.Module) -> dict[str, torch.dtype]:

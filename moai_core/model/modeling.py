@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,6 +234,9 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoaiMambaModel(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # What is trained for in place of the cross-entropy (distillation): (hidden (B, L, H), targets (B, L), num_items,
+        # the call's inputs) -> loss.
+        self.objective: Callable[..., Tensor] | None = None
         if config.quantization is not None:
             self._quantize_head(config)
         self.post_init()
@@ -327,7 +331,11 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
                     f"labels must have the shape of input_ids {tuple(hidden.shape[:2])} (got {tuple(labels.shape)})"
                 )
             targets = losses.shift_labels(labels, padding.numbered(attention_mask, seq_idx))
-            loss = losses.chunked_cross_entropy(hidden, targets, self.lm_head, num_items)
+            if self.objective is not None and self.training:
+                inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "seq_idx": seq_idx}
+                loss = self.objective(hidden, targets, num_items, inputs)
+            else:
+                loss = losses.chunked_cross_entropy(hidden, targets, self.lm_head, num_items)
         if return_logits if return_logits is not None else labels is None:
             logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         result = MoaiCausalLMOutput(loss=loss, logits=logits, state=out.state, hidden_states=out.hidden_states)

@@ -1,10 +1,10 @@
 """Matrices that are trained as they will be stored: fake quantization, and packed codes whose scales are trained.
 
 `FakeQuantLinear` keeps a full-precision weight and multiplies with what it rounds to (quantization-aware training;
-straight-through estimator, arXiv 1308.3432; learned scales, LSQ, arXiv 1902.08153). `ScaledQuantLinear` keeps int4 codes
-as they are and trains their scales and zeros, which takes a tenth of the memory. Both are saved as the format's plain
-tensors, so that the file is the quantized model; multiplying in fp32, the packed model gives the same bits. The full
-weights are training state and travel with the optimizer's (checkpoint.py).
+straight-through estimator, arXiv 1308.3432; learned scales, LSQ, arXiv 1902.08153). `ScaledQuantLinear` keeps int4
+codes as they are and trains their scales and zeros, which takes a tenth of the memory. Both are saved as the format's
+plain tensors, so that the file is the quantized model; multiplying in fp32, the packed model gives the same bits. The
+full weights are training state and travel with the optimizer's (checkpoint.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from moai_core.errors import UsageError
 from moai_core.quant.formats import FORMATS, Spec, codes4, codes8, grouped, pack4, rounded, unpack4
-from moai_core.quant.linear import QuantEmbedding, QuantLinear
+from moai_core.quant.linear import QuantEmbedding, QuantLinear, quantized, replace, retie
 
 
 class FakeQuantLinear(nn.Module):
     """x @ Q(W)^T, W (out, in) trained through the rounding Q; scales (and zeros, where not symmetric) trained too."""
 
-    def __init__(self, in_features: int, out_features: int, spec: Spec, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, in_features: int, out_features: int, spec: Spec) -> None:
         """Raises UsageError for a format that can't be trained, or doesn't hold such a matrix."""
         super().__init__()
         if spec.format not in ("int4", "int8"):
@@ -32,7 +32,7 @@ class FakeQuantLinear(nn.Module):
         FORMATS[spec.format].check(spec, out_features, in_features)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.stored = FORMATS[spec.format].tensors(spec, out_features, in_features)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
         shape = self.stored["scales"][0]
         self.scales = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.zeros = nn.Parameter(torch.empty(shape, dtype=torch.float32)) if "zeros" in self.stored else None
@@ -71,6 +71,25 @@ class FakeQuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, trained as {self.spec.format}"
+
+
+class FakeQuantEmbedding(FakeQuantLinear):
+    """Rows of Q(W), W (V, H) trained through the rounding, by id and, as a tied head, x @ Q(W)^T."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, spec: Spec) -> None:
+        super().__init__(embedding_dim, num_embeddings, spec)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) integers -> (..., H) in the weight's dtype."""
+        flat = ids.reshape(-1)
+        zeros = None if self.zeros is None else self.zeros[flat]
+        rows = fake_quantize(self.weight[flat], self.scales[flat], zeros, self.spec).to(self.weight.dtype)
+        return rows.reshape(*ids.shape, self.embedding_dim)
+
+    def head(self, x: Tensor) -> Tensor:
+        """x (..., H) -> logits (..., V)."""
+        return super().forward(x)
 
 
 class ScaledQuantLinear(nn.Module):
@@ -198,23 +217,33 @@ def _decode(qweight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec) -
 # ---- a model -----------------------------------------------------------------------------------------------------
 
 
-def trainable(model: nn.Module, mode: str) -> None:
+def trainable(model: nn.Module, mode: str, masters: Mapping[str, Tensor] | None = None) -> None:
     """Makes every quantized matrix of `model` one that is trained, in place: mode "full" the weights behind fake
     quantization, mode "scales" the scales and zeros of constant codes, everything else frozen.
 
-    Embeddings stay as they are. Raises UsageError for another mode, or a format that can't be trained so.
+    masters: the full-precision weights that the codes were made of, by module; without them mode full begins with what
+    the codes stand for. In mode scales what isn't int4 stays as it is. Raises UsageError for another mode, a format
+    that can't be trained, and a model without int4 matrices.
     """
     if mode not in ("full", "scales"):
         raise UsageError(f"mode must be full or scales (got {mode!r})")
+    found = quantized(model)
     if mode == "scales":
+        found = {name: layer for name, layer in found.items() if layer.spec.format == "int4"}
         model.requires_grad_(False)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, QuantLinear) and not isinstance(layer, QuantEmbedding):
-            parent, _, leaf = name.rpartition(".")
-            if mode == "scales":
-                new: nn.Module = ScaledQuantLinear(layer)
-            else:
-                tensors = layer.tensors()
-                new = FakeQuantLinear(layer.in_features, layer.out_features, layer.spec)
-                new.start(layer.weight_values(), tensors)
-            setattr(model.get_submodule(parent), leaf, new)
+        if not any(not isinstance(layer, QuantEmbedding) for layer in found.values()):
+            raise UsageError("the model has no int4 matrix, whose scales could be trained")
+    for name, layer in found.items():
+        if mode == "full":
+            replace(model, name, _faked(layer, (masters or {}).get(name)))
+        elif not isinstance(layer, QuantEmbedding):
+            replace(model, name, ScaledQuantLinear(layer))
+    retie(model)
+
+
+def _faked(layer: QuantLinear, master: Tensor | None) -> FakeQuantLinear:
+    if isinstance(layer, QuantEmbedding):
+        new: FakeQuantLinear = FakeQuantEmbedding(layer.num_embeddings, layer.embedding_dim, layer.spec)
+    else:
+        new = FakeQuantLinear(layer.in_features, layer.out_features, layer.spec)
+    return new.start(layer.weight_values() if master is None else master, layer.tensors())

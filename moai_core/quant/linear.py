@@ -143,6 +143,10 @@ class QuantEmbedding(QuantLinear):
         values = FORMATS[self.spec.format].decode(self.spec, rows)
         return values.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
 
+    def head(self, x: Tensor) -> Tensor:
+        """x (..., H) -> logits (..., V)."""
+        return super().forward(x)
+
     def release(self, dtype: torch.dtype) -> None:
         """Keeps what is stored: rows are read from it."""
 
@@ -155,14 +159,15 @@ class QuantEmbedding(QuantLinear):
 class TiedHead(nn.Module):
     """A head that multiplies with the embedding's matrix and has none of its own."""
 
-    def __init__(self, embedding: QuantEmbedding) -> None:
+    def __init__(self, embedding: Any) -> None:
+        """embedding: has embedding_dim, num_embeddings, and `head`, which multiplies."""
         super().__init__()
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self._embedding = [embedding]  # in a list: no module of this one, so that nothing is stored twice
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., H) -> logits (..., V)."""
-        return QuantLinear.forward(self._embedding[0], x)
+        return self._embedding[0].head(x)
 
 
 # ---- a model -----------------------------------------------------------------------------------------------------
@@ -211,9 +216,9 @@ def install(model: nn.Module, quantization: Any, *, prefix: str = "") -> None:
         old = found[name]
         try:
             if isinstance(old, nn.Embedding):
-                _replace(model, name, QuantEmbedding(old.num_embeddings, old.embedding_dim, spec))
+                replace(model, name, QuantEmbedding(old.num_embeddings, old.embedding_dim, spec))
             elif isinstance(old, nn.Linear):
-                _replace(model, name, QuantLinear(old.in_features, old.out_features, spec))
+                replace(model, name, QuantLinear(old.in_features, old.out_features, spec))
         except UsageError as exc:
             raise UsageError(f"{path}: {exc.message}", hint=exc.hint) from exc
     _rotate(model, quantization.get("rotate", []), prefix)
@@ -230,9 +235,17 @@ def _rotate(model: nn.Module, keys: Any, prefix: str) -> None:
             module.rotation = OnlineHadamard(module.in_features)
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
+
+
+def retie(model: nn.Module) -> None:
+    """After the embedding was replaced: let a tied head multiply with the new one."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TiedHead):
+            replace(model, name, TiedHead(model.get_input_embeddings()))  # type: ignore[operator]
 
 
 def quantized(model: nn.Module) -> dict[str, QuantLinear]:

@@ -103,16 +103,20 @@ def targets(layer: nn.Module, specs: Collection[str], *, conv_scale: bool, rotat
 
 
 def scale(
-    masters: Masters, target: Target, specs: Mapping[str, Spec], statistics: Statistics, *, grid: int = GRID
-) -> tuple[Tensor, float]:
+    masters: Masters, target: Target, specs: Mapping[str, Spec], statistics: Mapping[str, Statistics], *,
+    grid: int = GRID,
+) -> tuple[Tensor, float]:  # fmt: skip
     """Search the scale (I,) for `target`, put it into the layer, and return what it exactly is, and the exponent a.
 
-    statistics: of the readers' inputs. Raises UsageError for a format without evenly spaced levels.
+    specs: of the matrices that are quantized. statistics: of the inputs of the first reader, and of those `also` that
+    are in specs. Raises UsageError for a format without evenly spaced levels.
     """
-    pairs = [(specs[name], masters[name]) for name in target.readers if name in specs]
+    inputs = [(name, statistics[target.readers[0]]) for name in target.readers]
+    inputs += [(name, statistics[name]) for name in target.also if name in specs]
+    readers = [(specs[name], masters[name], seen) for name, seen in inputs if name in specs]
     # Scaling by powers of two loses nothing in tensors that stay in half precision, nor in half-precision activations.
     whole = target.into == "conv" or (target.into == "rows" and target.source not in specs)
-    by, exponent = best_scale(pairs, statistics, grid=grid, whole=whole)
+    by, exponent = best_scale(readers, grid=grid, whole=whole)
     if target.into == "norm":
         by = masters.divide(target.source, by)
     elif target.into == "rows":
@@ -130,20 +134,20 @@ def scale(
 
 
 def best_scale(
-    pairs: Sequence[tuple[Spec, Tensor]], statistics: Statistics, *, grid: int = GRID, whole: bool = False
+    readers: Sequence[tuple[Spec, Tensor, Statistics]], *, grid: int = GRID, whole: bool = False
 ) -> tuple[Tensor, float]:
-    """The scale (I,), and its exponent (0: none), under which the matrices (O, I) that read the same inputs lose least
-    by rounding. whole: powers of two only.
+    """The scale (I,), and its exponent (0: none), under which matrices (O, I) lose least by rounding, each measured by
+    the statistics of its inputs; it is made from those of the first. whole: powers of two only.
     """
-    samples = [(spec, weight[:: -(-len(weight) // _ROWS)].contiguous()) for spec, weight in pairs]
-    energies = [statistics.energy(weight) for _, weight in samples]
+    samples = [(spec, weight[:: -(-len(weight) // _ROWS)].contiguous(), seen) for spec, weight, seen in readers]
+    energies = [seen.energy(weight) for _, weight, seen in samples]
     best, exponent, least = torch.ones_like(samples[0][1][0]), 0.0, float("inf")
-    for by, tried in _candidates([weight for _, weight in samples], statistics, grid, whole):
+    for by, tried in _candidates([weight for _, weight, _ in samples], samples[0][2], grid, whole):
         error = 0.0
-        for (spec, weight), energy in zip(samples, energies, strict=True):
+        for (spec, weight, seen), energy in zip(samples, energies, strict=True):
             scaled = weight * by
             made = search.rounded(spec, scaled, *search.clip(spec, scaled, steps=1))
-            error += statistics.energy(made / by - weight) / max(energy, 1e-30)
+            error += seen.energy(made / by - weight) / max(energy, 1e-30)
         if error < least:
             best, exponent, least = by, tried, error
     return best, exponent

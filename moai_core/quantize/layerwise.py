@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moai_core.errors import UsageError
-from moai_core.quant.formats import Spec, decode
+from moai_core.quant.formats import FORMATS, Spec, decode
 from moai_core.quantize import awq, gptq, rotate, search
 from moai_core.quantize.calibrate import BLOCKS, Runner, Statistics
 
@@ -122,7 +122,12 @@ class _Layer:
                 raise UsageError(f"unknown method {self._method(module)!r}", hint=f"methods: {', '.join(METHODS)}")
             if self._method(module) != "rtn" and self.runner is None:
                 raise UsageError(f"{self._method(module)} needs calibration data", hint="give text with --calib")
-            search.check_weight(f"{self.name}.{module}.weight", self.masters[module])
+            weight = self.masters[module]
+            try:
+                FORMATS[self.specs[module].format].check(self.specs[module], *weight.shape)
+            except UsageError as exc:
+                raise UsageError(f"{self.name}.{module}: {exc.message}", hint=exc.hint) from exc
+            search.check_weight(f"{self.name}.{module}.weight", weight)
         rotate.check(self.options.rotate, {module: self.masters[module].shape[1] for module in self.specs})
 
     def stage(self, wanted: list[str]) -> None:
@@ -144,14 +149,10 @@ class _Layer:
         return self.runner.gather(self.layer, sorted({wanted[0], *(target.readers[0] for target in due)}))
 
     def _scale(self, target: awq.Target, statistics: dict[str, Statistics]) -> None:
-        specs = {module: self.specs[module] for module in target.readers if module in self.specs}
-        by, exponent = awq.scale(
-            self.masters, target, self.specs if target.into == "rows" else specs, statistics[target.readers[0]],
-            grid=self.options.grid,
-        )  # fmt: skip
+        by, exponent = awq.scale(self.masters, target, self.specs, statistics, grid=self.options.grid)
         for module in {target.readers[0], *target.also} & set(statistics):
             statistics[module] = statistics[module].scaled(by)
-        for module in specs:
+        for module in {*target.readers} & set(self.specs):
             self.report[module] = {"exponent": exponent, "scale": [round(float(s), 4) for s in (by.min(), by.max())]}
 
     def _quantize(self, module: str, statistics: Statistics | None, first: Tensor, was: Statistics | None) -> None:

@@ -3,9 +3,9 @@
 Three AdamW (arXiv 1711.05101). `adamw` computes and stores in fp32: torch's own, fused, where the weights are fp32; for
 bf16 weights with fp32 masters beside them (arXiv 1710.03740). `adamw_bf16` stores bf16 weights and moments alone and
 rounds them stochastically, so that updates smaller than half a bf16 step survive on average (arXiv 2010.06192).
-`adamw_8bit` is bitsandbytes' with block-wise quantized moments (arXiv 2110.02861). A_log, D, dt_bias, norms and biases
-take no weight decay. Schedules are functions of the step alone and the noise is a function of (seed, update,
-parameter), so that nothing about them needs to be saved. Left out: Muon, parameter offload.
+`adamw_8bit` is bitsandbytes' with block-wise quantized moments (arXiv 2110.02861). A_log, D, dt_bias, norms, biases and
+the scales of quantized matrices take no weight decay. Schedules are functions of the step alone and the noise is a
+function of (seed, update, parameter), so that nothing about them needs to be saved. Left out: Muon, parameter offload.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moai_core import cuda
 from moai_core.errors import UsageError
 from moai_core.training import adamw_cuda
 
-NO_DECAY = ("A_log", "D", "dt_bias")
+NO_DECAY = ("A_log", "D", "dt_bias", "scales", "zeros")
 
 # Elements updated at once by AdamWBF16: bounds its fp32 temporaries (five of them) to a few hundred MB whatever the
 # size of a parameter.

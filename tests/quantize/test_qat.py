@@ -1,0 +1,160 @@
+"""`moai qat`: what is trained is what is stored; resuming is exact; distillation is what the formula says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moai_core import checkpoint
+from moai_core import recipe as recipes
+from moai_core.errors import UsageError
+from moai_core.model.loss import shift_labels
+from moai_core.quant import fake, linear, lora
+from moai_core.quantize import qat
+from moai_core.quantize.plan import Settings
+from moai_core.training import train
+
+SETTINGS = Settings("int4", group_size=32)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """(recipe of the tests, a trained parent): made once."""
+    folder = tmp_path_factory.mktemp("qat")
+    words = ["the", "quick", "brown", "오늘은", "날씨가", "今日は", "天气"]
+    lines = [json.dumps({"text": " ".join(words[(i * 5 + j * j) % 7] for j in range(4 + i % 30))}) for i in range(40)]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+
+    def recipe(*overrides):
+        base = [
+            "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2", "model.state_size=4",
+            f"data.train={folder / 'text.jsonl'}", "~data.valid", "data.valid_fraction=0.2", "data.max_length=32",
+            f"data.cache={folder / 'cache'}", "optim.lr=1e-2", "optim.finetune_lr=1e-3", "optim.warmup_steps=1", "optim.schedule=constant", "train.steps=6", "train.batch_size=2",
+            "train.save_every=3", "train.eval_every=6", "train.eval_batches=2", "train.sample_every=0", "train.threads=1",
+        ]  # fmt: skip
+        return recipes.load("cpu-tiny", [*base, *overrides])
+
+    parent = folder / "부모 run"
+    train(recipe("train.steps=12"), output=parent)
+    return recipe, parent
+
+
+def weights(folder):
+    return {name: tensor for name, tensor in checkpoint.load_model(folder).state_dict().items()}
+
+
+@pytest.mark.parametrize("mode", ["full", "scales", "qlora"])
+def test_trains_and_resumes_exactly(start, tmp_path, mode):
+    recipe, parent = start
+    options = qat.Options(mode, SETTINGS, rank=4)
+    straight = qat.qat(recipe(), options, model_path=parent, output=tmp_path / "a")
+    qat.qat(recipe("train.steps=3"), options, model_path=parent, output=tmp_path / "b")
+    resumed = qat.qat(recipe(), options, model_path=parent, output=tmp_path / "b")
+    assert resumed.resumed_from == 3 and resumed.step == straight.step == 6
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    first = checkpoint.load_training(tmp_path / "a" / "step-6")[0]
+    second = checkpoint.load_training(tmp_path / "b" / "step-6")[0]
+    for name, tensor in first.get("parameters", {}).items():
+        assert torch.equal(tensor, second["parameters"][name])
+    assert ("parameters" in first) == (mode != "qlora")
+    # Every step is the quantized model itself, in its format.
+    loaded = checkpoint.load_model(tmp_path / "a")
+    assert linear.quantized(loaded) and lora.adapted(loaded) == (mode == "qlora")
+    assert (
+        all(isinstance(p, torch.nn.Parameter) and "lora" in n for n, p in loaded.named_parameters() if p.requires_grad)
+        or mode != "qlora"
+    )
+
+
+@pytest.mark.parametrize("mode", ["full", "scales"])
+def test_the_model_in_training_gives_the_bits_of_the_stored_one(start, tmp_path, mode):
+    recipe, parent = start
+    seen = {}
+    plain = qat._ready
+
+    def keep(model, *rest):
+        seen["model"] = model
+        return plain(model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qat, "_ready", keep)
+        qat.qat(recipe(), qat.Options(mode, SETTINGS), model_path=parent, output=tmp_path / "run")
+    model = seen["model"].eval()
+    assert any(isinstance(m, fake.Trained) for m in model.modules())
+    stored = checkpoint.load_model(tmp_path / "run")
+    linear.set_kernel(stored, "dequantize")
+    ids = torch.randint(0, 500, (2, 40))
+    assert torch.equal(model(ids).logits, stored(ids).logits)
+
+
+def test_from_scratch_from_a_quantized_one_and_refusals(start, tmp_path):
+    recipe, _ = start
+    qat.qat(recipe("train.steps=2"), qat.Options("full", SETTINGS), output=tmp_path / "scratch")
+    # A start that is quantized already, as the specification has it.
+    again = qat.qat(
+        recipe("train.steps=2"), qat.Options("scales"), model_path=tmp_path / "scratch", output=tmp_path / "again"
+    )
+    assert again.step == 2
+    with pytest.raises(UsageError, match="--model is missing"):
+        qat.qat(recipe(), qat.Options("qlora", SETTINGS), output=tmp_path / "none")
+    with pytest.raises(UsageError, match="was trained as qat full"):
+        qat.qat(recipe(), qat.Options("scales", SETTINGS), output=tmp_path / "scratch")
+    with pytest.raises(UsageError, match="was trained as qat full"):
+        train(recipe(), output=tmp_path / "scratch")
+    for wrong in (
+        {"mode": "half"},
+        {"weight": 2.0},
+        {"temperature": 0.0},
+        {"dropout": 1.0},
+        {"settings": Settings("fp8")},
+    ):
+        with pytest.raises(UsageError):
+            qat.Options(**wrong).check()
+
+
+@pytest.mark.parametrize(("weight", "heat"), [(0.5, 1.0), (1.0, 2.0), (0.0, 1.0)])
+def test_distillation(start, weight, heat):
+    """Loss and gradient against the formula in float64 over whole logits."""
+    _, parent = start
+    teacher = checkpoint.load_model(parent)
+    student = checkpoint.load_model(parent)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    options = qat.Options(teacher=parent, weight=weight, temperature=heat)
+    student.objective = qat.Teacher(options).objective(student)
+    ids = torch.randint(0, 500, (2, 20))
+    labels = ids.clone()
+    labels[0, :5] = -100
+    loss = student.train()(ids, labels=labels).loss
+    loss.backward()
+    got = student.model.layers[0].mamba.in_proj.weight.grad.clone()
+    student.zero_grad()
+    student.objective = None
+    logits = student(ids, return_logits=True).logits.double()
+    wanted = F.softmax(teacher(ids).logits.double() / heat, -1)
+    targets = shift_labels(labels, None)
+    keep = targets != -100
+    kl = (wanted * (wanted.log() - F.log_softmax(logits / heat, -1))).sum(-1)[keep].mean() * heat**2
+    exact = weight * kl + (1 - weight) * F.cross_entropy(logits[keep], targets[keep])
+    exact.backward()
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-4)
+    reference = student.model.layers[0].mamba.in_proj.weight.grad
+    assert float((got - reference).norm() / reference.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_merged_adapters(start, tmp_path, dtype):
+    recipe, parent = start
+    qat.qat(recipe(), qat.Options("qlora", SETTINGS, rank=4), model_path=parent, output=tmp_path / "run")
+    adapted = checkpoint.load_model(tmp_path / "run")
+    linear.set_kernel(adapted, "dequantize")
+    merged = checkpoint.load_model(qat.merge(tmp_path / "run", tmp_path / "merged", dtype=dtype))
+    assert bool(linear.quantized(merged)) == (dtype is None)
+    ids = torch.randint(0, 500, (1, 30))
+    before, after = adapted(ids).logits.detach(), merged(ids).logits.detach()
+    assert float((before - after).norm() / before.norm()) < (1e-4 if dtype is torch.float32 else 0.3)
