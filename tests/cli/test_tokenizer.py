@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import time
 
 import pytest
 
-LINES = "".join(f"Line {n}: 예순 {n * 7 % 60}, 東京へ行きました。\n" for n in range(400))
+_WORDS = ["".join(random.Random(n).choices("abcdefghijklmnop", k=3 + n % 6)) for n in range(300)]
+LINES = "".join(f"{_WORDS[n % 300]} {_WORDS[n * n % 299]}: 예순 {n}, 東京へ行きました。\n" for n in range(600))
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_train_extend_eval(moai, text):
 
 
 def test_notes_and_warnings_go_to_stderr(moai, text):
-    code, out, err = moai("tokenizer", "train", "text.txt", "-o", "a", "--vocab-size", 5000)
+    code, _, err = moai("tokenizer", "train", "text.txt", "-o", "a", "--vocab-size", 5000)
     assert code == 0 and "5,000 ids were asked for; no further pair was seen 10 times" in err
     code, _, err = moai("tokenizer", "train", "text.txt", "-o", "b", "--vocab-size", 5000, "--min-frequency", 1)
     assert code == 0 and "warning: of the last 1,000 merges" in err
