@@ -33,6 +33,8 @@ KNOWN = (
         + r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
         for digits in (r"\p{N}{1,3}", r"\p{N}")
     ),
+    # The scripts of moai's own tokenizers (moai_core/tokenizer/layout.py): one run of one class after the other.
+    r"[^\p{L}]?(?:\p{Hangul}+|[\p{Han}々〆]+[\p{Hiragana}ー]*|[\p{Katakana}ー]+|[\p{Hiragana}ー]+)",
 )
 _TRY = """
 import json, sys

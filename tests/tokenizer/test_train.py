@@ -88,6 +88,12 @@ def test_special_tokens_bytes_and_borders(corpus, tmp_path):
     assert text == ["「東京", "タワー", "へ", "行きました", "。", *"1234", "年", " 서울에서", " x", "=f", "(a", ")"]
 
 
+def test_own_patterns_need_no_trial():
+    from moai_core.data.regexes import KNOWN, nested
+
+    assert {layout.WORDS, layout.SCRIPTS} <= set(KNOWN) and not nested(layout.SCRIPTS)
+
+
 def test_too_little_text_gives_fewer_ids_and_says_so(corpus, tmp_path):
     report = train([corpus], tmp_path / "out", vocab_size=50_000, min_frequency=10)
     assert report["vocab_size"] < 50_000 == report["asked"] and report["health"]["healthy"]
