@@ -49,7 +49,7 @@ BLOCKS = ("mamba", "feed_forward")
 @dataclass(frozen=True)
 class Calibration:
     """ids (S, L) int64; seq_idx (S, L) int32 as in the model's forward, or None where each row is one document;
-    left_out: rows that weren't taken because they held text of the evaluation.
+    left_out: documents (or full-length pieces) that weren't taken because they are the evaluation's.
     """
 
     ids: Tensor
@@ -86,7 +86,7 @@ def from_text(
 ) -> Calibration:
     """Sequences of `length` tokens from a path, `hf://` dataset, mapping or list of them (a recipe's data.train).
 
-    avoid: the evaluation's sources; a row that holds a document of theirs, or a full-length piece of one, isn't taken.
+    avoid: the evaluation's sources; a document that is among theirs, or a piece of `length` tokens, isn't taken.
     valid_fraction: a recipe's share of held-out pieces, which are left out as in training. Raises DataError for less
     text than is asked for, UsageError for impossible numbers and a stream that is to be avoided.
     """
@@ -175,9 +175,11 @@ def _digest(ids: np.ndarray) -> bytes:
 
 
 def _draw(loader: Loader, sequences: int, length: int, evaluation: set[bytes]) -> tuple[list[Any], int]:
-    """The first rows of the loader's endless sequence that hold nothing of the evaluation; none is taken twice."""
+    """The first rows of the loader's endless sequence, without what is the evaluation's; none is taken twice. And how
+    many pieces that was.
+    """
     rows: list[Any] = []
-    tokens = drawn = 0
+    tokens = drawn = dropped = 0
     while len(rows) < sequences:
         number, index = loader.turns.pick(drawn)
         source = loader.sources[number]
@@ -188,21 +190,22 @@ def _draw(loader: Loader, sequences: int, length: int, evaluation: set[bytes]) -
             ended = index >= source.rows
             row = [] if ended else source.row(index)
         if ended:
-            raise _too_short(sequences, length, tokens, drawn - len(rows), loader, number)
+            raise _too_short(sequences, length, tokens, dropped, loader, number)
         drawn += 1
-        if not any(_digest(ids) in evaluation for ids, _ in row):
-            rows.append(row)
-            tokens += sum(len(ids) for ids, _ in row)
+        kept = [piece for piece in row if _digest(piece[0]) not in evaluation]
+        dropped += len(row) - len(kept)
+        tokens += sum(len(ids) for ids, _ in kept)
+        rows += [kept] if kept else []
     # Packing leaves little empty, unless the text is little.
     if tokens < 0.5 * sequences * length:
-        raise _too_short(sequences, length, tokens, drawn - len(rows), loader, None)
-    return rows, drawn - len(rows)
+        raise _too_short(sequences, length, tokens, dropped, loader, None)
+    return rows, dropped
 
 
 def _too_short(sequences: int, length: int, tokens: int, dropped: int, loader: Loader, number: int | None) -> DataError:
     one = number is not None and len(loader.sources) > 1
     where = f"source {(number or 0) + 1} of the calibration text" if one else "the calibration text"
-    left = f", with {dropped} rows of the evaluation text left out" if dropped else ""
+    left = f", with {dropped} documents of the evaluation text left out" if dropped else ""
     return DataError(
         f"{where} is shorter than needed: {sequences} sequences of {length} tokens are {sequences * length} tokens, "
         f"and it gives {tokens}{left}",
