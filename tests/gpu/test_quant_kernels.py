@@ -1,0 +1,269 @@
+"""Products with int4 and int8 matrices on a CUDA GPU against float64, with NaN in memory that a kernel has to fill. Run
+on a machine with one: `pytest -m gpu tests/gpu/test_quant_kernels.py`.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moai_core import cuda
+from moai_core.quant import cuda as kernel
+from moai_core.quant import cuda_ops
+from moai_core.quant.cuda_ops import Shape
+from moai_core.quant.formats import FORMATS, Spec, decode
+
+pytestmark = pytest.mark.gpu
+
+B, H, S = torch.bfloat16, torch.float16, torch.float32
+# A result rounded once: 2^-9 at most, 2^-10 or so on average; sums of tensor cores lose a little more than fp32 ones.
+TOLERANCE = {S: 5e-6, B: 3.5e-3, H: 5e-4}
+
+
+@pytest.fixture(autouse=True)
+def _can_run(device):
+    if reason := cuda.why_not(device):
+        pytest.skip(reason)
+
+
+@contextmanager
+def poisoned():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def draw(device, *shape, dtype=S, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def matrix(device, spec, out, columns, seed=0):
+    """(stored tensors, their values in fp32) of a random matrix with an outlier, an empty row and zeros of its own."""
+    weight = draw(device, out, columns, seed=seed) + (0.0 if spec.symmetric else 0.3)
+    weight[0, 3], weight[out - 1] = 9.0, 0.0
+    stored = FORMATS[spec.format].encode(spec, weight)
+    if "zeros" in stored:  # trained ones are no integers
+        stored["zeros"] = stored["zeros"] + draw(device, *stored["zeros"].shape, dtype=H, seed=1)
+    return stored, decode(spec, stored)
+
+
+def judge(found, wanted, factor=1.0):
+    error = float((found.detach().double() - wanted).norm() / wanted.norm().clamp(min=1e-300))
+    assert found.shape == wanted.shape and error <= factor * TOLERANCE[found.dtype], (error, found.dtype)
+
+
+# format, group, symmetric, rows, columns: odd rows, columns that fill no unit, no multiple of 8, every group.
+MATRICES = [
+    ("int4", 128, True, 33, 384), ("int4", 64, True, 96, 192), ("int4", 32, True, 17, 416), ("int4", 256, True, 64, 512),
+    ("int4", 0, True, 40, 130), ("int4", 128, False, 50, 256), ("int4", 64, False, 31, 320), ("int4", 32, False, 8, 96),
+    ("int4", 0, False, 65, 90), ("int8", 0, True, 70, 300), ("int8", 0, True, 1, 128), ("int8", 128, True, 48, 256),
+    ("int8", 32, True, 20, 160),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form, group, symmetric, out, columns", MATRICES)
+def test_decoded_values_are_those_of_the_format(device, form, group, symmetric, out, columns):
+    spec = Spec(form, group, symmetric)
+    stored, values = matrix(device, spec, out, columns)
+    prepared = kernel.prepare(spec, stored)
+    ids = torch.tensor([[0, out - 1], [out // 2, out // 3]], device=device)
+    for dtype in (S, B, H):
+        with poisoned():
+            found = kernel.decode(spec, prepared, out, columns, dtype)
+            rows = kernel.rows(spec, prepared, ids, out, columns, dtype)
+        assert torch.equal(found, values.to(dtype)) and torch.equal(rows, values[ids].to(dtype))
+
+
+@pytest.mark.parametrize("form, group, symmetric, out, columns", MATRICES)
+@pytest.mark.parametrize("dtype", [B, H, S])
+def test_few_rows(device, form, group, symmetric, out, columns, dtype):
+    spec = Spec(form, group, symmetric)
+    stored, values = matrix(device, spec, out, columns)
+    prepared = kernel.prepare(spec, stored)
+    for m in (1, 3, 8) if dtype == B else (2,):
+        x = draw(device, m, columns, dtype=dtype, seed=m)
+        with poisoned():
+            found, again = (kernel.linear(spec, prepared, x, out) for _ in range(2))
+        assert found.dtype == dtype and torch.equal(found, again)
+        judge(found, x.double() @ values.double().t())
+
+
+@pytest.mark.parametrize("m", [*range(1, 18), 24, 32, 33, 64, 128, 129])
+@pytest.mark.parametrize("form, group", [("int4", 128), ("int8", 0)])
+def test_every_number_of_rows(device, form, group, m):
+    spec = Spec(form, group)
+    stored, values = matrix(device, spec, 48, 256)
+    x = draw(device, m, 256, dtype=B, seed=m)
+    with poisoned():
+        found = kernel.linear(spec, kernel.prepare(spec, stored), x, 48)
+    judge(found, x.double() @ values.double().t(), factor=1.0 if m < cuda_ops.DENSE_FROM else 1.5)
+
+
+@pytest.mark.parametrize("dtype, m", [(H, 11), (S, 9), (S, 20)])
+def test_more_rows_in_other_types(device, dtype, m):
+    spec = Spec("int4", 64, False)
+    stored, values = matrix(device, spec, 40, 320)
+    x = draw(device, m, 320, dtype=dtype)
+    with poisoned():
+        found = kernel.linear(spec, kernel.prepare(spec, stored), x, 40)
+    judge(found, x.double() @ values.double().t())
+
+
+@pytest.mark.parametrize("mt, nt, stages, warps, rows", [
+    (1, 1, 2, 4, 1), (1, 1, 4, 2, 3), (2, 1, 2, 3, 7), (2, 1, 4, 16, 8), (1, 2, 2, 5, 9), (2, 2, 4, 2, 16),
+    (1, 4, 2, 2, 30), (2, 4, 2, 12, 32),
+])  # fmt: skip
+@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_every_division_of_the_work(device, form, mt, nt, stages, warps, rows):
+    spec = Spec(form, 128 if form == "int4" else 0)
+    out, columns, m = 116, 640, rows + 2
+    stored, values = matrix(device, spec, out, columns)
+    prepared, layout = kernel.prepare(spec, stored), kernel.layout(spec)
+    x = draw(device, m, columns, dtype=B)
+    shape = Shape(m, prepared.weights.shape[0], prepared.weights.shape[1], 2, layout)
+    few = cuda_ops.gpu(device.index)._replace(multiprocessors=3)  # blocks have several tiles to do
+    chosen = cuda_ops.divide(shape, few, mt, nt, stages, warps, 1, rows)
+    assert chosen is not None and chosen.grid[0] == 3 and chosen.grid[1] > 1
+    with poisoned():
+        found = cuda_ops.launch(x, *prepared, None, None, out, layout, 0.0, chosen)
+    judge(found, x.double() @ values.double().t())
+
+
+def test_rows_have_nothing_to_do_with_each_other(device):
+    spec = Spec("int4", 128)
+    stored, values = matrix(device, spec, 48, 256)
+    prepared = kernel.prepare(spec, stored)
+    for m in (2, 5, 9, 20):
+        x = draw(device, m, 256, dtype=B)
+        x[m // 2] = float("nan")
+        found = kernel.linear(spec, prepared, x, 48)
+        others = [i for i in range(m) if i != m // 2]
+        assert found[m // 2].isnan().all()
+        judge(found[others], x[others].double() @ values.double().t())
+
+
+def test_inputs_that_lie_apart_or_askew(device):
+    spec = Spec("int4", 64)
+    stored, values = matrix(device, spec, 48, 192)
+    prepared = kernel.prepare(spec, stored)
+    wide = draw(device, 4, 400, dtype=B)
+    for x in (wide[:, 8:200], wide[:, 3:195], draw(device, 192, 4, dtype=B).t(), wide[:, ::2][:, :192], wide[:0, :192]):
+        before = x.clone()
+        found = kernel.linear(spec, prepared, x, 48)
+        judge(found, x.double() @ values.double().t())
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [B, H, S])
+def test_large_and_tiny_numbers(device, dtype):
+    spec = Spec("int4", 128)
+    stored, _ = matrix(device, spec, 32, 256)
+    stored["scales"][3:6] = torch.tensor([6e-8, 6e4, 1e-5], dtype=H, device=device)[:, None]
+    values, x = decode(spec, stored), draw(device, 2, 256, dtype=dtype)
+    x[:, 10] = torch.tensor([3e4, 1e-7], dtype=dtype, device=device)
+    found = kernel.linear(spec, kernel.prepare(spec, stored), x, 32)
+    wanted = (x.double() @ values.double().t()).to(dtype).double()  # infinite where fp16 has no room
+    finite = wanted.isfinite()
+    assert torch.equal(found.isfinite(), finite) and finite.sum() >= 60
+    judge(found[finite], wanted[finite], factor=1.5)
+
+
+@pytest.mark.parametrize("m", [2, 130])
+@pytest.mark.parametrize("dtype", [B, S])
+def test_gradient_of_the_input(device, m, dtype):
+    spec = Spec("int4", 32, False)
+    stored, values = matrix(device, spec, 40, 160)
+    x = draw(device, m, 160, dtype=dtype).requires_grad_()
+    y = kernel.linear(spec, kernel.prepare(spec, stored), x, 40)
+    d_y = draw(device, m, 40, dtype=dtype, seed=4)
+    with poisoned():
+        (d_x,) = torch.autograd.grad(y, x, d_y)
+    judge(d_x, d_y.double() @ values.double(), factor=1.5)
+
+
+# rows of x; dtypes of x, of the norm, of the residual
+FUSED = [(1, B, B, B), (3, S, B, S), (9, B, B, None), (2, S, S, S), (1, H, H, H), (140, S, B, S)]
+
+
+@pytest.mark.parametrize("m, stream, kind, after", FUSED)
+@pytest.mark.parametrize("pair", [False, True])
+def test_norm_product_and_residual_in_one(device, m, stream, kind, after, pair):
+    spec, out, columns, eps = Spec("int4", 128, m != 3), 44, 384, 1e-5
+    both = [matrix(device, spec, out, columns, seed) for seed in (1, 2)]
+    prepared = kernel.prepare_pair(spec, *(b[0] for b in both)) if pair else kernel.prepare(spec, both[0][0])
+    x, weight = 3 * draw(device, m, columns, dtype=stream), 1 + 0.3 * draw(device, columns, dtype=kind, seed=5)
+    residual = None if after is None else draw(device, m, out, dtype=after, seed=6)
+    with poisoned():
+        found = kernel.fused(spec, prepared, x, out, norm=weight, eps=eps, residual=residual, pair=pair)
+    h = F.rms_norm(x.double(), (columns,), weight.double(), eps)
+    y = h @ both[0][1].double().t()
+    if pair:
+        y = F.silu(y) * (h @ both[1][1].double().t())
+    wanted = y if residual is None else y + residual.double()
+    assert found.dtype == (after or kind)
+    # x times the norm's weight is rounded to `kind`, which the result's type may not show
+    error = float((found.double() - wanted).norm() / wanted.norm())
+    assert error <= 2 * TOLERANCE[kind] and found.shape == wanted.shape
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_the_product_alone_and_the_residual_alone(device, pair):
+    spec, out, columns = Spec("int8", 0), 36, 256
+    both = [matrix(device, spec, out, columns, seed) for seed in (1, 2)]
+    prepared = kernel.prepare_pair(spec, *(b[0] for b in both)) if pair else kernel.prepare(spec, both[0][0])
+    x, residual = draw(device, 2, columns, dtype=B), draw(device, 2, out, dtype=B, seed=3)
+    y = x.double() @ both[0][1].double().t()
+    if pair:
+        y = F.silu(y) * (x.double() @ both[1][1].double().t())
+    with poisoned():
+        judge(kernel.fused(spec, prepared, x, out, pair=pair), y)
+        judge(kernel.fused(spec, prepared, x, out, residual=residual, pair=pair), y + residual.double())
+
+
+def test_an_id_that_is_no_row_is_an_error_under_emulation(device):
+    if device.type == "cuda":
+        pytest.skip("would end the process's use of the GPU, as in PyTorch")
+    spec = Spec("int8", 0)
+    prepared = kernel.prepare(spec, matrix(device, spec, 20, 128)[0])
+    for wrong in (20, -1):
+        with pytest.raises(AssertionError, match="trap"):
+            kernel.rows(spec, prepared, torch.tensor([3, wrong], device=device), 20, 128, B)
+
+
+def test_a_cuda_graph_holds_it(device):
+    if device.type != "cuda":
+        pytest.skip("needs CUDA")
+    spec = Spec("int4", 128)
+    stored, values = matrix(device, spec, 512, 1024)
+    prepared = kernel.prepare(spec, stored)
+    x = draw(device, 4, 1024, dtype=B)
+    for m in (4, 200):
+        x = draw(device, m, 1024, dtype=B)
+        kernel.linear(spec, prepared, x, 512)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = kernel.linear(spec, prepared, x, 512)
+        x.copy_(draw(device, m, 1024, dtype=B, seed=7))
+        graph.replay()
+        judge(y, x.double() @ values.double().t(), factor=1.5)
+
+
+def test_operators_under_tracing(device):
+    spec = Spec("int4", 128)
+    stored, _ = matrix(device, spec, 40, 128)
+    prepared, layout = kernel.prepare(spec, stored), kernel.layout(spec)
+    x = draw(device, 2, 128, dtype=B)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(cuda_ops.linear, (x.clone().requires_grad_(), *prepared, 40, *layout[:3]), test_utils=tests)
+    torch.library.opcheck(cuda_ops.fused, (x, *prepared, None, x[:, :40].float(), 40, *layout, 0.0), test_utils=tests)
+    torch.library.opcheck(cuda_ops.decode, (*prepared, 40, 128, *layout, B), test_utils=tests)
+    ids = torch.tensor([3, 1], device=device)
+    torch.library.opcheck(cuda_ops.gather, (ids, *prepared, 40, 128, *layout[:3], B), test_utils=tests)
