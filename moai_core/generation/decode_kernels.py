@@ -31,6 +31,8 @@ THREADS, WARPS, CHUNK_BYTES = 256, 8, 64
 DEPTH, LEAST_DEPTH = 6, 2
 # Tiles of 16 rows of a 16-bit weight that a block takes at once from a wide batch: fewer read x more often.
 WIDE_TILES = 4
+# Bytes of out_proj's weight that are brought into the L2 cache (50 MB on an H100) while x_proj and the scan run.
+AHEAD = 24 << 20
 _TILE_SUMS = 8 * 20
 _WHOLE_ROW = 1 << 30
 
@@ -82,7 +84,7 @@ def refusal(name: str, module: nn.Module, dtype: torch.dtype) -> str | None:
         spec = module.spec
         if spec.format not in _FORMATS:
             return f"{name} is stored as {spec.format}"
-        if getattr(module, "rotation", None) is not None:
+        if module.rotation is not None and not name.endswith(("out_proj", "down_proj")):
             return f"{name} has a rotated input"
         if dtype == torch.float32:
             return f"{name} is quantized, and the model computes in float32"
@@ -132,6 +134,7 @@ def linear(
     *,
     dtype: torch.dtype,
     batch: int,
+    wide: bool,
     result: int = STORE,
     residual: Tensor | None = None,
     norm: Tensor | None = None,
@@ -143,20 +146,20 @@ def linear(
 ) -> list[Launch]:
     """One product for `batch` rows: a launch, or several that take some of the rows each.
 
-    x (M, K), or None: the norm of the residual stream (M, H), at most NARROW rows. out: (M, O), with up (M, O) of
-    silu(gate) up, with PARTIAL (slices, M, O) fp32. A RESIDUAL product of more than NARROW rows leaves PARTIAL sums in
-    `out` for the next norm. conv: weight (I, K), bias (I), scale (I), both or None, window
+    wide: x is read chunk by chunk as the weight is; else it is kept in shared memory (`most_rows`), and may be None: the
+    norm of the residual stream (M, H). out: (M, O), with up (M, O) of silu(gate) up, with PARTIAL (slices, M, O) fp32.
+    A wide RESIDUAL product leaves PARTIAL sums in `out` for the next norm. conv: weight (I, K), bias (I), scale (I), both or None, window
     (M, I, K-1), the next window, z (M, I).
     ahead: a tensor that a later kernel reads.
     """
-    source = RING if batch > NARROW else NORM if x is None else COPY
+    source = RING if wide else NORM if x is None else COPY
     slices = slices_of(m, result)
     if source == RING and result == RESIDUAL:
         result = PARTIAL
     most = 32 if m.format == "Int4" else WIDE
     stream = residual.dtype if residual is not None else dtype
     second = (None, None, None) if up is None else (up.weight, up.scales, up.zeros)
-    ahead_bytes = 0 if ahead is None else ahead.numel() * ahead.element_size() // 16 * 16
+    ahead_bytes = early(ahead)
     found = []
     for begin in range(0, batch, most):
         rows = slice(begin, min(batch, begin + most))
@@ -180,6 +183,11 @@ def linear(
         )  # fmt: skip
         found.append(Launch(kernel, min(units, blocks), THREADS, args, shared))
     return found
+
+
+def early(ahead: Tensor | None) -> int:
+    """How many bytes of a weight are brought into the L2 cache while a kernel that waits more than it reads is running."""
+    return 0 if ahead is None else min(AHEAD, ahead.numel() * ahead.element_size()) // 16 * 16
 
 
 def most_rows(weights: Sequence[Matrix], dtype: torch.dtype) -> int:

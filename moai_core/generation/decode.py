@@ -1,0 +1,435 @@
+"""One token for every row of a batch, on a GPU, as few launches: the step of the decode engine.
+
+A step of the plain path asks torch for about twenty operators a layer, and the host is slower than the GPU. Here it is
+six kernels a layer (eight for wide batches) that read each weight once at nearly the memory's rate, recorded as a CUDA
+graph for each width of the batch, the choice of the next token included:
+
+    embedding | norm, in_proj, convolution | x_proj | norms, dt_proj, scan, gate | out_proj, + residual
+    | norm, gate and up, silu | down, + residual | ... | norm, head | three kernels that sample
+
+Where kernels may overlap (compute capability 9.0) the next one's weights are on their way before the last one ends. A
+row has the same bits whatever stands beside it, at any width: sums over K are divided by the shape alone
+(decode_kernels.py). States are kept twice: a step reads one copy and writes the other, so that the state before a token
+is still there when the host gets to see the token.
+
+Left out: gradients, prompts (the model itself reads them), logits for the host, everything `why_not` names.
+
+Letters: M rows of a step, H hidden, I inner, N states, K convolution width, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from moai_core import cuda
+from moai_core.generation import decode_kernels as kernels
+from moai_core.generation.decode_kernels import Launch, Matrix, linear, matrix, refusal
+from moai_core.generation.sampling import Settings
+from moai_core.model.state import MoaiState
+from moai_core.quant.linear import QuantLinear
+
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+STATES = (8, 16, 32, 64, 128)
+# As decode_sample.cu has them.
+_SLICE, _BINS, _WORK = 4096, 1312, 40 << 10
+
+Step = list[Launch | Callable[[], None]]
+
+
+def why_not(model: Any) -> str | None:
+    """Why the engine can't run this model where it is, in one sentence, or None if it can."""
+    from moai_core.model import MoaiMambaForCausalLM
+
+    if type(model) is not MoaiMambaForCausalLM:
+        return f"it knows moai's own model, not {type(model).__name__}"
+    if why := cuda.why_not(model.device):
+        return why
+    config, dtype = model.config, model.model.final_layernorm.weight.dtype
+    if dtype not in cuda.TYPES:
+        return f"it computes in bf16, fp16 or fp32, not in {dtype}"
+    if model.model.scan_backend not in ("auto", "cuda"):
+        return f"the scan backend {model.model.scan_backend!r} was named"
+    if config.mixer != "mamba" or config.ffn not in ("swiglu", "none"):
+        return f"it knows Mamba-1 with SwiGLU or nothing, not mixer {config.mixer!r} with ffn {config.ffn!r}"
+    if config.state_size not in STATES or not 2 <= config.conv_kernel_size <= 8:
+        return f"state_size must be one of {STATES} and conv_kernel_size 2 to 8"
+    return _refused_weights(model, dtype)
+
+
+def _refused_weights(model: Any, dtype: torch.dtype) -> str | None:
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, QuantLinear) and embedding.spec.format == "fp8":
+        return "embed_tokens is stored as fp8"
+    named = [("embed_tokens", embedding), ("lm_head", model.lm_head)]
+    for index, layer in enumerate(model.model.layers):
+        mixer, ffn = layer.mamba, layer.feed_forward
+        parts = [(mixer, ("in_proj", "x_proj", "out_proj"))]
+        parts += [] if ffn is None else [(ffn, ("gate_proj", "up_proj", "down_proj"))]
+        named += [(f"layer {index}: {name}", getattr(part, name)) for part, names in parts for name in names]
+        if mixer.conv1d.weight.dtype != dtype:
+            return f"layer {index}: conv1d is {mixer.conv1d.weight.dtype}, not {dtype}"
+        if ffn is not None and matrix_kind(ffn.gate_proj) != matrix_kind(ffn.up_proj):
+            return f"layer {index}: gate_proj and up_proj are stored differently"
+        if getattr(mixer.dt_proj, "rotation", None) is not None or not isinstance(
+            mixer.dt_proj, (torch.nn.Linear, QuantLinear)
+        ):
+            return f"layer {index}: dt_proj is no plain matrix"
+    return next((why for name, module in named if (why := refusal(name, module, dtype))), None)
+
+
+def matrix_kind(module: Any) -> Any:
+    """How a weight is stored: equal for weights that one kernel can read."""
+    return getattr(module, "spec", None)
+
+
+@dataclass
+class Layer:
+    """A layer's weights as the kernels read them. A_log2: -exp(A_log) log2(e), (I, N) fp32."""
+
+    norm: Tensor
+    in_proj: Matrix
+    conv: tuple[Tensor, Tensor | None, Tensor | None]
+    x_proj: Matrix
+    norms: tuple[Tensor | None, Tensor | None, Tensor | None]
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log2: Tensor
+    D: Tensor
+    out_proj: Matrix
+    rotation: Callable[[Tensor], Tensor] | None
+    ffn_norm: Tensor | None = None
+    gate: Matrix | None = None
+    up: Matrix | None = None
+    down: Matrix | None = None
+    down_rotation: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Weights read by a step."""
+        matrices = (self.in_proj, self.x_proj, self.out_proj, self.gate, self.up, self.down)
+        others = (self.dt_proj, self.A_log2, self.conv[0])
+        return sum(m.bytes for m in matrices if m is not None) + sum(t.numel() * t.element_size() for t in others)
+
+
+def _layer(layer: Any, dtype: torch.dtype) -> Layer:
+    mixer, ffn = layer.mamba, layer.feed_forward
+    dt = mixer.dt_proj
+    scale = getattr(mixer, "conv_scale", None)
+    found = Layer(
+        norm=layer.input_layernorm.weight.detach(),
+        in_proj=matrix(mixer.in_proj),
+        conv=(
+            mixer.conv1d.weight.detach().flatten(1).contiguous(),
+            None if mixer.conv1d.bias is None else mixer.conv1d.bias.detach(),
+            None if scale is None else scale.detach().to(dtype),
+        ),
+        x_proj=matrix(mixer.x_proj),
+        norms=tuple(n.weight.detach() for n in (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm))
+        if mixer.norms
+        else (None, None, None),
+        dt_proj=(dt.weight_values(dtype) if isinstance(dt, QuantLinear) else dt.weight.detach()).contiguous(),
+        dt_bias=mixer.dt_bias.detach().float(),
+        A_log2=(-torch.exp(mixer.A_log.detach().double()) * 1.4426950408889634).float().contiguous(),
+        D=mixer.D.detach().float(),
+        out_proj=matrix(mixer.out_proj),
+        rotation=getattr(mixer.out_proj, "rotation", None),
+    )
+    if ffn is not None:
+        found.ffn_norm = layer.pre_ff_layernorm.weight.detach()
+        found.gate, found.up, found.down = (matrix(m) for m in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
+        found.down_rotation = getattr(ffn.down_proj, "rotation", None)
+    return found
+
+
+class Decoder:
+    """A model made ready to generate: its weights as the kernels read them, and for up to `capacity` rows the state
+    (twice), settings, random numbers and the token to be read next.
+
+    `rows` of it are static: place 0 to capacity - 1, of which a step takes the first so many.
+    """
+
+    def __init__(self, model: Any, known: int) -> None:
+        """known: ids from this on are never chosen."""
+        self.config, self.device = model.config, model.device
+        self.dtype = model.model.final_layernorm.weight.dtype
+        self.known = min(known, self.config.vocab_size)
+        self.stream = torch.float32 if self.config.residual_in_fp32 else self.dtype
+        self.layers = [_layer(layer, self.dtype) for layer in model.model.layers]
+        self.embedding, self.head = matrix(model.model.embed_tokens), matrix(model.lm_head)
+        self.final = model.model.final_layernorm.weight.detach()
+        products = [m for one in self.layers for m in (one.in_proj, one.x_proj, one.out_proj, one.gate, one.down) if m]
+        self.narrow = kernels.most_rows([*products[:5], self.head], self.dtype)
+        self.most = WIDTHS[-1] if self.dtype.itemsize == 2 else max(w for w in WIDTHS if w <= self.narrow)
+        self.capacity, self.turn = 0, 0
+        self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
+        self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
+
+    @property
+    def bytes(self) -> int:
+        """Weights that a step reads, whatever its width."""
+        return sum(layer.bytes for layer in self.layers) + self.head.bytes
+
+    # ---- rows -----------------------------------------------------------------------------------------------------
+
+    def reserve(self, rows: int) -> None:
+        """Have room for so many rows (at most `most`); those that are there stay."""
+        if rows <= self.capacity:
+            return
+        c, before, old = self.config, self.capacity, vars(self).copy()
+        self.capacity = next(width for width in WIDTHS if width >= rows)
+        depth, inner = len(self.layers), c.inner_size
+
+        def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        if before and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # graphs that may still run go away
+        self._graphs = {}
+        self.conv = make(2, depth, self.capacity, inner, c.conv_kernel_size - 1, dtype=self.dtype)
+        self.ssm = make(2, depth, self.capacity, inner, c.state_size)
+        # temperature, top_p, min_p, penalty; token, top_k, seed, draws: a column a row
+        self.numbers, self.counts = make(4, self.capacity, dtype=torch.float64), make(4, self.capacity, dtype=torch.int64)
+        self.seen = make(self.capacity, c.vocab_size, dtype=torch.uint8)
+        self.host = torch.zeros(2, self.capacity, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        if before:
+            for name, at in (("conv", 2), ("ssm", 2), ("numbers", 1), ("counts", 1), ("seen", 0)):
+                getattr(self, name).narrow(at, 0, before).copy_(old[name])
+            self.host[:, :before] = old["host"]
+        self._make_work(make)
+
+    def _make_work(self, make: Callable[..., Tensor]) -> None:
+        """What a step leaves behind for itself."""
+        c, rows = self.config, self.capacity
+        width = c.time_step_rank + 2 * c.state_size
+        partial = [kernels.slices_of(self.layers[0].x_proj, kernels.PARTIAL) * width]
+        for m in (self.layers[0].out_proj, self.layers[0].down):
+            partial += [] if m is None else [kernels.slices_of(m, kernels.RESIDUAL) * c.hidden_size]
+        self.residual = make(rows, c.hidden_size, dtype=self.stream)
+        self.x = make(rows, c.hidden_size, dtype=self.dtype)
+        self.u, self.z, self.y = (make(rows, c.inner_size, dtype=self.dtype) for _ in range(3))
+        self.product = make(rows, c.intermediate_size, dtype=self.dtype)
+        self.mixed, self.mixes, self.sums = make(rows, width), make(rows * partial[0]), make(rows * max(partial))
+        self.logits = make(rows, c.vocab_size, dtype=self.dtype)
+        slices = -(-self.known // _SLICE)
+        self.best, self.best_id = make(rows, slices), make(rows, slices, dtype=torch.int32)
+        self.bins, self.masses = make(rows, _BINS, dtype=torch.int32), make(rows, _BINS, dtype=torch.int64)
+
+    def put(self, place: int, state: MoaiState, token: int, settings: Settings, seed: int, draws: int) -> None:
+        """A row that goes on from `state` (of one row) by reading `token`."""
+        layers = list(zip(*state.layers, strict=True))
+        self.conv[self.turn, :, place] = torch.cat(layers[0])
+        self.ssm[self.turn, :, place] = torch.cat(layers[1])
+        s = settings
+        self.numbers[:, place] = torch.tensor([s.temperature, s.top_p, s.min_p, s.repetition_penalty], dtype=torch.float64)
+        self.counts[:, place] = torch.tensor([token, s.top_k, seed - (1 << 64) if seed >> 63 else seed, draws])
+
+    def mark(self, place: int, seen: Tensor) -> None:
+        """The tokens (known,) bool that a repetition penalty knows of."""
+        self.seen[place, : seen.shape[0]] = seen.to(torch.uint8)
+
+    def move(self, source: int, place: int) -> None:
+        """The row at `source` goes to `place`."""
+        for tensor, at in ((self.conv[self.turn], 1), (self.ssm[self.turn], 1), (self.numbers, 1), (self.counts, 1)):
+            tensor.select(at, place).copy_(tensor.select(at, source))
+        self.seen[place] = self.seen[source]
+
+    def state(self, place: int, read: int, turn: int) -> MoaiState:
+        """A copy of the state in buffer `turn`; read: tokens that it has read."""
+        conv, ssm = self.conv[turn, :, place].clone(), self.ssm[turn, :, place].clone()
+        return MoaiState(
+            [(a[None], b[None]) for a, b in zip(conv, ssm, strict=True)], torch.tensor([read], device=self.device)
+        )
+
+    # ---- a step ---------------------------------------------------------------------------------------------------
+
+    def step(self, rows: int) -> int:
+        """Let the first `rows` rows read their tokens and choose the next; they are in `host[turn]` when the GPU has
+        done it. Returns that turn."""
+        width, turn = next(w for w in WIDTHS if w >= rows), self.turn
+        if (width, turn) not in self._graphs:
+            self._graphs[width, turn] = self._record(width, turn)
+        self._graphs[width, turn]()
+        self.turn = 1 - turn
+        return turn
+
+    def launches(self, width: int, turn: int, *, sample: bool = True) -> Step:
+        """The kernels of a step that reads buffer `turn` of the states and writes the other."""
+        steps: Step = [self._embed(width)]
+        pending: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            pending = self._mixer(steps, layer, index, width, turn, pending)
+            if layer.gate is not None:
+                pending = self._ffn(steps, layer, width, pending)
+        x = self._norm(steps, self.final, width, pending)
+        steps += linear(
+            self.head, x, self.logits[:width], dtype=self.dtype, batch=width, wide=width > self.narrow,
+            **self._stream_of(self.final, width),
+        )  # fmt: skip
+        if sample:
+            steps += self._sample(width)
+            steps.append(lambda: self.host[turn, :width].copy_(self.counts[0, :width], non_blocking=True))
+        return steps
+
+    def _stream_of(self, norm: Tensor, width: int) -> dict[str, Any]:
+        return {"residual": self.residual[:width], "norm": norm, "eps": self.config.rms_norm_eps}
+
+    def _norm(self, steps: Step, norm: Tensor, width: int, pending: Tensor | None) -> Tensor | None:
+        """The norm of the stream for a wide batch, which also takes in what the product before left; None for a narrow
+        one, whose next product does it."""
+        if width <= self.narrow:
+            return None
+        hidden, slices = self.config.hidden_size, 0 if pending is None else pending.shape[0]
+        args = (self.residual, pending, norm, self.x, hidden, slices, float(self.config.rms_norm_eps))
+        steps.append(Launch(self._kernel("decode_norm"), width, 256, args))
+        return self.x[:width]
+
+    def _mixer(
+        self, steps: Step, layer: Layer, index: int, width: int, turn: int, pending: Tensor | None
+    ) -> Tensor | None:
+        wide, c = width > self.narrow, self.config
+        common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": wide}
+        x = self._norm(steps, layer.norm, width, pending)
+        u, z, y = self.u[:width], self.z[:width], self.y[:width]
+        windows = (self.conv[turn, index, :width], self.conv[1 - turn, index, :width])
+        steps += linear(
+            layer.in_proj, x, u, result=kernels.CONV, conv=(*layer.conv, *windows, z), width=c.conv_kernel_size,
+            **common, **self._stream_of(layer.norm, width),
+        )  # fmt: skip
+        slices = kernels.slices_of(layer.x_proj, kernels.PARTIAL)
+        mixes = self.mixes[: slices * width * layer.x_proj.rows].view(slices, width, -1)
+        ahead = layer.out_proj.weight
+        steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, ahead=ahead, **common)
+        eps = float(c.dt_bc_norm_eps or c.rms_norm_eps)
+        if wide:
+            args = (mixes, *layer.norms, self.mixed, slices, width, eps)
+            steps.append(Launch(self._kernel("decode_mix"), width, 256, args))
+        args = (
+            self.mixed if wide else mixes, *layer.norms, layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z,
+            self.ssm[turn, index], self.ssm[1 - turn, index], y, None, 0, slices, width, c.inner_size, eps,
+        )  # fmt: skip
+        grid = (-(-c.inner_size // 32), -(-width // 8), 1)
+        shared = 8 * (c.time_step_rank + 2 * c.state_size) * 4
+        steps.append(Launch(self._kernel("decode_scan", MIXED=int(wide)), grid, 256, args, shared))
+        if layer.rotation is not None:
+            steps.append(_in_place(layer.rotation, y))
+        return self._add(steps, layer.out_proj, y, common)
+
+    def _ffn(self, steps: Step, layer: Layer, width: int, pending: Tensor | None) -> Tensor | None:
+        assert layer.gate is not None and layer.down is not None and layer.ffn_norm is not None
+        common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": width > self.narrow}
+        x, product = self._norm(steps, layer.ffn_norm, width, pending), self.product[:width]
+        steps += linear(
+            layer.gate, x, product, result=kernels.SWIGLU, up=layer.up, **common, **self._stream_of(layer.ffn_norm, width)
+        )
+        if layer.down_rotation is not None:
+            steps.append(_in_place(layer.down_rotation, product))
+        return self._add(steps, layer.down, product, common)
+
+    def _add(self, steps: Step, m: Matrix, x: Tensor, common: dict[str, Any]) -> Tensor | None:
+        """A product that is added to the residual stream: at once, or (wide) by the next norm, which gets its sums."""
+        width, slices = common["batch"], kernels.slices_of(m, kernels.RESIDUAL)
+        sums = self.sums[: slices * width * m.rows].view(slices, width, m.rows) if common["wide"] else None
+        steps += linear(m, x, sums, result=kernels.RESIDUAL, residual=self.residual[:width], **common)
+        return sums
+
+    def _embed(self, width: int) -> Launch:
+        m, hidden = self.embedding, self.config.hidden_size
+        scale = torch.float32 if m.scales is None else m.scales.dtype
+        groups = 1 if m.scales is None else m.scales.shape[1]
+        args = (
+            self.counts[0], m.weight, m.scales, m.zeros, self.residual, m.row_bytes, hidden, m.group or hidden, groups
+        )  # fmt: skip
+        kernel = self._kernel("decode_embed", FORMAT=m.format, S=cuda.TYPES[scale])
+        return Launch(kernel, width, 256, args)
+
+    def _sample(self, width: int) -> list[Launch]:
+        def kernel(name: str) -> cuda.Kernel:
+            return cuda.kernel("decode_sample.cu", name, self.device, T=cuda.TYPES[self.dtype])
+
+        temperature, top_p, min_p, penalty = self.numbers
+        token, top_k, seed, draws = self.counts
+        slices, size = self.best.shape[1], self.config.vocab_size
+        first = (self.logits, self.seen, temperature, penalty, self.best, self.best_id)
+        found = (self.best, self.best_id, self.bins, self.masses)
+        return [
+            Launch(kernel("sample_best"), (slices, width, 1), 256, (*first, size, self.known)),
+            Launch(kernel("sample_masses"), (slices, width, 1), 256, (*first, *found[2:], size, self.known)),
+            Launch(
+                kernel("sample_pick"), width, 1024,
+                (self.logits, self.seen, temperature, top_p, min_p, penalty, top_k, seed, draws, *found, token, slices,
+                 size, self.known),
+                _WORK,
+            ),
+        ]  # fmt: skip
+
+    def _kernel(self, name: str, **macros: str | int) -> cuda.Kernel:
+        c = self.config
+        chosen: dict[str, str | int] = {"T": cuda.TYPES[self.dtype], "R": cuda.TYPES[self.stream], "FORMAT": "Plain"}
+        chosen |= {"S": "float", "N": c.state_size, "RANK": c.time_step_rank, "NORMS": int(c.dt_bc_norm), "MIXED": 0}
+        return cuda.kernel("decode_step.cu", name, self.device, **chosen | macros)
+
+    # ---- recording ------------------------------------------------------------------------------------------------
+
+    def _record(self, width: int, turn: int) -> Callable[[], object]:
+        """A step as one call: a CUDA graph; on other devices its launches one by one."""
+        steps = self.launches(width, turn)
+        if self.device.type != "cuda":
+            return lambda: run(steps)
+        for one in steps:
+            if not isinstance(one, Launch):
+                one()  # makes what torch makes at first use
+        try:
+            return self._capture(steps)
+        except RuntimeError:
+            if not self.overlap:
+                raise
+            # A driver that can't record launches that overlap.
+            self.overlap = False
+            return self._capture(steps)
+
+    def _capture(self, steps: Step) -> Callable[[], object]:
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph):
+            run(steps, overlap=self.overlap)
+        return graph.replay
+
+
+def _in_place(rotation: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    def rotate() -> None:
+        x.copy_(rotation(x))
+
+    return rotate
+
+
+def run(steps: Step, *, overlap: bool = False) -> None:
+    """Launch them on torch's current stream. overlap: a kernel may begin before the one in front of it has ended; the
+    first never does."""
+    options: dict[str, Any] = {}
+    for one in steps:
+        if isinstance(one, Launch):
+            one.kernel(one.grid, one.block, *one.args, shared=one.shared, **options)
+            options = {"overlap": True} if overlap else {}
+        else:
+            one()
+
+
+# ---- which engine ---------------------------------------------------------------------------------------------------
+
+_known: WeakKeyDictionary[Any, tuple[Any, Decoder]] = WeakKeyDictionary()
+
+
+def decoder(model: Any, known: int) -> Decoder:
+    """The model's decoder, made at the first call and again when its weights are others. The model isn't refused."""
+    tensors = [*model.parameters(), *model.buffers()]
+    mark = (known, *((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors))
+    found = _known.get(model)
+    if found is None or found[0] != mark:
+        found = _known[model] = (mark, Decoder(model, known))
+    return found[1]
