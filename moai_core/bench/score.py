@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -39,7 +40,7 @@ _LOGITS = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 class Text(NamedTuple):
-    """A document: the name of its file up to the first dot, its ids (int64), and which of them count (bool)."""
+    """A document: its language or domain (`language_of`), its ids (int64), and which of them count (bool)."""
 
     language: str
     ids: np.ndarray
@@ -113,7 +114,7 @@ def read_texts(
     train_on: str = "assistant",
     on_error: str = "stop",
 ) -> list[Text]:
-    """Documents by language, which is a file's name up to the first dot.
+    """Documents by language: the source's name, else `language_of` its file.
 
     tokens: at most so many a language. join: lay a language's documents end to end and cut them into texts of so many
     tokens. length: keep so many tokens at the head of each. Raises DataError where nothing can be scored.
@@ -122,7 +123,7 @@ def read_texts(
     for source in sources:
         for file in find_files(source.path)[0]:
             kind, turns = source.format or format, source.train_on or train_on
-            files.setdefault(file.name.partition(".")[0], []).append((file, kind, turns))
+            files.setdefault(source.name or language_of(file), []).append((file, kind, turns))
     texts: list[Text] = []
     for language, listed in files.items():
         found = list(_limited(_documents(language, listed, tokenizer, on_error), tokens))
@@ -136,6 +137,14 @@ def read_texts(
     if not texts:
         raise DataError(f"{', '.join(source.path for source in sources)}: hold nothing to score")
     return texts
+
+
+def language_of(file: Path) -> str:
+    """What a file of text is called in tables: its name up to the first dot, without the part that it belongs to and
+    its number. ko.jsonl, valid-ko-000.jsonl.zst and heldout-ko.txt are all ko.
+    """
+    stem = file.name.partition(".")[0]
+    return re.sub(r"^(train|valid|validation|test|calib|heldout)[-_]|[-_]\d+$", "", stem) or stem
 
 
 def _documents(language: str, listed: list[tuple[Path, str, str]], tokenizer: Any, on_error: str) -> Iterator[Text]:
