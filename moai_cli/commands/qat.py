@@ -113,7 +113,7 @@ def _merged(name: str, mode: str) -> Any:
     if name not in known:
         raise UsageError(f"--merge can't be {name!r}", hint=f"choose one of: {', '.join(known)}")
     if name != "none" and mode != "qlora":
-        raise UsageError(f"--merge is for --mode qlora (got --mode {mode})")
+        raise UsageError(f"--merge is for --mode qlora (got --mode {mode})", hint="the others have nothing to merge")
     return known[name]
 
 

@@ -62,6 +62,7 @@ def quantize(
     of the state over up to 32k tokens; it lies in the folder as quantization.json and quantization.png. An interrupted
     run goes on where it was when started again.
     """
+    from moai_core.bench.report import place
     from moai_core.quantize.disk import quantize_folder
     from moai_core.quantize.plan import Settings
     from moai_core.training.stop import StopFlag
@@ -85,6 +86,8 @@ def quantize(
             bar.update(task, description=f"measuring {event['what']}")
         elif event["event"] == "calibration":
             bar.update(task, description="reading text", completed=event["done"], total=event["total"])
+        elif event["event"] == "note":
+            console.note(event["message"])
         elif event["event"] != "progress":
             console.on_event(event)
 
@@ -103,7 +106,7 @@ def quantize(
     with flag.catching(), flag.at_once(), bar:
         report = quantize_folder(
             source, target, settings, calibration=calibration, evaluation=held_out,
-            device=_device(device), force=force, on_event=on_event,
+            device=place(device), force=force, on_event=on_event,
         )  # fmt: skip
     if json:
         console.print_json(report)
@@ -127,12 +130,6 @@ def _evaluation(data: str, tokenizer: str | None, limit: int | None) -> Any:
     chosen = data or str(RECIPES / "corpus" / "valid")
     find_files(chosen)
     return Evaluation(chosen, tokenizer, limit)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _show(report: dict[str, Any]) -> None:

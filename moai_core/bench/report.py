@@ -42,7 +42,7 @@ def place(name: str) -> torch.device:
     except RuntimeError as exc:
         raise UsageError(f"--device: unknown device {name!r}", hint="cpu, cuda, cuda:N or auto") from exc
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device: benchmarks run on cpu and cuda (got {name!r})")
+        raise UsageError(f"--device must be cpu or cuda (got {name!r})")
     if device.type == "cuda":
         if not cuda:
             raise UsageError(f"--device {name}: this machine has no CUDA GPU", hint="use --device cpu")

@@ -95,7 +95,9 @@ def grouped(spec: Spec, weight: Tensor) -> Tensor:
 def check_groups(spec: Spec, columns: int, allowed: tuple[int, ...] = GROUPS) -> None:
     """Raises UsageError for a group size that isn't known or doesn't divide the columns."""
     if spec.group_size and spec.group_size not in allowed:
-        raise UsageError(f"group size must be one of {', '.join(map(str, allowed))} (got {spec.group_size})")
+        raise UsageError(
+            f"group size must be one of {', '.join(map(str, allowed))} (got {spec.group_size})", hint="0: the whole row"
+        )
     if spec.group_size and columns % spec.group_size:
         fitting = [g for g in allowed if columns % g == 0]
         raise UsageError(

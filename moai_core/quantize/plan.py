@@ -96,7 +96,7 @@ def modules(settings: Settings, shapes: Mapping[str, tuple[int, ...]], *, tied: 
     """
     spec = settings.spec()
     if settings.rotate and not settings.kind.grouped:
-        raise UsageError(f"--rotate is for int4 and gptq (got --method {settings.method})")
+        raise UsageError(f"--rotate is for int4, gptq and awq (got --method {settings.method})", hint="leave it out")
     chosen: dict[str, Spec] = {name.rpartition(".")[2]: spec for name in LARGE if _there(shapes, name)}
     if settings.small:
         chosen |= {name.rpartition(".")[2]: Spec("int8", 0) for name in SMALL}

@@ -71,15 +71,23 @@ class Options:
         if self.mode not in MODES:
             raise UsageError(f"--mode can't be {self.mode!r}", hint=f"modes: {', '.join(MODES)}")
         if not 0 <= self.weight <= 1:
-            raise UsageError(f"--distill-weight must lie between 0 and 1 (got {self.weight})")
+            raise UsageError(
+                f"--distill-weight must lie between 0 and 1 (got {self.weight})", hint="1 learns from the teacher alone"
+            )
         if self.temperature <= 0:
-            raise UsageError(f"--temperature must be > 0 (got {self.temperature})")
+            raise UsageError(
+                f"--temperature must be > 0 (got {self.temperature})", hint="1 takes predictions as they are"
+            )
         if not 0 <= self.dropout < 1:
-            raise UsageError(f"--dropout must be at least 0 and below 1 (got {self.dropout})")
+            raise UsageError(f"--dropout must be at least 0 and below 1 (got {self.dropout})", hint="0 drops nothing")
+        if self.rank < 1:
+            raise UsageError(f"--rank must be >= 1 (got {self.rank})", hint="16 is usual")
         if self.mode == "qlora":
             lora.require()
         elif self.settings.spec().format not in ("int4", "int8"):
-            raise UsageError(f"--mode {self.mode} trains int4 and int8 (got --method {self.settings.method})")
+            raise UsageError(
+                f"--mode {self.mode} trains int4 and int8 (got --method {self.settings.method})", hint="--method int4"
+            )
         if self.mode == "scales" and self.settings.width != 4:
             raise UsageError("--mode scales trains the scales of 4-bit codes", hint="--bits 4, or --mode full")
 

@@ -1,0 +1,183 @@
+"""`moai quantize` and `moai qat` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+FAST = ["--group-size", "32", "--eval-limit", "3"]
+CALIB = ["--calib-sequences", "4", "--calib-length", "64"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text for calibration, and another to measure on."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, count in (("calib.txt", 60), ("held out.txt", 8)):
+        lines = [f"{name} 줄 {i}: 오늘은 {i * i} 명이 왔다. The {i}th line, 今日は{i}人." for i in range(count)]
+        (folder / name).write_text("\n\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide(folder, tmp_path_factory):
+    """A model with the tokenizer, 64 columns wide and six layers deep."""
+    import torch
+
+    from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, checkpoint
+    from moai_core.data.tokenize import load_tokenizer
+
+    torch.manual_seed(0)
+    config = MoaiMambaConfig.from_pretrained(folder)
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 6, 64, 128
+    place = tmp_path_factory.mktemp("wide") / "model"
+    return checkpoint.save_model(place, MoaiMambaForCausalLM(config), load_tokenizer("moai_tiny"))
+
+
+@pytest.mark.parametrize("method", ["int4", "gptq", "awq"])
+def test_a_table_a_report_and_a_model_that_talks(moai, folder, text, tmp_path, method):
+    data = ["--calib", str(text / "calib.txt"), *CALIB] if method != "int4" else []
+    held = ["--eval", str(text / "held out.txt")]
+    code, out, err = moai("quantize", "-m", folder, "--method", method, "-o", "작은 것", *FAST, *data, *held)
+    assert code == 0 and "perplexity" in out and "bits a quantized number" in err
+    made = tmp_path / "작은 것"
+    report = json.loads((made / "quantization.json").read_text(encoding="utf-8"))
+    assert report["method"] == method and report["bytes_after"] < report["bytes_before"] / 3
+    assert {"mamba.in_proj", "feed_forward.down_proj"} <= report["layers"][0].keys()
+    assert (made / "quantization.png").read_bytes().startswith(b"\x89PNG") and (made / "manifest.json").exists()
+    assert "## Quantization" in (made / "README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "작은 것.partial").exists()
+    code, out, _ = moai("generate", "-m", made, "--prompt", "안녕", "-n", 3, "--temperature", 0)
+    assert code == 0 and out.strip()
+    code, out, _ = moai("eval", "-m", made, "--data", text / "held out.txt", "--json")
+    assert code == 0
+    assert json.loads(out)["loss"] == pytest.approx(report["quality"]["after"]["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["fp8", "fp4", "bnb4", "bnb8"])
+def test_formats_of_others_as_json(moai, wide, method):
+    code, out, err = moai("quantize", "-m", wide, "--method", method, "--eval", "none", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["quality"] is None and report["path"].startswith("runs/") and report["path"].endswith(f"-{method}")
+    code, out, _ = moai("generate", "-m", report["path"], "--prompt", "hello", "-n", 3)
+    assert code == 0 and out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["--method", "int3"], 2, "error: --method can't be 'int3'"),
+        (["--method", "awq", "--bits", "8"], 2, "error: --bits 8: awq has 4"),
+        (["--group-size", "128"], 2, "group size 128 doesn't divide 32 columns"),
+        (["--group-size", "48"], 2, "group size must be one of 32, 64, 128, 256 (got 48)"),
+        (["--embeddings", "int2"], 2, "error: --embeddings can't be 'int2'"),
+        (["--method", "fp8", "--rotate"], 2, "error: --rotate is for"),
+        (["--eval", "nowhere.txt"], 2, "nowhere.txt"),
+        (["--method", "gptq", "--group-size", "32", "--calib", "SHORT", "--eval", "none"], 2, "calibration"),
+        (["--group-size", "32", "-o", "FOLDER"], 2, "already exists and is no saved model"),
+        (["--device", "cuda", "--group-size", "32"], 2, "this machine has no CUDA GPU"),
+    ],
+)
+def test_errors_are_one_line_and_a_hint(arguments, code, line, moai, folder, text, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("three words here")
+    names = {"FOLDER": str(folder), "SHORT": str(short)}
+    result, out, err = moai("quantize", "-m", folder, *(names.get(a, a) for a in arguments))
+    assert (result, out) == (code, "") and line in err, err
+    assert len(err.splitlines()) == 2 and err.splitlines()[1].startswith("hint: ")
+    assert not list((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else True
+
+
+def test_quantized_already(moai, folder):
+    assert moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one")[0] == 0
+    code, _, err = moai("quantize", "-m", "one", "--group-size", "32", "-o", "two")
+    assert code == 3 and "is quantized already (int4)" in err and "hint: " in err
+    code, _, err = moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one")
+    assert code == 2 and "already exists" in err and "--force" in err
+    assert moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one", "--force")[0] == 0
+
+
+def test_interrupted_and_gone_on_with(wide, tmp_path, text):
+    """Ctrl-C after the first finished layer: nothing appears, and the same command uses what was finished."""
+    import torch
+
+    from moai_core import checkpoint
+
+    command = [sys.executable, "-m", "moai_cli", "quantize", "-m", str(wide), "--method", "gptq", "--group-size", "32"]
+    command += [
+        "--calib",
+        str(text / "calib.txt"),
+        "--calib-sequences",
+        "8",
+        "--calib-length",
+        "64",
+        "--eval",
+        "none",
+        "-o",
+        "out",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out.partial" / "layer-00000.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "finished layers" in done.stderr, done.stderr
+    straight = subprocess.run([*command[:-1], "other"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert straight.returncode == 0
+    one, other = (checkpoint.load_model(tmp_path / name).state_dict() for name in ("out", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- qat
+
+SMALL = [
+    "train.steps=3",
+    "train.eval_every=0",
+    "train.sample_every=0",
+    "train.save_every=3",
+    "data.max_length=64",
+    "train.batch_size=2",
+    "train.threads=1",
+]
+
+
+def test_qat_trains_and_its_run_talks(moai, folder, text):
+    data = [f"data.train={text / 'calib.txt'}", "~data.valid"]
+    code, out, err = moai("qat", "-r", "cpu-tiny", "-m", folder, "--group-size", "32", "-o", "run 1", *SMALL, *data)
+    assert code == 0 and "learning rate 1e-05, that of mode full" in err, err
+    code, out, _ = moai("generate", "-m", "run 1", "--prompt", "안녕", "-n", 3)
+    assert code == 0 and out.strip()
+    code, out, err = moai("qat", "-r", "cpu-tiny", "-m", folder, "--group-size", "32", "--mode", "qlora", "--merge", "bf16",
+                          "--rank", "4", "-o", "run 2", "--json", *SMALL, *data)  # fmt: skip
+    assert code == 0 and json.loads(out)["merged"].endswith("merged"), err
+    code, out, _ = moai("generate", "-m", "run 2/merged", "--prompt", "안녕", "-n", 3)
+    assert code == 0 and out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--mode", "half"], "error: --mode can't be 'half'"),
+        (["--mode", "scales"], "--model is missing"),
+        (["--merge", "bf16"], "error: --merge is for --mode qlora"),
+        (["--mode", "scales", "--bits", "8"], "--mode scales trains the scales of 4-bit codes"),
+        (["--distill-weight", "2"], "error: --distill-weight must lie between 0 and 1"),
+        (["--mode", "qlora", "--rank", "0", "-m", "FOLDER"], "rank"),
+    ],
+)
+def test_qat_errors(arguments, line, moai, folder, tmp_path):
+    arguments = [str(folder) if a == "FOLDER" else a for a in arguments]
+    code, out, err = moai("qat", "-r", "cpu-tiny", *arguments, "--group-size", "32", *SMALL)
+    assert (code, out) == (2, "") and line in err, err
+    assert "hint: " in err and not (tmp_path / "runs").exists()
