@@ -17,7 +17,10 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="moai, transformers-mamba, falcon-mamba, jamba, mamba-ssm, gguf, qwen3.", show_default=False
+            "--to",
+            help="moai, transformers-mamba, falcon-mamba, jamba, mamba-ssm, gguf, qwen3; of a quantized model also gptq, "
+            "awq, compressed-tensors.",
+            show_default=False,
         ),
     ],
     outtype: Annotated[
@@ -41,10 +44,13 @@ def convert(
 
     - `moai convert state-spaces/mamba-130m mamba-130m --to moai --trim-vocab`
 
+    - `moai convert runs/cpu-tiny-gptq tiny-gptq --to gptq` (GPTQModel, transformers)
+
     The result appears complete, with tokenizer and card, or not at all. At the end the same token ids run through the
     runtimes of both formats: logits further apart than 1e-4 (relative to the largest, where that is above 1), and the
     result is deleted, exit code 3. What a format can't express is refused, with those that can. qwen3 is for MOAI-LLM's
-    old transformer.
+    old transformer. Quantized matrices, also those of GPTQ, AWQ and compressed-tensors, stay as they are in moai's
+    format (without --outtype) and in gptq, awq and compressed-tensors; every other format gets them decoded.
     """
     from moai_core.convert import convert as run
     from moai_core.training.stop import StopFlag

@@ -1,7 +1,8 @@
 """In and out of the formats that Mamba users have, each conversion compared at its end with other people's runtimes.
 
 One module a format; all of them meet in moai's names (source.py). A new one is a module with the functions named there
-and its place in MODULES. Left out: quantized checkpoints (but GGUF's), optimizer states.
+and its place in MODULES. Quantized models are decoded on the way (packed.py), unless the target holds them as they are:
+moai without an outtype, interchange.py's layouts. Left out: optimizer states.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ import torch
 
 from moai_core import storage
 from moai_core.convert import folder as hf
-from moai_core.convert import hub, legacy, parity
+from moai_core.convert import hub, legacy, packed, parity
 from moai_core.convert.card import card
 from moai_core.convert.source import Lazy, OnEvent, Options, Source
 from moai_core.errors import CheckpointError, UsageError, storage_error
 from moai_core.weights import KEEP_FP32
 
-MODULES = ("moai", "mamba", "jamba", "mamba_ssm", "gguf", "legacy")
-TARGETS = ("moai", "transformers-mamba", "falcon-mamba", "jamba", "mamba-ssm", "gguf", "qwen3")
+# interchange before the formats whose quantized models it reads
+MODULES = ("moai", "interchange", "mamba", "jamba", "mamba_ssm", "gguf", "legacy")
+QUANTIZED = ("gptq", "awq", "compressed-tensors")
+TARGETS = ("moai", "transformers-mamba", "falcon-mamba", "jamba", "mamba-ssm", "gguf", "qwen3", *QUANTIZED)
 OUTTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": None, "q4_0": None}
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -95,6 +98,8 @@ def convert(
         legacy.refuse(format)
     if trim_vocab:
         _trim(source)
+    if to not in QUANTIZED:
+        _decode(source, keep=to == "moai" and outtype is None, exact=outtype is None)
     options = options if to == "gguf" else Options(to, _cast(source, options))
     if not any(name in source.files for name in hf.TOKENIZER):
         source.notes.append("no tokenizer was found beside the model: copy its files into the result")
@@ -154,6 +159,8 @@ def _options(to: str, outtype: str | None) -> Options:
         raise UsageError(f"--outtype can't be {outtype!r}", hint=f"types: {', '.join(OUTTYPES)}")
     if to != "gguf" and outtype is not None and OUTTYPES[outtype] is None:
         raise UsageError(f"--outtype {outtype} is for --to gguf", hint="f32, f16 and bf16 are for every format")
+    if to in QUANTIZED and outtype is not None:
+        raise UsageError(f"--outtype {outtype}: --to {to} keeps the numbers of a quantized model as they are")
     return Options(to, outtype)
 
 
@@ -197,6 +204,16 @@ def _name(src: str | os.PathLike[str], path: Path) -> str:
 
 
 # ---- changes that no format needs to know --------------------------------------------------------
+
+
+def _decode(source: Source, *, keep: bool, exact: bool) -> None:
+    """Makes plain numbers of quantized matrices, or keeps those that moai can hold; `exact`: in fp32."""
+    if note := packed.note(source.tensors, kept=keep):
+        source.notes.append(note)
+    if not keep:
+        packed.forget(source.tensors)
+    if exact:
+        packed.uniform(source.tensors)
 
 
 def _cast(source: Source, options: Options) -> str | None:

@@ -21,7 +21,7 @@ import torch
 
 from moai_core import config as numbers
 from moai_core import storage, tensors, weights
-from moai_core.convert import torch_bin
+from moai_core.convert import packed, torch_bin
 from moai_core.convert.source import Lazy, OnEvent, emit
 from moai_core.errors import CheckpointError, MoaiError, UsageError
 
@@ -136,25 +136,29 @@ def model_type(path: Path) -> str | None:
 
 
 def read_tensors(path: Path) -> dict[str, Lazy]:
-    """The folder's tensors by their own names, headers checked, none read. Raises CheckpointError, also for a model
-    that config.json calls quantized.
+    """The folder's tensors by their own names, headers checked, none read. Quantized matrices are decoded when they
+    are (packed.py). Raises CheckpointError.
     """
-    fields = read_config(path)
-    if method := fields.values.get("quantization_config"):
-        name = method.get("quant_method") if isinstance(method, dict) else None
-        raise CheckpointError(
-            f"{fields.file}: the model is quantized ({str(name or method)[:40]}), only plain ones can be converted"
-        )
-    if not any((path / name).exists() for name in (weights.SINGLE, weights.INDEX)) and torch_bin.files(path):
-        return torch_bin.read(path)
-    return {
-        name: Lazy(info.dtype, info.shape, _reader(path / file, name), f"{path / file}: tensor {name}")
-        for file, infos in weights.shards(path).items()
+    values = read_config(path).values
+    if any((path / name).exists() for name in (weights.SINGLE, weights.INDEX)):
+        files = weights.shards(path)
+    elif (old := packed.files(path)) is not None:
+        files = old
+    elif torch_bin.files(path):
+        return packed.unpack(path, values, torch_bin.read(path))
+    else:
+        files = weights.shards(path)
+    found = {
+        name: Lazy(info.dtype, info.shape, reader(path / file, name), f"{path / file}: tensor {name}")
+        for file, infos in files.items()
         for name, info in infos.items()
     }
+    return packed.unpack(path, values, found)
 
 
-def _reader(file: Path, name: str) -> Callable[[], torch.Tensor]:
+def reader(file: Path, name: str) -> Callable[[], torch.Tensor]:
+    """Loads the tensor `name` of a safetensors file when called."""
+
     def load() -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
 
@@ -323,10 +327,11 @@ def write(
     *,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """config.json from `values`, the tensors in shards, and `files` (the card comes from the caller, last)."""
+    """config.json from `values` (its dtype, where they have none, is that of most numbers), the tensors in shards, and
+    `files` (the card comes from the caller, last)."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    folder.write("config.json", storage.json_bytes({**values, "dtype": dtype(found)}))
+    folder.write("config.json", storage.json_bytes({**values, "dtype": values.get("dtype") or dtype(found)}))
     split = split_state_dict_into_shards_factory(
         dict(found),
         get_storage_size=lambda lazy: lazy.nbytes,

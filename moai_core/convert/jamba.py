@@ -129,6 +129,12 @@ def heads(hidden: int) -> int:
 
 def write(source: Source, target: Any, options: Options, on_event: OnEvent | None = None) -> None:
     """See source.py."""
+    values, found = shaped(source)
+    hf.write(target, values, found, source.files, on_event)
+
+
+def shaped(source: Source) -> tuple[dict[str, Any], dict[str, Lazy]]:
+    """config.json and the tensors of a Jamba, under its names. Raises Refused."""
     config = source.config
     if not config["dt_bc_norm"]:
         raise Refused("jamba norms dt, B and C, this model doesn't (dt_bc_norm is false)", hint=holders(config))
@@ -170,10 +176,12 @@ def write(source: Source, target: Any, options: Options, on_event: OnEvent | Non
     }
     found = {_theirs(name, list(range(depth))): lazy for name, lazy in source.tensors.items()}
     like = source.tensors["model.layers.0.mamba.in_proj.weight"]
+    if like.quantized:  # whose numbers are of no type that others have
+        like = source.tensors["model.final_layernorm.weight"]
     found |= _null_attention(config["hidden_size"], depth, like)
     for number in range(0 if config["ffn"] == "none" else depth, depth + 1):
         found |= _null_feed_forward(config["hidden_size"], width, number, like)
-    hf.write(target, values, found, source.files, on_event)
+    return values, found
 
 
 def _null_attention(hidden: int, number: int, like: Lazy) -> dict[str, Lazy]:

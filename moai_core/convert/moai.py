@@ -9,6 +9,7 @@ from typing import Any
 from moai_core import checkpoint, storage, weights
 from moai_core.config import MODEL_TYPE
 from moai_core.convert import folder as hf
+from moai_core.convert import packed
 from moai_core.convert.runtimes import MoaiRuntime
 from moai_core.convert.source import OnEvent, Options, Runtime, Source
 from moai_core.errors import CheckpointError
@@ -37,6 +38,8 @@ def read(path: Path) -> Source:
     found = hf.read_tensors(path)
     hf.check_layers(fields.file, "num_hidden_layers", fields.integer("num_hidden_layers", 24), found)
     values = weights.read_config(path, found).numbers()
+    if fields.values.get("quantization"):  # from here on it is a plain model, until one is written
+        values["use_quantization"] = False
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     hf.untie(path, found, embedding, head, values["tie_word_embeddings"])
     wanted = {name: (name, shape) for name, shape in hf.shapes(values, fields.file).items()}
@@ -45,12 +48,17 @@ def read(path: Path) -> Source:
 
 
 def write(source: Source, target: Any, options: Options, on_event: OnEvent | None = None) -> None:
-    """See source.py; every model that moai can read, moai can hold."""
+    """See source.py; every model that moai can read, moai can hold, quantized as it is."""
     from moai_core.model import MoaiMambaConfig, MoaiMambaForCausalLM
 
-    config: Any = MoaiMambaConfig(**source.config)
+    found, quantization = packed.keep(source.tensors)
+    extra = {} if quantization is None else {"use_quantization": True, "quantization_bits": packed.bits(source.tensors)}
+    config: Any = MoaiMambaConfig(**source.config | extra, quantization=quantization)
     config.architectures = [MoaiMambaForCausalLM.__name__]
-    hf.write(target, json.loads(config.to_json_string()), source.tensors, source.files, on_event)
+    values = json.loads(config.to_json_string())
+    if quantization is not None:
+        values["dtype"] = packed.plain_dtype(source.tensors)
+    hf.write(target, values, found, source.files, on_event)
 
 
 def open_runtime(path: Path, format: str) -> Runtime:

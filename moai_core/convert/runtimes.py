@@ -16,6 +16,7 @@ import torch
 
 from moai_core import weights
 from moai_core.convert.source import Unavailable
+from moai_core.quant.linear import set_kernel
 
 
 class MoaiRuntime:
@@ -25,6 +26,8 @@ class MoaiRuntime:
 
     def __init__(self, path: Path) -> None:
         self.model: Any = weights.read(path, dtype=torch.float32)
+        # Of a quantized model the exact product: other kernels round the activations.
+        set_kernel(self.model, "dequantize")
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> torch.Tensor:

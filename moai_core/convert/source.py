@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from moai_core.errors import CheckpointError
+from moai_core.quant.formats import Spec
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -39,6 +40,16 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A matrix as a format of moai's stores it (moai_core/quant/formats.py): its tensors by their last names. method:
+    how the numbers were chosen, as far as that is known."""
+
+    spec: Spec
+    tensors: Mapping[str, Lazy]
+    method: str
+
+
+@dataclass(frozen=True)
 class Lazy:
     """A tensor that is not read yet. `load` gives it in `shape` and `dtype`, in memory that nothing else keeps."""
 
@@ -46,6 +57,8 @@ class Lazy:
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
     origin: str = ""  # "model.safetensors: backbone.embeddings.weight", for error messages
+    quantized: bool = False  # the numbers are of a quantized matrix, which `load` decodes
+    packed: Packed | None = None  # the same numbers, quantized as they came, where moai has such a format
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +68,7 @@ class Lazy:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None) -> Lazy:
         """The same tensor with `change` done to it after reading; `shape` where that changes it."""
         load = self.load
-        return replace(self, shape=self.shape if shape is None else shape, load=lambda: change(load()))
+        return replace(self, shape=self.shape if shape is None else shape, load=lambda: change(load()), packed=None)
 
     def cast(self, dtype: torch.dtype) -> Lazy:
         """The same tensor in another dtype."""

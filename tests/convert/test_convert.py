@@ -131,7 +131,7 @@ def test_one_tensor_at_a_time_is_in_memory(make, tmp_path, monkeypatch):
 
     folder, _ = make(num_hidden_layers=4)
     alive, most = weakref.WeakSet(), 0
-    reader = hf._reader
+    reader = hf.reader
 
     def watched(file, name):
         load = reader(file, name)
@@ -146,7 +146,7 @@ def test_one_tensor_at_a_time_is_in_memory(make, tmp_path, monkeypatch):
 
         return loaded
 
-    monkeypatch.setattr(hf, "_reader", watched)
+    monkeypatch.setattr(hf, "reader", watched)
     convert(folder, tmp_path / "out", "jamba", check=False)
     assert 1 <= most <= 2
 
