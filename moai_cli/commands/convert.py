@@ -18,8 +18,8 @@ def convert(
         str,
         typer.Option(
             "--to",
-            help="moai, transformers-mamba, falcon-mamba, jamba, mamba-ssm, gguf, qwen3; of a quantized model also gptq, "
-            "awq, compressed-tensors.",
+            help="moai, transformers-mamba, falcon-mamba, jamba, mamba-ssm, gguf, qwen3; of a quantized model also "
+            "gptq, awq, compressed-tensors.",
             show_default=False,
         ),
     ],

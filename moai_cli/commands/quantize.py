@@ -41,6 +41,9 @@ def quantize(
         typer.Option("--eval", help="Text to measure on; 'none' measures nothing.", show_default="the packaged corpus"),
     ] = "",
     limit: Annotated[int | None, typer.Option("--eval-limit", help="At most so many documents of it.")] = None,
+    layout: Annotated[
+        str, typer.Option("--format", help="moai, or for other tools gptq, awq, compressed-tensors.")
+    ] = "moai",
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Folder or name; default: the model's own.", show_default=False)
     ] = None,
@@ -58,6 +61,8 @@ def quantize(
 
         moai quantize -m runs/mine --method awq --eval heldout.txt --json
 
+        moai quantize -m runs/mine --method gptq --format gptq -o mine-gptq
+
     The report compares sizes, the output error of every matrix, loss on text that wasn't calibrated on, and the drift
     of the state over up to 32k tokens; it lies in the folder as quantization.json and quantization.png. An interrupted
     run goes on where it was when started again.
@@ -69,7 +74,7 @@ def quantize(
 
     source = required_model(model)
     target = output or Path("runs") / f"{source.resolve().name}-{method}"
-    settings = Settings(method, bits, group_size, symmetric, embeddings, small, rotate)
+    settings = Settings(method, bits, group_size, symmetric, embeddings, small, rotate, layout)
     settings.spec()  # a wrong flag is told before anything is read
     held_out = _evaluation(evaluate, tokenizer, limit)
     flag = StopFlag()

@@ -31,7 +31,7 @@ from moai_core.model import MoaiMambaConfig
 from moai_core.model.modeling import MoaiMambaLayer
 from moai_core.quant import linear
 from moai_core.quant.formats import FORMATS, Spec
-from moai_core.quantize import layerwise, plan, report, search
+from moai_core.quantize import layerwise, layouts, plan, report, search
 from moai_core.quantize.calibrate import Calibration, Runner
 
 VERSION = 1
@@ -63,6 +63,7 @@ def quantize_folder(
     begun = time.perf_counter()
     target = _target(Path(dst), force)
     source = _source(Path(src))
+    layouts.fits(source, settings.layout)
     job = Job(source, settings, torch.device(device), on_event)
     data = _calibration(settings, calibration)
     work = _workplace(target, job.key(data.key if data else None), on_event)
@@ -74,6 +75,9 @@ def quantize_folder(
         result = report.build(job, found, layers, data)
         report.measure(result, source, folder.path, evaluation, job.device, on_event)
         result |= {"path": str(dst), "seconds": round(time.perf_counter() - begun, 2)}
+        if settings.layout != layouts.MOAI:
+            told = layouts.rewrite(folder, settings.layout, on_event)
+            result["notes"] += told["notes"]
         report.write(folder, result, source)
     shutil.rmtree(work, ignore_errors=True)
     return result

@@ -16,6 +16,7 @@ import torch
 
 from moai_core.errors import UsageError
 from moai_core.quant.formats import FORMATS, Spec
+from moai_core.quantize import layouts
 from moai_core.quantize.layerwise import Options
 
 LARGE = ("mamba.in_proj", "mamba.out_proj", "feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")
@@ -58,6 +59,7 @@ class Settings:
     embeddings: str | None = None
     small: bool = False  # x_proj and dt_proj in int8
     rotate: bool = False
+    layout: str = "moai"  # or one of layouts.LAYOUTS
 
     @property
     def kind(self) -> Method:
@@ -85,7 +87,9 @@ class Settings:
         if name not in FORMATS:
             raise UsageError(f"--method {self.method}: the format {name} isn't there")
         symmetric = (kind.symmetric if self.symmetric is None else self.symmetric) or name != "int4"
-        return Spec(name, self.group_size if kind.grouped else 0, symmetric)
+        spec = Spec(name, self.group_size if kind.grouped else 0, symmetric)
+        layouts.check(self.layout, spec, rotate=self.rotate, embeddings=self.embeddings)
+        return spec
 
 
 def modules(settings: Settings, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def modules(settings: Settings, shapes: Mapping[str, tuple[int, ...]], *, tied: 
     chosen: dict[str, Spec] = {name.rpartition(".")[2]: spec for name in LARGE if _there(shapes, name)}
     if settings.small:
         chosen |= {name.rpartition(".")[2]: Spec("int8", 0) for name in SMALL}
-    embeddings = settings.embeddings or settings.kind.embeddings
+    embeddings = settings.embeddings or (settings.kind.embeddings if settings.layout == layouts.MOAI else "bf16")
     if embeddings not in EMBEDDINGS:
         raise UsageError(f"--embeddings can't be {embeddings!r}", hint=f"choose one of: {', '.join(EMBEDDINGS)}")
     if embeddings != "bf16":
@@ -124,9 +128,10 @@ def extras(settings: Settings) -> dict[str, Any]:
     """What config.json's `quantization` says beside the formats: an online rotation of out_proj's input, a vector
     between convolution and scan (AWQ's scale for out_proj)."""
     rotate = {"rotate": ["out_proj"]} if settings.rotate else {}
-    return rotate | ({"conv_scale": True} if settings.kind.layer == "awq" else {})
+    return rotate | ({"conv_scale": True} if settings.kind.layer == "awq" and settings.layout == layouts.MOAI else {})
 
 
 def layer_options(settings: Settings, stored: torch.dtype) -> Options:
     """How a layer is quantized; stored: the type of what isn't."""
-    return Options(rotate=("mamba.out_proj",) if settings.rotate else (), stored=stored)
+    own = settings.layout == layouts.MOAI  # of other layouts none has a place for that scale
+    return Options(rotate=("mamba.out_proj",) if settings.rotate else (), stored=stored, conv_scale=own)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moai_core import MoaiMambaForCausalLM, checkpoint
+from moai_core import MoaiMambaForCausalLM, checkpoint, storage
 from moai_core.convert import convert, hf, interchange, packed, parity
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.quant import hadamard, layout_gptq, linear
 from moai_core.quant.formats import FORMATS, Spec, decode
+from moai_core.quantize.disk import quantize_folder
+from moai_core.quantize.plan import Settings
 
 # Rows and columns in multiples of 32, an odd number of groups in one matrix (96 = 3 groups of 32).
 SHAPE = {
@@ -536,3 +538,55 @@ def test_tensors_are_read_one_at_a_time(make, monkeypatch):
     assert read == []
     source.tensors["model.layers.0.mamba.in_proj.weight"].load()
     assert sorted(read) == ["qweight", "scales"]
+
+
+# ---- moai quantize --format
+
+
+@pytest.fixture
+def plain(tiny_model, tmp_path):
+    checkpoint.save_model(tmp_path / "plain", tiny_model(**SHAPE))
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("to", interchange.FORMATS)
+def test_quantize_writes_the_layout(to, plain, tmp_path):
+    settings = Settings("int4", None, 32, to != "awq", layout=to)
+    report = quantize_folder(plain, tmp_path / "out", settings)
+    assert any("quantized matrices kept bit for bit, 0 decoded" in note for note in report["notes"])
+    storage.verify(tmp_path / "out")
+    assert config(tmp_path / "out")["model_type"] == "jamba"
+    assert config(tmp_path / "out")["quantization_config"]["quant_method"] == to
+    assert {"quantization.json", "generation_config.json", "README.md", "model.safetensors"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    assert (tmp_path / "out" / "quantize_config.json").exists() == (to == "gptq")
+    assert not (tmp_path / "out" / "layout").exists() and not (tmp_path / "out.partial").exists()
+    # The same numbers as in moai's own format
+    own = Settings("int4", None, 32, to != "awq", embeddings="bf16")
+    quantize_folder(plain, tmp_path / "own", own)
+    convert(tmp_path / "out", tmp_path / "back", "moai", check=False)
+    assert equal(stored(tmp_path / "back"), stored(tmp_path / "own"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(layout="gguf"), "--format can't be 'gguf'"),
+        (Settings("fp8", layout="gptq"), "--format gptq holds int4 and int8, not fp8"),
+        (Settings("int4", 8, layout="awq"), "--format awq holds int4, not int8"),
+        (Settings(rotate=True, layout="gptq"), "--rotate: only moai's own format has it"),
+        (Settings(embeddings="int8", layout="awq"), "--embeddings int8: only moai's own format has it"),
+    ],
+)
+def test_settings_that_a_layout_can_not_hold(settings, message, plain, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        quantize_folder(plain, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_model_without_norms_on_dt_is_refused_before_the_work(tiny_model, tmp_path):
+    checkpoint.save_model(tmp_path / "plain", tiny_model(**SHAPE, dt_bc_norm=False))
+    with pytest.raises(CheckpointError, match="jamba norms dt, B and C"):
+        quantize_folder(tmp_path / "plain", tmp_path / "out", Settings("int4", None, 32, layout="gptq"))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
