@@ -55,6 +55,11 @@ Repetition = Annotated[
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be repeated.")]
 SeedOrNone = Annotated[int | None, typer.Option("--seed", help="Seed of the random numbers.", show_default="a new one")]
 
+Engine = Annotated[
+    str,
+    typer.Option("--engine", help="What decodes: graph (fused kernels on a GPU), plain (the model itself), or auto."),
+]
+
 
 def sampling(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling settings among the flags given, checked; an error names the flag."""

@@ -196,8 +196,11 @@ class Talk:
         self.load(Path(names[0]).expanduser())
 
     def _stats(self, _: str) -> None:
+        from moai_core.generation import decode_batch
+
         about: dict[str, Any] = self.session.stats()
         rows = [(name.replace("_", " "), value) for name, value in about.items()]
+        rows.append(("engine", decode_batch.describe(self.model, self.session.engine)))
         if self.last is not None:
             rows.append(("last answer", self.last.summary()))
         console.table(("what", "value"), rows, right=())

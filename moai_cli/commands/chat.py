@@ -29,6 +29,7 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     scan: options.Scan = "auto",
+    engine: options.Engine = "auto",
 ) -> None:
     """Talk to a model.
 
@@ -55,7 +56,7 @@ def chat(
     network, words, folder = files.open_model(
         path, tokenizer=tokenizer, device=device, dtype=dtype, scan=scan, on_event=console.on_event
     )
-    about = {"fingerprint": checkpoint.fingerprint(folder)}
+    about = {"fingerprint": checkpoint.fingerprint(folder), "engine": engine}
     talk = Talk(network, words, about, session)
     if session is not None and session.exists():
         talk.load(session)

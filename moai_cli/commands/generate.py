@@ -50,6 +50,7 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     scan: options.Scan = "auto",
+    engine: options.Engine = "auto",
     as_json: options.Json = False,
     force: options.Force = False,
 ) -> None:
@@ -71,7 +72,7 @@ def generate(
     given = options.sampling(flags)
     if batch_size < 1:
         raise UsageError(f"--batch-size must be a whole number >= 1 (got {batch_size})")
-    from moai_core.generation import Settings, files
+    from moai_core.generation import Settings, decode_batch, files
     from moai_core.training.stop import StopFlag
 
     if output_file is not None:
@@ -88,15 +89,22 @@ def generate(
     network, words, folder = files.open_model(
         path, tokenizer=tokenizer, device=device, dtype=dtype, scan=scan, on_event=console.on_event
     )
+    decode_batch.pick(network, engine)
     flag = StopFlag()
     with flag.catching():
         records = _run(
-            network, words, requests, batch_size, flag, stream=input_file is None and not (as_json or output_file)
+            network,
+            words,
+            requests,
+            batch_size,
+            flag,
+            stream=input_file is None and not (as_json or output_file),
+            decoder=engine,
         )
     if output_file is not None:
         flag.check()
         files.write_completions(output_file, records)
-        console.note(f"{len(records)} completions in {output_file}")
+        console.note(f"{len(records)} completions in {output_file}, engine {decode_batch.pick(network, engine)}")
     if as_json:
         sys.stdout.write(files.dumps({"model": str(folder), "results": records}, indent=2) + "\n")
     elif output_file is None and input_file is not None:
@@ -132,10 +140,17 @@ def _requests(prompt: str | None, input_file: str | None, settings: Settings) ->
 
 
 def _run(
-    model: Any, tokenizer: Any, requests: list[Request], batch_size: int, flag: StopFlag, *, stream: bool
+    model: Any,
+    tokenizer: Any,
+    requests: list[Request],
+    batch_size: int,
+    flag: StopFlag,
+    *,
+    stream: bool,
+    decoder: str,
 ) -> list[dict]:
     """Generate with a progress bar, or, for a single prompt, with the text as it comes."""
-    from moai_core.generation import engine, files
+    from moai_core.generation import decode_batch, engine, files
 
     reading = console.ReadingBar()
     rows = console.progress()
@@ -156,6 +171,7 @@ def _run(
                 [request.prompt for request in requests],
                 [request.settings for request in requests],
                 batch_size=batch_size,
+                engine=decoder,
                 on_text=(lambda row, text: console.show(text)) if stream else None,
                 on_event=report,
                 stop=lambda: bool(flag),
@@ -164,5 +180,5 @@ def _run(
             reading.close()
     if stream:
         console.show("\n")
-        console.note(answers[0].summary())
+        console.note(f"{answers[0].summary()}, engine {decode_batch.pick(model, decoder)}")
     return [files.record(request, answer) for request, answer in zip(requests, answers, strict=True)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moai_core import device, scan
+from moai_core import cuda, device, scan
 from moai_core.scan import reference
 
 # Relative norm error allowed against float64: the dtype's own rounding, grown by a recurrence of some dozens of steps.
@@ -29,7 +29,8 @@ def devices() -> list[Finding]:
 
 
 def backends(name: str) -> Iterator[Finding]:
-    """Every backend on a device, in the order of preference: whether training on packed rows picks it, or why not."""
+    """Every backend on a device, in the order of preference: whether training on packed rows picks it, or why not; and
+    which engine generates (a model may have reasons of its own: decode.why_not)."""
     where = torch.device(name)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     for op in ("scan", "conv"):
@@ -40,6 +41,11 @@ def backends(name: str) -> Iterator[Finding]:
             why = None if chosen else reason or "one before it is picked"
             slow = chosen and scan.BACKENDS[backend] is reference
             yield {"device": name, "operation": op, "backend": backend, "picked": chosen, "why_not": why, "slow": slow}
+    why = cuda.why_not(where)
+    for engine, chosen in (("graph", why is None), ("plain", why is not None)):
+        reason = None if chosen else why or "one before it is picked"
+        found = {"operation": "decode", "backend": engine, "picked": chosen, "why_not": reason, "slow": False}
+        yield {"device": name, **found}
 
 
 def fallback(name: str) -> str | None:

@@ -20,7 +20,6 @@ Letters: M rows of a step, H hidden, I inner, N states, K convolution width, R r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,122 +28,18 @@ from torch import Tensor
 
 from moai_core import cuda
 from moai_core.generation import decode_kernels as kernels
-from moai_core.generation.decode_kernels import Launch, Matrix, linear, matrix, refusal
+from moai_core.generation.decode_kernels import Launch, Matrix, linear, matrix
+from moai_core.generation.decode_weights import Layer, layer_of, why_not
 from moai_core.generation.sampling import Settings
 from moai_core.model.state import MoaiState
-from moai_core.quant.linear import QuantLinear
+
+__all__ = ["Decoder", "decoder", "run", "why_not"]
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
-STATES = (8, 16, 32, 64, 128)
 # As decode_sample.cu has them.
 _SLICE, _BINS, _WORK = 4096, 1312, 40 << 10
 
 Step = list[Launch | Callable[[], None]]
-
-
-def why_not(model: Any) -> str | None:
-    """Why the engine can't run this model where it is, in one sentence, or None if it can."""
-    from moai_core.model import MoaiMambaForCausalLM
-
-    if type(model) is not MoaiMambaForCausalLM:
-        return f"it knows moai's own model, not {type(model).__name__}"
-    if why := cuda.why_not(model.device):
-        return why
-    config, dtype = model.config, model.model.final_layernorm.weight.dtype
-    if dtype not in cuda.TYPES:
-        return f"it computes in bf16, fp16 or fp32, not in {dtype}"
-    if model.model.scan_backend not in ("auto", "cuda"):
-        return f"the scan backend {model.model.scan_backend!r} was named"
-    if config.mixer != "mamba" or config.ffn not in ("swiglu", "none"):
-        return f"it knows Mamba-1 with SwiGLU or nothing, not mixer {config.mixer!r} with ffn {config.ffn!r}"
-    if config.state_size not in STATES or not 2 <= config.conv_kernel_size <= 8:
-        return f"state_size must be one of {STATES} and conv_kernel_size 2 to 8"
-    return _refused_weights(model, dtype)
-
-
-def _refused_weights(model: Any, dtype: torch.dtype) -> str | None:
-    embedding = model.model.embed_tokens
-    if isinstance(embedding, QuantLinear) and embedding.spec.format == "fp8":
-        return "embed_tokens is stored as fp8"
-    named = [("embed_tokens", embedding), ("lm_head", model.lm_head)]
-    for index, layer in enumerate(model.model.layers):
-        mixer, ffn = layer.mamba, layer.feed_forward
-        parts = [(mixer, ("in_proj", "x_proj", "out_proj"))]
-        parts += [] if ffn is None else [(ffn, ("gate_proj", "up_proj", "down_proj"))]
-        named += [(f"layer {index}: {name}", getattr(part, name)) for part, names in parts for name in names]
-        if mixer.conv1d.weight.dtype != dtype:
-            return f"layer {index}: conv1d is {mixer.conv1d.weight.dtype}, not {dtype}"
-        if ffn is not None and matrix_kind(ffn.gate_proj) != matrix_kind(ffn.up_proj):
-            return f"layer {index}: gate_proj and up_proj are stored differently"
-        if getattr(mixer.dt_proj, "rotation", None) is not None or not isinstance(
-            mixer.dt_proj, (torch.nn.Linear, QuantLinear)
-        ):
-            return f"layer {index}: dt_proj is no plain matrix"
-    return next((why for name, module in named if (why := refusal(name, module, dtype))), None)
-
-
-def matrix_kind(module: Any) -> Any:
-    """How a weight is stored: equal for weights that one kernel can read."""
-    return getattr(module, "spec", None)
-
-
-@dataclass
-class Layer:
-    """A layer's weights as the kernels read them. A_log2: -exp(A_log) log2(e), (I, N) fp32."""
-
-    norm: Tensor
-    in_proj: Matrix
-    conv: tuple[Tensor, Tensor | None, Tensor | None]
-    x_proj: Matrix
-    norms: tuple[Tensor | None, Tensor | None, Tensor | None]
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A_log2: Tensor
-    D: Tensor
-    out_proj: Matrix
-    rotation: Callable[[Tensor], Tensor] | None
-    ffn_norm: Tensor | None = None
-    gate: Matrix | None = None
-    up: Matrix | None = None
-    down: Matrix | None = None
-    down_rotation: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Weights read by a step."""
-        matrices = (self.in_proj, self.x_proj, self.out_proj, self.gate, self.up, self.down)
-        others = (self.dt_proj, self.A_log2, self.conv[0])
-        return sum(m.bytes for m in matrices if m is not None) + sum(t.numel() * t.element_size() for t in others)
-
-
-def _layer(layer: Any, dtype: torch.dtype) -> Layer:
-    mixer, ffn = layer.mamba, layer.feed_forward
-    dt = mixer.dt_proj
-    scale = getattr(mixer, "conv_scale", None)
-    found = Layer(
-        norm=layer.input_layernorm.weight.detach(),
-        in_proj=matrix(mixer.in_proj),
-        conv=(
-            mixer.conv1d.weight.detach().flatten(1).contiguous(),
-            None if mixer.conv1d.bias is None else mixer.conv1d.bias.detach(),
-            None if scale is None else scale.detach().to(dtype),
-        ),
-        x_proj=matrix(mixer.x_proj),
-        norms=tuple(n.weight.detach() for n in (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm))
-        if mixer.norms
-        else (None, None, None),
-        dt_proj=(dt.weight_values(dtype) if isinstance(dt, QuantLinear) else dt.weight.detach()).contiguous(),
-        dt_bias=mixer.dt_bias.detach().float(),
-        A_log2=(-torch.exp(mixer.A_log.detach().double()) * 1.4426950408889634).float().contiguous(),
-        D=mixer.D.detach().float(),
-        out_proj=matrix(mixer.out_proj),
-        rotation=getattr(mixer.out_proj, "rotation", None),
-    )
-    if ffn is not None:
-        found.ffn_norm = layer.pre_ff_layernorm.weight.detach()
-        found.gate, found.up, found.down = (matrix(m) for m in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
-        found.down_rotation = getattr(ffn.down_proj, "rotation", None)
-    return found
 
 
 class Decoder:
@@ -160,7 +55,7 @@ class Decoder:
         self.dtype = model.model.final_layernorm.weight.dtype
         self.known = min(known, self.config.vocab_size)
         self.stream = torch.float32 if self.config.residual_in_fp32 else self.dtype
-        self.layers = [_layer(layer, self.dtype) for layer in model.model.layers]
+        self.layers = [layer_of(layer, self.dtype) for layer in model.model.layers]
         self.embedding, self.head = matrix(model.model.embed_tokens), matrix(model.lm_head)
         self.final = model.model.final_layernorm.weight.detach()
         products = [m for one in self.layers for m in (one.in_proj, one.x_proj, one.out_proj, one.gate, one.down) if m]
@@ -194,7 +89,10 @@ class Decoder:
         self.conv = make(2, depth, self.capacity, inner, c.conv_kernel_size - 1, dtype=self.dtype)
         self.ssm = make(2, depth, self.capacity, inner, c.state_size)
         # temperature, top_p, min_p, penalty; token, top_k, seed, draws: a column a row
-        self.numbers, self.counts = make(4, self.capacity, dtype=torch.float64), make(4, self.capacity, dtype=torch.int64)
+        self.numbers, self.counts = (
+            make(4, self.capacity, dtype=torch.float64),
+            make(4, self.capacity, dtype=torch.int64),
+        )
         self.seen = make(self.capacity, c.vocab_size, dtype=torch.uint8)
         self.host = torch.zeros(2, self.capacity, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         if before:
@@ -226,7 +124,9 @@ class Decoder:
         self.conv[self.turn, :, place] = torch.cat(layers[0])
         self.ssm[self.turn, :, place] = torch.cat(layers[1])
         s = settings
-        self.numbers[:, place] = torch.tensor([s.temperature, s.top_p, s.min_p, s.repetition_penalty], dtype=torch.float64)
+        self.numbers[:, place] = torch.tensor(
+            [s.temperature, s.top_p, s.min_p, s.repetition_penalty], dtype=torch.float64
+        )
         self.counts[:, place] = torch.tensor([token, s.top_k, seed - (1 << 64) if seed >> 63 else seed, draws])
 
     def mark(self, place: int, seen: Tensor) -> None:
@@ -273,7 +173,7 @@ class Decoder:
         )  # fmt: skip
         if sample:
             steps += self._sample(width)
-            steps.append(lambda: self.host[turn, :width].copy_(self.counts[0, :width], non_blocking=True))
+            steps.append(lambda: _ignore(self.host[turn, :width].copy_(self.counts[0, :width], non_blocking=True)))
         return steps
 
     def _stream_of(self, norm: Tensor, width: int) -> dict[str, Any]:
@@ -307,8 +207,9 @@ class Decoder:
         steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, ahead=ahead, **common)
         eps = float(c.dt_bc_norm_eps or c.rms_norm_eps)
         if wide:
-            args = (mixes, *layer.norms, self.mixed, slices, width, eps)
-            steps.append(Launch(self._kernel("decode_mix"), width, 256, args))
+            steps.append(
+                Launch(self._kernel("decode_mix"), width, 256, (mixes, *layer.norms, self.mixed, slices, width, eps))
+            )
         args = (
             self.mixed if wide else mixes, *layer.norms, layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z,
             self.ssm[turn, index], self.ssm[1 - turn, index], y, None, 0, slices, width, c.inner_size, eps,
@@ -325,7 +226,13 @@ class Decoder:
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": width > self.narrow}
         x, product = self._norm(steps, layer.ffn_norm, width, pending), self.product[:width]
         steps += linear(
-            layer.gate, x, product, result=kernels.SWIGLU, up=layer.up, **common, **self._stream_of(layer.ffn_norm, width)
+            layer.gate,
+            x,
+            product,
+            result=kernels.SWIGLU,
+            up=layer.up,
+            **common,
+            **self._stream_of(layer.ffn_norm, width),
         )
         if layer.down_rotation is not None:
             steps.append(_in_place(layer.down_rotation, product))
@@ -399,6 +306,10 @@ class Decoder:
         with torch.cuda.device(self.device), torch.cuda.graph(graph):
             run(steps, overlap=self.overlap)
         return graph.replay
+
+
+def _ignore(_: object) -> None:
+    """For a lambda that is called for what it does."""
 
 
 def _in_place(rotation: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:

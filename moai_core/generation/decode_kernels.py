@@ -80,37 +80,42 @@ def refusal(name: str, module: nn.Module, dtype: torch.dtype) -> str | None:
     """Why the kernels can't multiply with this module's weight, or None."""
     if isinstance(module, TiedHead):
         module = module._embedding[0]
-    if type(module) in (QuantLinear, QuantEmbedding):
-        spec = module.spec
-        if spec.format not in _FORMATS:
-            return f"{name} is stored as {spec.format}"
-        if module.rotation is not None and not name.endswith(("out_proj", "down_proj")):
-            return f"{name} has a rotated input"
-        if dtype == torch.float32:
-            return f"{name} is quantized, and the model computes in float32"
-        if module.qweight.numel() == 0:
-            return f"{name} has given up its stored numbers (release)"
-        bits, columns = _FORMATS[spec.format][1], module.in_features
-        return None if columns * bits % 128 == 0 else f"{name}: {columns} columns are no whole number of 16 bytes"
-    if type(module) not in (nn.Linear, nn.Embedding):
+    if isinstance(module, QuantLinear) and type(module) in (QuantLinear, QuantEmbedding):
+        return _refused_format(name, module, dtype)
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or type(module) not in (nn.Linear, nn.Embedding):
         return f"{name} is a {type(module).__name__}"
     if getattr(module, "bias", None) is not None:
         return f"{name} has a bias"
-    if module.weight.dtype != dtype:  # type: ignore[union-attr]
-        return f"{name} is {module.weight.dtype}, not {dtype}"  # type: ignore[union-attr]
-    columns = module.weight.shape[1]  # type: ignore[union-attr]
-    if columns * dtype.itemsize % 16 or not module.weight.is_contiguous():  # type: ignore[union-attr,operator]
-        return f"{name}: rows of {columns} numbers are no whole number of 16 bytes"
+    weight = module.weight
+    if weight.dtype != dtype:
+        return f"{name} is {weight.dtype}, not {dtype}"
+    if weight.shape[1] * dtype.itemsize % 16 or not weight.is_contiguous():
+        return f"{name}: rows of {weight.shape[1]} numbers are no whole number of 16 bytes"
     return None
+
+
+def _refused_format(name: str, module: QuantLinear, dtype: torch.dtype) -> str | None:
+    spec, columns = module.spec, module.in_features
+    if spec.format not in _FORMATS:
+        return f"{name} is stored as {spec.format}"
+    if module.rotation is not None and not name.endswith(("out_proj", "down_proj")):
+        return f"{name} has a rotated input"
+    if dtype == torch.float32:
+        return f"{name} is quantized, and the model computes in float32"
+    if module.qweight.numel() == 0:
+        return f"{name} has given up its stored numbers (release)"
+    fits = columns * _FORMATS[spec.format][1] % 128 == 0
+    return None if fits else f"{name}: rows of {columns} numbers are no whole number of 16 bytes"
 
 
 def matrix(module: nn.Module) -> Matrix:
     """The weight of a module that isn't refused; nothing is copied."""
     if isinstance(module, TiedHead):
         module = module._embedding[0]
-    if not isinstance(module, QuantLinear):
-        weight: Tensor = module.weight.detach()  # type: ignore[union-attr,assignment,operator]
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        weight = module.weight.detach()
         return Matrix("Plain", 0, weight.shape[0], weight.shape[1], weight)
+    assert isinstance(module, QuantLinear)
     held, spec = module.tensors(), module.spec
     name, _ = _FORMATS[spec.format]
     # int4 is scaled group by group in any case; a whole row is one group.
@@ -121,7 +126,7 @@ def matrix(module: nn.Module) -> Matrix:
 
 
 def slices_of(m: Matrix, result: int) -> int:
-    """In how many parts K is summed: many for the few rows of x_proj, 4 where a wide batch adds them in the next norm."""
+    """In how many parts K is summed: many for the few rows of x_proj, 4 where a wide batch's next norm adds them."""
     if result == PARTIAL:
         return max(1, min(16, m.chunks // WARPS))
     return 4 if result == RESIDUAL and m.chunks >= 4 * WARPS else 1
@@ -146,10 +151,10 @@ def linear(
 ) -> list[Launch]:
     """One product for `batch` rows: a launch, or several that take some of the rows each.
 
-    wide: x is read chunk by chunk as the weight is; else it is kept in shared memory (`most_rows`), and may be None: the
-    norm of the residual stream (M, H). out: (M, O), with up (M, O) of silu(gate) up, with PARTIAL (slices, M, O) fp32.
-    A wide RESIDUAL product leaves PARTIAL sums in `out` for the next norm. conv: weight (I, K), bias (I), scale (I), both or None, window
-    (M, I, K-1), the next window, z (M, I).
+    wide: x is read chunk by chunk as the weight is; else it is kept in shared memory (`most_rows`), and may be None:
+    the norm of the residual stream (M, H). out: (M, O), with up (M, O) of silu(gate) up, with PARTIAL (slices, M, O)
+    fp32. A wide RESIDUAL product leaves PARTIAL sums in `out` for the next norm. conv: weight (I, K), bias (I), scale
+    (I), both or None, window (M, I, K-1), the next window, z (M, I).
     ahead: a tensor that a later kernel reads.
     """
     source = RING if wide else NORM if x is None else COPY
@@ -186,7 +191,7 @@ def linear(
 
 
 def early(ahead: Tensor | None) -> int:
-    """How many bytes of a weight are brought into the L2 cache while a kernel that waits more than it reads is running."""
+    """How many bytes of a weight come into the L2 cache while a kernel is running that waits more than it reads."""
     return 0 if ahead is None else min(AHEAD, ahead.numel() * ahead.element_size()) // 16 * 16
 
 

@@ -7,8 +7,9 @@ the row goes another way. So a row's numbers must not depend on its company:
 - decoding runs at widths whose results were found bit-identical to those of a row alone (`Widths`); a row alone is
 decoded at width 2, beside a copy of itself, which costs a CPU no more than width 1 and agrees with more widths;
 - settings, random numbers and stop strings belong to the row.
-Rows join when there is room and leave when they are done. What is left out: speculative decoding, beam search,
-prefix sharing.
+Rows join when there is room and leave when they are done. This is the plain engine; on a GPU decode_batch.py decodes
+with kernels of its own, for which the same holds by the way they add. What is left out: speculative decoding, beam
+search, prefix sharing.
 
 Shapes: W width of a decoding step (rows and copies), V vocabulary.
 """
@@ -104,10 +105,14 @@ class Row:
         # Ids that the tokenizer doesn't have (a vocabulary padded to a round number) mean nothing.
         logits = logits[: self.vocabulary.size]
         token = self.sampler.pick(logits)
+        if self.answer.logprobs is not None:
+            self.answer.logprobs.append(self._report(logits, token))
+        self.accept(token)
+
+    def accept(self, token: int) -> None:
+        """The next token is chosen: see whether the answer is complete."""
         answer = self.answer
         answer.tokens.append(token)
-        if answer.logprobs is not None:
-            answer.logprobs.append(self._report(logits, token))
         if token in self.vocabulary.eos:
             self.finish("eos")
         elif token in self._stop_ids:
@@ -249,8 +254,10 @@ def _step(model: Any, tokens: Tensor, state: MoaiState) -> tuple[Tensor, MoaiSta
 
 
 class Batch:
-    """The rows being decoded. A row that is done leaves with its state: what the model remembers after all its
-    tokens but the last."""
+    """The rows being decoded, by the model itself: the plain engine (decode_batch.py has the other). A row that is done
+    leaves with its state: what the model remembers after all its tokens but the last."""
+
+    most = 1 << 30  # rows at a time
 
     def __init__(self, model: Any, widths: Widths | None = None) -> None:
         self.model = model
@@ -325,6 +332,7 @@ def generate(
     settings: Settings | Sequence[Settings] = Settings(),
     *,
     batch_size: int = BATCH_SIZE,
+    engine: str = "auto",
     on_text: Callable[[int, str], None] | None = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -332,13 +340,13 @@ def generate(
     """Complete every prompt; the results are in the order of the prompts, and no row depends on the others.
 
     prompts: texts, lists of token ids, or lists of chat messages {"role", "content"}. settings: one for all or one a
-    prompt. batch_size: rows decoded at a time (the others wait). on_text(row, text) gets each row's text as it
-    comes, in whole characters. on_event: {"event": "prefill", ...} and {"event": "row", "row", "tokens",
-    "finish_reason", "done", "total"}. stop: asked before every step; True ends all unfinished rows with what they
-    have (`interrupted`).
+    prompt. batch_size: rows decoded at a time (the others wait). engine: `graph` (a GPU; at most 64 rows at a time),
+    `plain`, or `auto` for graph where it can. on_text(row, text) gets each row's text as it comes, in whole
+    characters. on_event: {"event": "prefill", ...} and {"event": "row", "row", "tokens", "finish_reason", "done",
+    "total"}. stop: asked before every step; True ends all unfinished rows with what they have (`interrupted`).
 
-    Raises UsageError for prompts that can't be read (before anything is generated) and for a tokenizer that doesn't
-    fit the model, NonFiniteError when the model's logits hold NaN or infinity.
+    Raises UsageError for prompts that can't be read (before anything is generated), for a tokenizer that doesn't fit
+    the model and for an engine that can't run it, NonFiniteError when the model's logits hold NaN or infinity.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be >= 1 (got {batch_size})")
@@ -349,7 +357,8 @@ def generate(
     waiting = deque((number, vocabulary.prompt(prompt)) for number, prompt in enumerate(prompts))
     rows: list[Row | None] = [None] * len(prompts)
     open_rows: dict[int, Row] = {}
-    batch = Batch(model)
+    batch = make_batch(model, vocabulary, engine, rows=min(batch_size, len(prompts)))
+    batch_size = min(batch_size, batch.most)
     was_training = model.training
     model.eval()
 
@@ -393,6 +402,13 @@ def generate(
     finally:
         model.train(was_training)
     return [row.answer for row in rows if row is not None]
+
+
+def make_batch(model: Any, vocabulary: Vocabulary, engine: str = "auto", *, rows: int = 1) -> Any:
+    """An empty `Batch` of the engine wanted, for about so many rows. Raises UsageError where it can't run."""
+    from moai_core.generation import decode_batch
+
+    return decode_batch.make(model, vocabulary.size, engine, rows=rows)
 
 
 def eos_ids(model: Any) -> list[int]:

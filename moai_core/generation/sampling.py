@@ -198,11 +198,15 @@ class Sampler:
             total = probs.cumsum(0)
             at = torch.searchsorted(total, uniform(self.seed, self.draws) * float(total[-1]), right=True)
             token = int(ids[min(int(at), ids.numel() - 1)])
+        self.count(token)
+        return token
+
+    def count(self, token: int) -> None:
+        """A token is chosen, here or by a kernel with these settings: it is seen, and a number is drawn."""
         if self.settings.temperature > 0:
             self.draws += 1
         if self.seen is not None:
             self.seen[token] = True
-        return token
 
 
 def log_probabilities(logits: Tensor, token: int, alternatives: int) -> tuple[float, list[tuple[int, float]]]:

@@ -27,8 +27,8 @@ from torch import Tensor
 from moai_core import storage
 from moai_core.data.tokenize import fingerprint as tokenizer_fingerprint
 from moai_core.errors import CheckpointError, UsageError
-from moai_core.generation import files
-from moai_core.generation.engine import Batch, Completion, OnEvent, Row, eos_ids, prefill
+from moai_core.generation import decode_batch, files
+from moai_core.generation.engine import Completion, OnEvent, Row, eos_ids, make_batch, prefill
 from moai_core.generation.sampling import SETTINGS, Settings, new_seed
 from moai_core.generation.text import Vocabulary, check_messages, check_text
 from moai_core.model.state import MoaiState
@@ -59,15 +59,18 @@ class Session:
         *,
         system: str | None = None,
         fingerprint: str | None = None,
+        engine: str = "auto",
         on_event: OnEvent | None = None,
     ) -> None:
         """system: the system message, if any. fingerprint: of the model, for `save` and `load` (default:
-        that of its weights). on_event: {"event": "prefill", ...} as in the engine, and {"event": "reread", "tokens"}
-        when the transcript is read again.
+        that of its weights). engine: which one decodes, as for `generate`. on_event: {"event": "prefill", ...} as
+        there, and {"event": "reread", "tokens"} when the transcript is read again.
 
-        Raises UsageError for a tokenizer that doesn't fit the model or has no chat template.
+        Raises UsageError for a tokenizer that doesn't fit the model or has no chat template, and for an engine that
+        can't run the model.
         """
-        self.model = model
+        decode_batch.pick(model, engine)
+        self.model, self.engine = model, engine
         self.vocabulary = Vocabulary(tokenizer, vocab_size=model.config.vocab_size, extra_eos=eos_ids(model))
         self.on_event = on_event
         self._fingerprint = fingerprint
@@ -200,7 +203,7 @@ class Session:
         if result is None:
             return None
         logits, head = result
-        batch = Batch(self.model)
+        batch = make_batch(self.model, self.vocabulary, self.engine)
         batch.add(row, logits, head)
         while len(batch):
             if stop():
@@ -317,13 +320,14 @@ class Session:
         tokenizer: Any,
         *,
         fingerprint: str | None = None,
+        engine: str = "auto",
         on_event: OnEvent | None = None,
     ) -> Session:
         """The session of a file that `save` wrote; it continues bit for bit. Arguments as for `Session`.
 
         Raises CheckpointError: not a session, damaged, or made with another model, precision or tokenizer.
         """
-        session = cls(model, tokenizer, fingerprint=fingerprint, on_event=on_event)
+        session = cls(model, tokenizer, fingerprint=fingerprint, engine=engine, on_event=on_event)
         metadata, held = files.read_session(Path(path))
         mine = {"model": session.fingerprint, "tokenizer": tokenizer_fingerprint(tokenizer)}
         for what, value in mine.items():
