@@ -177,6 +177,13 @@ def _nibbles(builder: Any, w: Any) -> list[Any]:
 
 
 @plain
+def clear(results, rows):
+    for r in range(rows):
+        for c in range(TILE):
+            results[r, c] = f32(0)
+
+
+@plain
 def finish(made, rows, scales, zeros, steps, offsets, sums, G, y):
     """y[r] += (made[r] - zero of the outputs * sum of the row) * scale * step, for one group."""
     scale = load_halves(scales)
@@ -224,7 +231,7 @@ def rows(slots):
             m = 0
             while m < M:
                 count = 4 if M - m >= 4 else (2 if M - m >= 2 else 1)
-                results[:, :] = f32(0)
+                clear(results, count)
                 for g in range(G):
                     w, x = weights + (block * G + g) * size, hi + m * pitch + g * A
                     if bits == 4:
@@ -290,7 +297,8 @@ def tile_products(typing, hi, plane, pitch, first, second, A, into):
 @plain
 def describe_tiles(config, A):
     """What `tile_config` reads, for groups of A columns."""
-    config[:] = 0
+    for i in range(64):
+        config[i] = 0
     config[0] = 1
     width = min(A, 64)
     for tile in range(8):
@@ -336,7 +344,7 @@ def tiles(slots):
     steps, offsets, sums, y, y_pitch = s[14], s[15], s[16], s[17], s[18]
     size, blocks = A * 2 * bits, (O + TILE - 1) // TILE
     pairs = (blocks + 1) // 2
-    results, made = np.empty((height, 2, 16), f32), np.empty((2, 4, 16, 16), np.int32)
+    results, made = np.empty((2 * height, 16), f32), np.empty((2, 4, 16, 16), np.int32)
     codes, config = np.empty((2, 16 * A), u8), np.empty(64, u8)
     describe_tiles(config, A)
     tile_config(config.ctypes.data)
@@ -348,7 +356,7 @@ def tiles(slots):
         m0, first = item // pairs * height, item % pairs * 2
         second = min(first + 1, blocks - 1)  # the last block may stand alone: then it is computed twice
         count = (min(height, M - m0) + TILE - 1) // TILE
-        results[:, :, :] = f32(0)
+        clear(results, 2 * height)
         for g in range(G):
             one, two = weights + (first * G + g) * size, weights + (second * G + g) * size
             if bits == 4:

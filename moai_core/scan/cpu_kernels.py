@@ -128,12 +128,30 @@ def tile(rows):
     return np.empty((rows, W), f32)
 
 
+# Loops and not slices: numba takes half a second to compile an assignment to a slice, for the text of its error.
+
+
+@plain
+def clear(into, first, last):
+    """Makes rows of W zeros, from the first up to the last, which stays."""
+    for r in range(first, last):
+        for c in range(W):
+            into[r, c] = ZERO
+
+
+@plain
+def copy(values, into, rows):
+    for r in range(rows):
+        for c in range(W):
+            into[r, c] = values[r, c]
+
+
 @plain
 def load(into, address, stride, tokens, width, marks):
     """into[t, c] = the floats at address + t * stride; channels beyond the width and padding become 0."""
     for t in range(tokens):
         if marks and carray(bytes_at(marks + t), (1,))[0] == PADDING:
-            into[t, :] = ZERO
+            clear(into, t, t + 1)
             continue
         row = carray(floats_at(address + t * stride), (width,))
         for c in range(width):
@@ -172,7 +190,8 @@ def store_turned(values, address, rows, width):
 @plain
 def vector(into, address, width, default):
     """into[c] = the floats at the address, or the default where there are none (address 0)."""
-    into[:] = default
+    for c in range(W):
+        into[c] = default
     if address != 0:
         row = carray(floats_at(address), (width,))
         for c in range(width):
@@ -216,14 +235,14 @@ def scan_forward(slots):
         if first:
             load_turned(h, first + 4 * (b * I + c0) * N, N, width)
         else:
-            h[:, :] = ZERO
+            clear(h, 0, N)
         for chunk in range(chunks):
             t0 = chunk * T
             tokens = min(T, L - t0)
             here = marks + b * L + t0 if marks else 0
             if kept:
                 block = carray(floats_at(kept + 4 * (item * chunks + chunk) * N * W), (N, W))
-                block[:, :] = h
+                copy(h, block, N)
             load(uu, u + b * u_b + t0 * u_t + 4 * c0, u_t, tokens, width, here)
             load(d, dt + b * dt_b + t0 * dt_t + 4 * c0, dt_t, tokens, width, here)
             for t in range(tokens):
@@ -237,7 +256,7 @@ def scan_forward(slots):
                     if mark == PADDING:
                         continue
                     if mark == FRESH:
-                        h[:, :] = ZERO
+                        clear(h, 0, N)
                 Bt = carray(floats_at(B + b * B_b + (t0 + t) * B_t), (N,))
                 Ct = carray(floats_at(C + b * C_b + (t0 + t) * C_t), (N,))
                 states_forward(t, N, a, d, du, Bt, Ct, h, yy)
@@ -333,16 +352,16 @@ def scan_backward(slots):
         if g_last:
             load_turned(carry, g_last + 4 * (b * I + c0) * N, N, width)
         else:
-            carry[:, :] = ZERO
-        g_A[:, :] = ZERO
-        g_D[:, :] = ZERO
-        g_bias[:, :] = ZERO
+            clear(carry, 0, N)
+        clear(g_A, 0, N)
+        clear(g_D, 0, 1)
+        clear(g_bias, 0, 1)
         for back in range(chunks):
             chunk = chunks - 1 - back
             t0 = chunk * T
             tokens = min(T, L - t0)
             here = marks + b * L + t0 if marks else 0
-            h[:, :] = carray(floats_at(kept + 4 * (item * chunks + chunk) * N * W), (N, W))
+            copy(carray(floats_at(kept + 4 * (item * chunks + chunk) * N * W), (N, W)), h, N)
             load(uu, u + b * u_b + t0 * u_t + 4 * c0, u_t, tokens, width, here)
             load(d, dt + b * dt_b + t0 * dt_t + 4 * c0, dt_t, tokens, width, here)
             load(gg, gy + b * gy_b + t0 * gy_t + 4 * c0, gy_t, tokens, width, here)
@@ -370,7 +389,7 @@ def scan_backward(slots):
                     if mark == PADDING:
                         continue
                     if mark == FRESH:
-                        h[:, :] = ZERO
+                        clear(h, 0, N)
                 Bt = carray(floats_at(B + b * B_b + (t0 + t) * B_t), (N,))
                 Ct = carray(floats_at(C + b * C_b + (t0 + t) * C_t), (N,))
                 states_again(t, N, a, d, du, Bt, Ct, h, yy, decays, before)
@@ -382,14 +401,16 @@ def scan_backward(slots):
                 g_Bt = carray(floats_at(to_B + 4 * (item * L + t0 + t) * N), (N,))
                 mark = carray(bytes_at(here + t), (1,))[0] if here else 0
                 if mark == PADDING:
-                    g_Bt[:] = ZERO
-                    carray(floats_at(to_C + 4 * (item * L + t0 + t) * N), (N,))[:] = ZERO
+                    g_Ct = carray(floats_at(to_C + 4 * (item * L + t0 + t) * N), (N,))
+                    for n in range(N):
+                        g_Bt[n] = ZERO
+                        g_Ct[n] = ZERO
                     continue
                 Bt = carray(floats_at(B + b * B_b + (t0 + t) * B_t), (N,))
                 Ct = carray(floats_at(C + b * C_b + (t0 + t) * C_t), (N,))
                 states_backward(t, N, a, d, du, Bt, Ct, gg, decays, before, carry, g_du, g_d, g_A, g_Bt)
                 if mark == FRESH:
-                    carry[:, :] = ZERO
+                    clear(carry, 0, N)
             for t in range(tokens):
                 for c in range(W):
                     zz[t, c] = zz[t, c] * yy[t, c]
@@ -497,7 +518,7 @@ def conv_forward(slots):
         if first:
             load_turned(x, first + 4 * (b * I + c0) * (K - 1), K - 1, width)
         else:
-            x[: K - 1, :] = ZERO
+            clear(x, 0, K - 1)
         real = real_tokens(marks + b * L if marks else 0, L)
         age = K - 1  # how many tokens back belong to this document
         for t0 in range(0, L, T):
@@ -510,12 +531,12 @@ def conv_forward(slots):
                 for c in range(W):
                     yy[t, c] = pre[0, c] * sigmoid(pre[0, c])
                 age = min(age + 1, K - 1)
-            yy[alive:, :] = ZERO
+            clear(yy, alive, T)
             store(yy, y + 4 * ((b * L + t0) * I + c0), 4 * I, tokens, width)
             for k in range(K - 1):  # the window slides: upwards, so that no row is overwritten before it moved
                 for c in range(W):
                     x[k, c] = x[alive + k, c]
-        x[: K - 1 - age, :] = ZERO
+        clear(x, 0, K - 1 - age)
         store_turned(x, last + 4 * (b * I + c0) * (K - 1), K - 1, width)
     denormals(control)
 
@@ -556,10 +577,10 @@ def conv_backward(slots):
         if first:
             load_turned(x, first + 4 * (b * I + c0) * (K - 1), K - 1, width)
         else:
-            x[: K - 1, :] = ZERO
-        g_x[: K - 1, :] = ZERO
-        g_w[:, :] = ZERO
-        g_bias[:, :] = ZERO
+            clear(x, 0, K - 1)
+        clear(g_x, 0, K - 1)
+        clear(g_w, 0, K)
+        clear(g_bias, 0, 1)
         out = to_u + 4 * (b * L * I + c0)
         real = real_tokens(marks + b * L if marks else 0, L)
         age = K - 1
@@ -567,7 +588,7 @@ def conv_backward(slots):
             alive = min(T, real - t0)
             load(x[K - 1 :], u + b * u_b + t0 * u_t + 4 * c0, u_t, alive, width, 0)
             load(gg, gy + b * gy_b + t0 * gy_t + 4 * c0, gy_t, alive, width, 0)
-            g_x[K - 1 :, :] = ZERO
+            clear(g_x, K - 1, K - 1 + T)
             for t in range(alive):
                 if marks and carray(bytes_at(marks + b * L + t0 + t), (1,))[0] == FRESH:
                     age = 0
@@ -593,7 +614,7 @@ def conv_backward(slots):
                 for c in range(W):
                     g_x[k, c] += x[k, c]
         put(g_x, K - 1, real, K, to_first + 4 * (b * I + c0) * (K - 1), out, 4 * I, width)
-        gg[0, :] = ZERO
+        clear(gg, 0, 1)
         for t in range(real, L):
             store(gg, out + 4 * t * I, 0, 1, width)
         store_turned(g_w, to_weight + 4 * (b * I + c0) * K, K, width)
