@@ -33,7 +33,7 @@ from moai_core.quantize.calibrate import Statistics
 
 GRID = 20
 # The search looks at no more rows than this: the scale belongs to the columns.
-_ROWS = 1024
+_ROWS = 256
 
 
 class Masters:

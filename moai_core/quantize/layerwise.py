@@ -3,8 +3,8 @@
     in_proj; x_proj; dt_proj; out_proj; gate and up; down
 
 Before a matrix is quantized, the inputs that it gets from those already quantized are gathered (calibrate.py); then it
-is, perhaps, scaled (awq.py) or rotated (rotate.py), then rounded (search.py, gptq.py). The layer computes on with the
-values that are stored, and hands what it makes of the calibration sequences to the next one.
+is, perhaps, scaled (awq.py) or rotated (rotate.py), then rounded (search.py, or gptq.py and refine.py). The layer
+computes on with the values that are stored, and hands what it makes of the calibration sequences to the next one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moai_core.errors import UsageError
 from moai_core.quant.formats import FORMATS, Spec, decode
-from moai_core.quantize import awq, gptq, rotate, search
+from moai_core.quantize import awq, gptq, refine, rotate, search
 from moai_core.quantize.calibrate import BLOCKS, Runner, Statistics
 
 if TYPE_CHECKING:
@@ -39,13 +39,15 @@ METHODS = ("rtn", "gptq", "awq")
 
 @dataclass(frozen=True)
 class Options:
-    """damp, order: GPTQ's. steps: ranges tried for a scale (1: no clipping); signed: negative scales of symmetric int4.
-    grid: exponents that AWQ tries; conv_scale: whether it may scale out_proj's inputs, for which the layer keeps a
-    vector. rotate: modules whose inputs are rotated. overrides: another method for some modules. stored: the type in
-    which unquantized tensors will be saved (None: the layer's). compare: also report what rounding to nearest loses.
+    """damp, order: GPTQ's; sweeps: of refine.py after it (0: GPTQ alone). steps: ranges tried for a scale (1: the whole
+    one); signed: negative scales of symmetric int4. grid: exponents that AWQ tries; conv_scale: whether it may scale
+    out_proj's inputs, for which the layer keeps a vector. rotate: modules whose inputs are rotated. overrides: another
+    method for some modules. stored: the type in which unquantized tensors will be saved (None: the layer's). compare:
+    also report what rounding to nearest loses.
     """
 
     damp: float = gptq.DAMP
+    sweeps: int = refine.SWEEPS
     order: str = "groups"
     steps: int = search.STEPS
     signed: bool = True
@@ -172,9 +174,9 @@ class _Layer:
         if method == "rtn" or seen is None:
             return self._nearest(spec, weight)
         if method == "gptq":
-            return gptq.quantize(
-                spec, weight, seen.hessian, name=name, damp=self.options.damp, order=self.options.order, **options
-            )
+            asked, H = self.options, seen.hessian
+            choice = gptq.quantize(spec, weight, H, name=name, damp=asked.damp, order=asked.order, **options)
+            return refine.refine(spec, weight, H, choice, damp=choice.report["damp"], sweeps=asked.sweeps)
         importance = seen.blocks(spec.group_size).to(weight.dtype)
         return gptq.encoded(spec, weight, *search.clip(spec, weight, importance, **options))
 
