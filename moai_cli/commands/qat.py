@@ -9,7 +9,7 @@ import typer
 
 from moai_cli import launch
 from moai_cli.commands.train import Arguments, show_result
-from moai_cli.console import note, print_json
+from moai_cli.console import note, print_json, table
 from moai_cli.options import Json, Model
 from moai_cli.watch import Watch
 
@@ -49,6 +49,9 @@ def qat(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder.", show_default="runs/NAME-qat-MODE")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the memory of weights, gradients and optimizer; train nothing.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train a quantized model, so that it loses less by being quantized.
@@ -68,7 +71,7 @@ def qat(
     from moai_core import device
     from moai_core import recipe as recipes
     from moai_core.quantize.plan import Settings
-    from moai_core.quantize.qat import Options, learning_rate
+    from moai_core.quantize.qat import Options, learning_rate, memory
     from moai_core.quantize.qat import qat as run
 
     overrides, launcher = launch.split(arguments or [])
@@ -83,6 +86,8 @@ def qat(
         overrides = [*overrides, f"optim.finetune_lr={rate}"]
         wanted = recipes.load(recipe, overrides)
         note(f"learning rate {rate:g}, that of mode {mode}; optim.finetune_lr=… sets another")
+    if dry_run:
+        return _plan(memory(wanted, options), f"{wanted.name}, mode {mode}", json)
     device.require(wanted)
     if launcher:
         return launch.launch(launcher, _again(locals(), folder, overrides))
@@ -102,6 +107,14 @@ def qat(
         shown["merged"] = str(place)
         note(f"merged: {place}")
     print_json(shown) if json else show_result(result)
+
+
+def _plan(found: dict[str, int], title: str, json: bool) -> None:
+    if json:
+        return print_json(found)
+    rows = [(kind, f"{size / 1e9:,.2f} GB") for kind, size in [*found.items(), ("together", sum(found.values()))]]
+    table(("memory", title), rows)
+    note("activations come on top, as in `moai train --dry-run`; a teacher's weights too")
 
 
 def _merged(name: str, mode: str) -> Any:

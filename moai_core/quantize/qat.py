@@ -24,10 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from moai_core import checkpoint
+from moai_core import checkpoint, weights
+from moai_core import plan as memory_plan
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.model.loss import IGNORED
 from moai_core.quant import fake, linear, lora
+from moai_core.quant.formats import FORMATS
 from moai_core.quantize import plan
 from moai_core.quantize.memory import quantize, weights_of
 from moai_core.recipe import Recipe
@@ -142,10 +144,7 @@ def prepare(model: Any, options: Options, seed: int = 0) -> Any:
     if model.config.quantization is None:
         if options.mode == "full":
             masters = weights_of(model)
-        settings = options.settings
-        if options.mode == "scales" and settings.symmetric is None:
-            settings = dataclasses.replace(settings, symmetric=False)  # zeros can be trained too
-        quantize(model, settings)
+        quantize(model, _settings(options))
     if options.mode == "qlora":
         if not lora.adapted(model):
             with torch.random.fork_rng(devices=[]):
@@ -154,6 +153,12 @@ def prepare(model: Any, options: Options, seed: int = 0) -> Any:
         return model
     fake.trainable(model, options.mode, masters)
     return model
+
+
+def _settings(options: Options) -> plan.Settings:
+    if options.mode == "scales" and options.settings.symmetric is None:
+        return dataclasses.replace(options.settings, symmetric=False)  # zeros can be trained too
+    return options.settings
 
 
 def _load(folder: Path, recipe: Recipe, tokenizer: Any, dtype: torch.dtype, on_event: Any, options: Options) -> Any:
@@ -168,6 +173,61 @@ def _ready(model: Any, recipe: Recipe, dtype: torch.dtype, teacher: Teacher | No
     linear.set_kernel(model, "dequantize" if dtype == torch.float32 else "auto")
     if teacher is not None:
         model.objective = teacher.objective(model)
+
+
+# ---- before a run ------------------------------------------------------------------------------------------------
+
+
+def memory(recipe: Recipe, options: Options) -> dict[str, int]:
+    """Bytes of what stays over a whole step, {"weights", "gradients", "optimizer"}, counted matrix by matrix, for a
+    model of the recipe's size; activations are as in `moai train`. The teacher of a distillation is not among them.
+    Raises UsageError where a matrix doesn't fit its format."""
+    from moai_core.model import MoaiMambaConfig, MoaiMambaForCausalLM
+
+    with torch.device("meta"):
+        model = MoaiMambaForCausalLM(MoaiMambaConfig(**memory_plan.numbers(recipe)))
+    dtype, _ = setup.precision(recipe)
+    settings = _settings(options)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    modules = plan.modules(settings, shapes, tied=model.config.tie_word_embeddings)
+    specs = linear.plan({"modules": modules}, list(linear.matrices(model)))
+    matrices: dict[str, Any] = linear.matrices(model)
+    found = {"weights": 0, "gradients": 0, "optimizer": 0}
+    for name, matrix in matrices.items():
+        if name == "lm_head" and model.config.tie_word_embeddings:
+            continue
+        plain, trained = _bytes(matrix.weight.shape, specs.get(name), options, dtype, name)
+        found["weights"] += plain
+        _add(found, trained)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in matrices:
+            width = 4 if name.rpartition(".")[2] in weights.KEEP_FP32 else dtype.itemsize
+            found["weights"] += parameter.numel() * width
+            _add(found, [(width, parameter.numel())] if options.mode == "full" else [])
+    return found
+
+
+def _bytes(shape: Any, spec: Any, options: Options, dtype: torch.dtype, name: str) -> tuple[int, list[tuple[int, int]]]:
+    """One matrix: (bytes of its weights, [(bytes of a number, numbers that are trained)])."""
+    out, columns = shape
+    stored = FORMATS[spec.format].tensors(spec, out, columns) if spec is not None else {}
+    scales = sum(torch.Size(size).numel() for part, (size, _) in stored.items() if part in ("scales", "zeros"))
+    packed = sum(torch.Size(size).numel() * kind.itemsize for size, kind in stored.values())
+    numbers = out * columns
+    if options.mode == "full":
+        return numbers * dtype.itemsize + 4 * scales, [(dtype.itemsize, numbers), (4, scales)]
+    if options.mode == "scales":
+        trained = spec is not None and spec.format == "int4" and "embed" not in name
+        return (packed + 2 * scales, [(4, scales)]) if trained else (packed or numbers * dtype.itemsize, [])
+    adapters = options.rank * (out + columns) if name.rpartition(".")[2] in lora.TARGETS else 0
+    return (packed or numbers * dtype.itemsize) + 4 * adapters, [(4, adapters)]
+
+
+def _add(found: dict[str, int], trained: list[tuple[int, int]]) -> None:
+    """Gradients in the weights' type, two moments likewise."""
+    for width, numbers in trained:
+        found["gradients"] += width * numbers
+        found["optimizer"] += 2 * width * numbers
 
 
 # ---- distillation ------------------------------------------------------------------------------------------------

@@ -158,3 +158,31 @@ def test_merged_adapters(start, tmp_path, dtype):
     ids = torch.randint(0, 500, (1, 30))
     before, after = adapted(ids).logits.detach(), merged(ids).logits.detach()
     assert float((before - after).norm() / before.norm()) < (1e-4 if dtype is torch.float32 else 0.3)
+
+
+@pytest.mark.parametrize("mode", ["full", "scales", "qlora"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_planned_memory_is_what_a_model_holds(start, tmp_path, mode, tied):
+    """Weights, buffers, gradients and moments of a model in training, added up."""
+    recipe, parent = start
+    wanted = recipe(f"model.tie_word_embeddings={str(tied).lower()}", "train.steps=1", "optim.warmup_steps=0")
+    folder = parent
+    if tied:
+        folder = tmp_path / "tied"
+        train(wanted, output=folder)
+    seen = {}
+    plain = qat._ready
+
+    def keep(model, *rest):
+        seen["model"] = model
+        return plain(model, *rest)
+
+    options = qat.Options(mode, SETTINGS, rank=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qat, "_ready", keep)
+        qat.qat(wanted, options, model_path=folder, output=tmp_path / "run")
+    model = seen["model"]
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    planned = qat.memory(wanted, options)
+    assert planned == {"weights": sum(held.values()), "gradients": trained, "optimizer": 2 * trained}
