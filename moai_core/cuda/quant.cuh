@@ -1,47 +1,7 @@
-// What kernels on quantized matrices share: tensor-core products of 16-bit numbers, and integers made into such numbers
-// a pair at a time. Both are exact: an integer below 2^8 is a bf16 and an fp16, and products are summed in fp32.
+// What kernels on integer matrices share: integers made into 16-bit numbers a pair at a time. That is exact: an integer
+// below 2^8 is a bf16 and an fp16.
 #pragma once
-#include "common.cuh"
-
-#ifdef MOAI_HOST
-// Collectives over the warp, as host_mma_tf32.
-void host_mma_bf16(float* d, const uint32* a, const uint32* b);
-void host_mma_fp16(float* d, const uint32* a, const uint32* b);
-#endif
-
-// ---- d = a b + c with a (16, 16), b (16, 8), numbers of one type in pairs, the lower column (of b: row) in the low half.
-// Lane l, g = l / 4, t = l % 4, holds a = {(g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)}, b = {(2t, g),
-// (2t + 8, g)}, each with its neighbour, and c and d as mma_tf32 does.
-template <class Number>
-DEVICE void mma_16(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const float (&c)[4]);
-
-#ifdef MOAI_HOST
-template <>
-inline void mma_16<bf16>(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const float (&c)[4]) {
-  const uint32 b[2] = {b0, b1};
-  for (int i = 0; i < 4; i++) d[i] = c[i];
-  host_mma_bf16(d, a, b);
-}
-template <>
-inline void mma_16<fp16>(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const float (&c)[4]) {
-  const uint32 b[2] = {b0, b1};
-  for (int i = 0; i < 4; i++) d[i] = c[i];
-  host_mma_fp16(d, a, b);
-}
-#else
-template <>
-DEVICE void mma_16<bf16>(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-template <>
-DEVICE void mma_16<fp16>(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-#endif
+#include "gemv.cuh"
 
 // ---- Two numbers of one type in 32 bits
 

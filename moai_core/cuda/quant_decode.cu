@@ -1,6 +1,6 @@
-// moai: kernels quant_decode, quant_gather; macros T=bf16 BITS=4 GROUPS=1 ZEROS=0 GLU=0
-// moai: macros T=bf16 BITS=8 GROUPS=0 ZEROS=0 GLU=0 | T=float BITS=4 GROUPS=4 ZEROS=1 GLU=0
-// moai: macros T=fp16 BITS=4 GROUPS=0 ZEROS=1 GLU=1 | T=float BITS=8 GROUPS=2 ZEROS=0 GLU=0
+// moai: kernels quant_decode, quant_gather; macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 GLU=0
+// moai: macros T=bf16 WIDTH=8 GROUPS=0 ZEROS=0 GLU=0 | T=float WIDTH=4 GROUPS=4 ZEROS=1 GLU=0
+// moai: macros T=fp16 WIDTH=4 GROUPS=0 ZEROS=1 GLU=1 | T=float WIDTH=8 GROUPS=2 ZEROS=0 GLU=0
 //
 // Integer matrices in the order of quant_linear.cu, written out as numbers: all of one, for products of many rows, or
 // single rows, for an embedding. A number is (q - zero) scale in fp32, rounded to T.
@@ -9,13 +9,12 @@
 #include "quant.cuh"
 
 constexpr int UNIT = 128;
-constexpr int TILE_BYTES = 16 * UNIT * BITS / 8;
+constexpr int TILE_BYTES = 16 * UNIT * WIDTH / 8;
 constexpr int PART_BYTES = TILE_BYTES + GROUPS * 32 * (1 + ZEROS);
 constexpr int VECTORS = TILE_BYTES / 512;  // a lane has so many 16-byte pieces of a unit
 constexpr int TILE_OUT = GLU ? 8 : 16;
 constexpr int EIGHT = 8;  // neighbouring columns that a lane has of a row
 
-using Piece = Vec<uint32, 4>;
 
 struct Scale {
   float scale, zero;
@@ -26,7 +25,7 @@ DEVICE Scale scale_of(const unsigned char* part, const fp16* whole, int64 tile, 
   constexpr int width = 2 + 2 * ZEROS;
   const fp16* at = GROUPS == 0 ? whole + (tile * 8 + g) * width
                                : reinterpret_cast<const fp16*>(part + TILE_BYTES) + (half * GROUPS / 4 * 8 + g) * width;
-  Scale s = {to_float(at[second]), BITS == 4 ? 8.0f : 0.0f};
+  Scale s = {to_float(at[second]), WIDTH == 4 ? 8.0f : 0.0f};
   if constexpr (ZEROS) s.zero = to_float(at[2 + second]);
   return s;
 }
@@ -39,7 +38,7 @@ DEVICE Vec<T, EIGHT> numbers(const uint32* words, int second, const Scale& s) {
     float v[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if constexpr (BITS == 4) {
+      if constexpr (WIDTH == 4) {
         const uint32 q = words[e / 4] >> (16 * i + e / 2 % 2 * 8 + 4 * second) & 15u;
         v[i] = bits_float(0x4b000000u | q) - 8388608.0f;  // 2^23 + q
       } else {
@@ -58,7 +57,7 @@ DEVICE void store_numbers(T* to, const Vec<T, EIGHT>& y, int columns, bool whole
   constexpr int some = per_16_bytes<T>;
   if (whole) {
 #pragma unroll
-    for (int i = 0; i < EIGHT; i += some) *reinterpret_cast<Piece*>(to + i) = reinterpret_cast<const Piece*>(&y)[i / some];
+    for (int i = 0; i < EIGHT; i += some) *reinterpret_cast<Words*>(to + i) = reinterpret_cast<const Words*>(&y)[i / some];
   } else {
 #pragma unroll
     for (int i = 0; i < EIGHT; i++)
@@ -75,9 +74,9 @@ extern "C" __global__ void __launch_bounds__(256)
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64 tile = p / units, first = tile * TILE_OUT + g, column = p % units * UNIT + t * EIGHT;
   const unsigned char* part = weights + (int64)p * PART_BYTES;
-  Piece words[VECTORS];
+  Words words[VECTORS];
 #pragma unroll
-  for (int v = 0; v < VECTORS; v++) words[v] = *reinterpret_cast<const Piece*>(part + (v * 32 + lane) * 16);
+  for (int v = 0; v < VECTORS; v++) words[v] = *reinterpret_cast<const Words*>(part + (v * 32 + lane) * 16);
   const bool whole = K % EIGHT == 0;
 #pragma unroll
   for (int half = 0; half < 4; half++) {
@@ -87,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(256)
     for (int second = 0; second < 2; second++) {
       const int64 o = first + second * (GLU ? O / 2 : 8);
       if (first >= (GLU ? O / 2 : O) || o >= O) continue;
-      const uint32* mine = BITS == 4 ? words[half / 2].at + half % 2 * 2 : words[half].at;
+      const uint32* mine = WIDTH == 4 ? words[half / 2].at + half % 2 * 2 : words[half].at;
       const Scale s = scale_of(part, scales, tile, half, g, second);
       store_numbers(out + o * K + k, numbers(mine, second, s), (int)min((int64)EIGHT, K - k), whole);
     }
@@ -106,9 +105,9 @@ extern "C" __global__ void __launch_bounds__(256)
   for (int64 k = threadIdx.x * EIGHT; k < K; k += 256 * EIGHT) {
     const int half = (int)(k % UNIT) / 32, lane = g * 4 + (int)(k % 32) / EIGHT;
     const unsigned char* part = weights + (tile * units + k / UNIT) * PART_BYTES;
-    const Piece words = *reinterpret_cast<const Piece*>(part + ((BITS == 4 ? half / 2 : half) * 32 + lane) * 16);
+    const Words words = *reinterpret_cast<const Words*>(part + ((WIDTH == 4 ? half / 2 : half) * 32 + lane) * 16);
     const Scale s = scale_of(part, scales, tile, half, g, second);
-    const uint32 mine[4] = {words.at[BITS == 4 ? half % 2 * 2 : 0], words.at[BITS == 4 ? half % 2 * 2 + 1 : 1], words.at[2],
+    const uint32 mine[4] = {words.at[WIDTH == 4 ? half % 2 * 2 : 0], words.at[WIDTH == 4 ? half % 2 * 2 + 1 : 1], words.at[2],
                             words.at[3]};
     store_numbers(out + blockIdx.x * K + k, numbers(mine, second, s), (int)min((int64)EIGHT, K - k), K % EIGHT == 0);
   }

@@ -1,12 +1,12 @@
-// moai: kernels quant_linear; macros FROM=bf16 T=bf16 TO=bf16 BITS=4 GROUPS=1 ZEROS=0 MT=1 NT=1 STAGES=4 GLU=0 NORM=0 WARPS=8 BLOCKS=4
-// moai: macros FROM=fp16 T=fp16 TO=fp16 BITS=4 GROUPS=4 ZEROS=1 MT=2 NT=2 STAGES=3 GLU=0 NORM=0 WARPS=16 BLOCKS=1
-// moai: macros FROM=float T=float TO=float BITS=4 GROUPS=2 ZEROS=1 MT=1 NT=1 STAGES=4 GLU=1 NORM=1 WARPS=8 BLOCKS=4
-// moai: macros FROM=float T=bf16 TO=bf16 BITS=4 GROUPS=1 ZEROS=1 MT=1 NT=1 STAGES=2 GLU=1 NORM=1 WARPS=8 BLOCKS=4
-// moai: macros FROM=bf16 T=bf16 TO=bf16 BITS=4 GROUPS=1 ZEROS=0 MT=2 NT=4 STAGES=2 GLU=0 NORM=0 WARPS=16 BLOCKS=1
-// moai: macros FROM=bf16 T=bf16 TO=bf16 BITS=8 GROUPS=0 ZEROS=0 MT=1 NT=1 STAGES=4 GLU=0 NORM=0 WARPS=8 BLOCKS=4
-// moai: macros FROM=bf16 T=bf16 TO=bf16 BITS=8 GROUPS=0 ZEROS=0 MT=2 NT=2 STAGES=2 GLU=0 NORM=0 WARPS=16 BLOCKS=1
-// moai: macros FROM=fp16 T=fp16 TO=fp16 BITS=8 GROUPS=1 ZEROS=0 MT=1 NT=4 STAGES=2 GLU=0 NORM=0 WARPS=16 BLOCKS=1
-// moai: macros FROM=float T=float TO=float BITS=8 GROUPS=0 ZEROS=0 MT=1 NT=2 STAGES=2 GLU=0 NORM=0 WARPS=16 BLOCKS=1
+// moai: kernels quant_linear; macros FROM=bf16 T=bf16 TO=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=1 NT=1 STAGES=4 GLU=0 NORM=0 WARPS=8 BLOCKS=4
+// moai: macros FROM=fp16 T=fp16 TO=fp16 WIDTH=4 GROUPS=4 ZEROS=1 MT=2 NT=2 STAGES=4 GLU=0 NORM=0 WARPS=16 BLOCKS=1
+// moai: macros FROM=float T=float TO=float WIDTH=4 GROUPS=2 ZEROS=1 MT=1 NT=1 STAGES=4 GLU=1 NORM=1 WARPS=8 BLOCKS=4
+// moai: macros FROM=float T=bf16 TO=bf16 WIDTH=4 GROUPS=1 ZEROS=1 MT=1 NT=1 STAGES=2 GLU=1 NORM=1 WARPS=8 BLOCKS=4
+// moai: macros FROM=bf16 T=bf16 TO=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=2 NT=4 STAGES=2 GLU=0 NORM=0 WARPS=12 BLOCKS=1
+// moai: macros FROM=bf16 T=bf16 TO=bf16 WIDTH=8 GROUPS=0 ZEROS=0 MT=1 NT=1 STAGES=4 GLU=0 NORM=0 WARPS=8 BLOCKS=4
+// moai: macros FROM=bf16 T=bf16 TO=bf16 WIDTH=8 GROUPS=0 ZEROS=0 MT=2 NT=2 STAGES=2 GLU=0 NORM=0 WARPS=16 BLOCKS=1
+// moai: macros FROM=fp16 T=fp16 TO=fp16 WIDTH=8 GROUPS=1 ZEROS=0 MT=1 NT=4 STAGES=2 GLU=0 NORM=0 WARPS=16 BLOCKS=1
+// moai: macros FROM=float T=float TO=float WIDTH=8 GROUPS=0 ZEROS=0 MT=1 NT=2 STAGES=2 GLU=0 NORM=0 WARPS=16 BLOCKS=1
 //
 // out = x W^T of few rows of x (M, K) and an integer W (O, K): for generation, where reading W is nearly all there is
 // to do. On request x is normalized first (RMS), gate and up come as one product with silu(gate) up as its result, and
@@ -27,7 +27,7 @@
 //
 //   FROM, TO  type of x in memory; of out and the residual      MT, NT   tiles of 16 rows of W, of 8 rows of x, at once
 //   T         type of the arithmetic: bf16, fp16, float         STAGES   units that a warp reads ahead
-//   BITS      4: q - 8 (or a zero point), or 8: signed          GLU      a tile has 8 rows of gate and 8 of up
+//   WIDTH      4: q - 8 (or a zero point), or 8: signed          GLU      a tile has 8 rows of gate and 8 of up
 //   GROUPS    scales of a row of a unit; 0: one for the whole row        ZEROS    scales come with zero points
 //   NORM      x is normalized first                              WARPS, BLOCKS  what a multiprocessor has room for
 #include "quant.cuh"
@@ -36,14 +36,14 @@ constexpr int UNIT = 128;
 constexpr int PER = 16 / sizeof(T);        // numbers of x in 16 bytes of shared memory
 constexpr int SLOTS = UNIT / PER;          // such pieces in a unit
 constexpr int ROW_BYTES = UNIT * sizeof(T);
-constexpr int TILE_BYTES = 16 * UNIT * BITS / 8;
+constexpr int TILE_BYTES = 16 * UNIT * WIDTH / 8;
 constexpr int SCALE_BYTES = GROUPS * 32 * (1 + ZEROS);
 constexpr int PART_BYTES = TILE_BYTES + SCALE_BYTES;  // a tile's part of a unit: weights, then scales
 constexpr int STAGE_BYTES = MT * PART_BYTES;
 constexpr int HALVES = GROUPS > 0 ? 4 / GROUPS : 4;  // times 32 columns share a scale
 constexpr int CHAINS = MT * NT == 1 ? 2 : 1;         // independent sums, where a warp has nothing else to overlap
 constexpr int TILE_OUT = GLU ? 8 : 16;
-static_assert(sizeof(FROM) >= sizeof(T) && SLOTS <= 32 && (BITS == 4 || BITS == 8) && (ZEROS == 0 || BITS == 4), "no such product");
+static_assert(sizeof(FROM) >= sizeof(T) && SLOTS <= 32 && (WIDTH == 4 || WIDTH == 8) && (ZEROS == 0 || WIDTH == 4), "no such product");
 
 template <class A, class B>
 constexpr bool same = false;
@@ -70,13 +70,12 @@ constexpr int PARTS = Arithmetic<T>::parts;
 constexpr int SWAPPED = sizeof(T) == 2 ? 64 : 16;
 DEVICE int place(int slot, int m) { return slot * 16 ^ m % 2 * SWAPPED; }
 
-using Piece = Vec<uint32, 4>;  // 16 bytes
 
 // PER numbers of x at k, zeros beyond K; with NORM times the norm's weight, their squares added to `square`.
-DEVICE Piece fetch_piece(const FROM* row, const T* norm, int k, int K, float& square) {
+DEVICE Words fetch_piece(const FROM* row, const T* norm, int k, int K, float& square) {
   if (k >= K) return {};
   if constexpr (same<FROM, T> && !NORM) {
-    return *reinterpret_cast<const Piece*>(row + k);
+    return *reinterpret_cast<const Words*>(row + k);
   } else {
     constexpr int some = per_16_bytes<FROM>;
     Vec<T, PER> y, weight;
@@ -94,7 +93,7 @@ DEVICE Piece fetch_piece(const FROM* row, const T* norm, int k, int K, float& sq
         y.at[j + i] = from_float<T>(value);
       }
     }
-    return *reinterpret_cast<Piece*>(&y);
+    return *reinterpret_cast<Words*>(&y);
   }
 }
 
@@ -106,7 +105,7 @@ DEVICE void fetch_x(const FROM* x, int64 x_row, const T* norm, unsigned char* x_
   constexpr int TURNS = 32 / SLOTS;  // units that a warp's lanes read at once
   float square[ROWS] = {};
   for (int j0 = lane / SLOTS; warp + j0 * warps < units; j0 += TURNS * PIECES) {
-    Piece piece[ROWS][PIECES];
+    Words piece[ROWS][PIECES];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -121,7 +120,7 @@ DEVICE void fetch_x(const FROM* x, int64 x_row, const T* norm, unsigned char* x_
         const int j = j0 + i * TURNS, m = m0 + r;
         if (warp + j * warps >= units || m >= rows) continue;
         unsigned char* to = x_s + ((warp + j * warps) * pass + m) * ROW_BYTES + place(slot, m);
-        *reinterpret_cast<Piece*>(to) = piece[r][i];
+        *reinterpret_cast<Words*>(to) = piece[r][i];
       }
   }
   if constexpr (NORM) {
@@ -137,7 +136,7 @@ DEVICE void fetch_x(const FROM* x, int64 x_row, const T* norm, unsigned char* x_
 // in an even row.
 DEVICE void read_x(const unsigned char* row, int odd, uint32 (&b)[PARTS][4]) {
   if constexpr (PARTS == 1) {
-    const Piece v = *reinterpret_cast<const Piece*>(row);
+    const Words v = *reinterpret_cast<const Words*>(row);
 #pragma unroll
     for (int i = 0; i < 4; i++) b[0][i] = v.at[i];
   } else {
@@ -162,7 +161,7 @@ DEVICE void read_x(const unsigned char* row, int odd, uint32 (&b)[PARTS][4]) {
 
 // Step s (of 2) of 32 columns: what mma_16 takes as a. `words` are the lane's: two of them for 4 bits, four for 8.
 DEVICE void read_w(const uint32* words, int s, uint32 (&a)[4]) {
-  if constexpr (BITS == 4) {
+  if constexpr (WIDTH == 4) {
     from_nibbles<C>(words[s], a);
   } else {
     from_bytes<C>(words[2 * s], a[0], a[1]);
@@ -202,8 +201,8 @@ struct Sums {
     }
 #pragma unroll
     for (int i = 0; i < MT; i++) {
-      const int vector = BITS == 4 ? half / 2 : half, first = BITS == 4 ? half % 2 * 2 : 0;
-      const Piece v = *reinterpret_cast<const Piece*>(tiles + i * PART_BYTES + vector * 512);
+      const int vector = WIDTH == 4 ? half / 2 : half, first = WIDTH == 4 ? half % 2 * 2 : 0;
+      const Words v = *reinterpret_cast<const Words*>(tiles + i * PART_BYTES + vector * 512);
 #pragma unroll
       for (int s = 0; s < 2; s++) {
         uint32 a[4];
@@ -213,7 +212,7 @@ struct Sums {
 #pragma unroll
           for (int p = 0; p < PARTS; p++) {
             float(&d)[4] = part[CHAINS == 2 ? s : 0][i][n];
-            mma_16<C>(d, a, b[n][p][2 * s], b[n][p][2 * s + 1], d);
+            mma_16<C>(d, a, {b[n][p][2 * s], b[n][p][2 * s + 1]});
           }
       }
     }
@@ -224,7 +223,7 @@ struct Sums {
 #pragma unroll
         for (int p = 0; p < PARTS; p++)
 #pragma unroll
-          for (int s = 0; s < 2; s++) mma_16<C>(x[n], ones, b[n][p][2 * s], b[n][p][2 * s + 1], x[n]);
+          for (int s = 0; s < 2; s++) mma_16<C>(x[n], ones, {b[n][p][2 * s], b[n][p][2 * s + 1]});
     }
   }
 
@@ -245,11 +244,12 @@ struct Sums {
 // shared memory: x, units * pass * ROW_BYTES; then STAGES * STAGE_BYTES a warp; then, a warp, 16 MT * (pass | 1) sums
 // and `pass` more. x's rows are x_row apart and, like those of everything, begin at multiples of 16 bytes, K is a
 // multiple of PER. norm (K), the norm's weight; residual (M, O) may be null; out is
-// dense.
+// dense. x and residual may come from a kernel that still runs when this one begins (so they are not __restrict__: the
+// compiler would take them for constants); W and norm may not.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-    quant_linear(const FROM* __restrict__ x, const unsigned char* __restrict__ weights,
+    quant_linear(const FROM* x, const unsigned char* __restrict__ weights,
                  const unsigned char* __restrict__ scales, const T* __restrict__ norm,
-                 const TO* __restrict__ residual, TO* __restrict__ out, int64 M, int64 K, int64 O, int64 x_row,
+                 const TO* residual, TO* out, int64 M, int64 K, int64 O, int64 x_row,
                  int64 all_tiles, int64 all_units, int64 all_turns, int64 rows_a_pass, float eps) {
   extern __shared__ __align__(16) unsigned char memory[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -288,6 +288,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll
   for (int i = 0; i < STAGES; i++) read_ahead(i * STAGE_BYTES);
 
+  wait_for_previous();
+  let_next_begin();
   x += first_row * x_row;
   if (rows == 1)
     fetch_x<1, 4>(x, x_row, norm, x_s, squares, 0, rows, (int)K, units, pass, warp, warps, lane);

@@ -187,7 +187,7 @@ def launch(
     cuda.kernel(
         "quant_linear.cu", "quant_linear", x.device,
         FROM=cuda.TYPES[x.dtype], T=cuda.TYPES[kind], TO=cuda.TYPES[y.dtype], NORM=int(norm is not None),
-        BITS=layout.bits, GROUPS=layout.groups, ZEROS=int(layout.zeros), GLU=int(layout.glu),
+        WIDTH=layout.bits, GROUPS=layout.groups, ZEROS=int(layout.zeros), GLU=int(layout.glu),
         MT=p.mt, NT=p.nt, STAGES=p.stages, WARPS=p.most_warps, BLOCKS=p.blocks,
     )(
         p.grid, 32 * p.warps, x, weights, scales, None if norm is None else norm.contiguous(),
@@ -234,7 +234,7 @@ def _gather(
 
 
 def _decoder(name: str, y: Tensor, bits: int, groups: int, zeros: bool, glu: bool) -> cuda.Kernel:
-    macros = {"T": cuda.TYPES[y.dtype], "BITS": bits, "GROUPS": groups, "ZEROS": int(zeros), "GLU": int(glu)}
+    macros = {"T": cuda.TYPES[y.dtype], "WIDTH": bits, "GROUPS": groups, "ZEROS": int(zeros), "GLU": int(glu)}
     return cuda.kernel("quant_decode.cu", name, y.device, **macros)
 
 

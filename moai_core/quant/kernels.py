@@ -22,7 +22,7 @@ import torch
 from moai_core.errors import UsageError
 from moai_core.quant.formats import Spec
 
-KERNELS = ("cpu", "scaled_mm", "bitsandbytes", "dequantize")
+KERNELS = ("cuda", "cpu", "scaled_mm", "bitsandbytes", "dequantize")
 
 
 def module(name: str) -> ModuleType:
