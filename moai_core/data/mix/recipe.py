@@ -58,7 +58,7 @@ class MixSource:
     """One source of the mix. `licence`, `origin` and `attribution` go into ATTRIBUTION.md."""
 
     name: str = _f(dataclasses.MISSING, "what records of it carry as `source`")
-    path: str = _f(dataclasses.MISSING, "file, folder, glob (relative to the root) or hf://dataset")
+    path: str = _f(dataclasses.MISSING, "file, folder or glob below the root, else of the packaged corpus/; or hf://dataset")
     lang: str = _f(dataclasses.MISSING, "language: en, ko, ja, zh, code, …")
     licence: str = _f(dataclasses.MISSING, "licence of the text")
     origin: str = _f(dataclasses.MISSING, "where it comes from: address, or package and version")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moai_core import paths
 from moai_core.data.formats import TEXT, _blocks, _decode, _lines, read_records, read_texts
 from moai_core.data.hub import hub_error, open_hub
 from moai_core.data.mix.recipe import MixSource
@@ -45,7 +46,7 @@ class Reader:
         if source.path.startswith("hf://"):
             yield from self._records(source, _hub_records(source.path), source.path)
             return
-        path = self.root / source.path
+        path = place(self.root, source.path)
         if source.slice is not None:
             yield from self._slice(source, path)
             return
@@ -150,6 +151,13 @@ def _turns(segments: list[Segment], limit: int | None) -> list[list[Segment]]:
     return [part for part in parts if any(segment.trainable for segment in part)]
 
 
+def place(root: Path, path: str) -> Path:
+    """`path` below the root; what isn't there is looked for among the packaged recipes (`corpus/train`)."""
+    here, packaged = root / path, paths.RECIPES / path
+    first = next((index for index, part in enumerate(here.parts) if set(part) & set("*?[")), len(here.parts))
+    return packaged if not Path(*here.parts[:first]).exists() and (path.startswith("corpus/")) else here
+
+
 def _wanted(record: Any, source: MixSource) -> bool:
     where = source.where
     return not where or (isinstance(record, dict) and all(str(record.get(key)) == v for key, v in where.items()))
@@ -219,7 +227,7 @@ def size_of(source: MixSource, root: Path) -> int:
     if source.path.startswith("hf://"):
         return 0
     total = 0
-    for file in find_files(root / source.path)[0]:
+    for file in find_files(place(root, source.path))[0]:
         with suppress(OSError):
             total += file.stat().st_size
     return total

@@ -9,6 +9,7 @@ from typing import Any
 from moai_core import storage
 from moai_core.data.mix import report
 from moai_core.data.mix.recipe import Mix
+from moai_core.data.mix.sources import place as located
 from moai_core.data.read import find_files
 from moai_core.errors import DataError, MoaiError
 
@@ -29,7 +30,7 @@ def files(mix: Mix | None, root: Path) -> list[MoaiError]:
 
 def _missing(root: Path, path: str, place: str) -> list[MoaiError]:
     try:
-        find_files(root / path)
+        find_files(located(root, path))
     except DataError as exc:
         return [DataError(f"{place}: {exc.message}", hint="say with --root where the files are")]
     return []
