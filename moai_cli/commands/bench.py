@@ -45,7 +45,7 @@ def bench(
     json: Json = False,
     markdown: Markdown = False,
 ) -> None:
-    """Measure speed: Mamba against attention over the sequence length; the scan; a training step. And quality.
+    """Measure speed: Mamba against attention over the sequence length; the scan; training; generation. And quality.
 
     Without a subcommand: the scan and one layer of a model against attention and an attention layer of the same width,
     at lengths that double up to --seq-len. Short sequences favour attention, long ones Mamba.
@@ -59,6 +59,8 @@ def bench(
     - `moai bench scan --seq-len 2048,8192 --against mamba_ssm,attention --resets`
 
     - `moai bench train --preset 2b --checkpointing none,selective,full`
+
+    - `moai bench decode --format none,int4`
     """
     if context.invoked_subcommand is not None:
         for name in context.params:
@@ -232,6 +234,49 @@ def train(
     settings |= {"lengths": seq_len, "checkpointing": checkpointing, "layers": layers, "precision": precision}
     settings |= {"optimizer": optimizer, "clip": clip, "packed": packed, "backend": backend, "against": against}
     settings |= {"prefill": prefill, "chunk": prefill_chunk, "repeats": repeats, "device": device}
+    _show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)
+
+
+@app.command()
+def decode(
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="2b, 8b or 16b.", show_default="2b on a GPU, a small model on a CPU")
+    ] = None,
+    batch: Annotated[Words, typer.Option("--batch", help="Rows: one or several.", show_default="1,8,64")] = None,
+    form: Annotated[
+        Words,
+        typer.Option(
+            "--format", help="Of the weights: none, int4, int8, fp8.", show_default="none,int4; on a CPU none"
+        ),
+    ] = None,
+    engine: Annotated[
+        Words, typer.Option("--engine", help="graph, plain: one or both.", show_default="graph,plain")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", help="Layers, to measure a part.", show_default=False)
+    ] = None,
+    dtype: Dtype = "auto",
+    repeats: Repeats = None,
+    device: Device = "auto",
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Time generation: a step for one token a row, by engine, format of the weights and batch.
+
+    Shows tokens/s, and bytes a second beside those of a large copy in the same run: a step reads every weight once.
+
+    Examples:
+
+    - `moai bench decode`
+
+    - `moai bench decode --batch 1,64 --format none,int4,fp8 --markdown`
+
+    - `moai bench decode --preset 8b --layers 4 --engine graph`
+    """
+    from moai_core.bench import decode as benchmark
+
+    settings: dict[str, Any] = {"preset": preset, "layers": layers, "batches": batch, "formats": form}
+    settings |= {"engines": engine, "dtype": dtype, "repeats": repeats, "device": device}
     _show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)
 
 
