@@ -62,7 +62,8 @@ class Options:
 @dataclass
 class Result:
     """tensors: everything of the layer that differs from before, by full names: the formats' tensors of quantized
-    matrices, and norms, x_proj or conv_scale that AWQ changed. report: by module, plain values.
+    matrices, and norms, x_proj or conv_scale that AWQ changed (conv_scale always, where it may be). report: by module,
+    plain values.
     """
 
     tensors: dict[str, Tensor]
@@ -81,7 +82,8 @@ def quantize_layer(
 ) -> Result:
     """Quantize the modules in `specs` ("mamba.in_proj": Spec) of the layer called `name` ("model.layers.3").
 
-    The layer is changed: afterwards it computes with the quantized values. runner: stands before this layer, and behind
+    The layer is changed: afterwards it computes with the quantized values, as one loaded with them and the exact kernel
+    does, bit for bit. runner: stands before this layer, and behind
     it afterwards; None where the method needs no data. Report of a module: method, format, error (relative, of its
     output on the calibration text; without data, of the weight), nearest (the same, rounded to nearest), and what the
     method adds. Raises UsageError (method, module, group size), CheckpointError (NaN in weights), NonFiniteError (NaN
@@ -162,7 +164,9 @@ class _Layer:
         turned = module in self.options.rotate
         shown, seen = rotate.forth(weight, statistics) if turned else (weight, statistics)
         choice = self._choose(method, spec, shown, seen, f"{self.name}.{module}")
-        self.masters[module] = rotate.back(choice.weight) if turned else choice.weight
+        self.masters[module] = choice.weight
+        if turned:
+            rotate.turn(self.layer.get_submodule(module))
         self.tensors |= {f"{self.name}.{module}.{part}": tensor for part, tensor in choice.tensors.items()}
         report = {"method": method, "format": spec.format, "error": _error(shown, choice.weight, seen)}
         if self.options.compare and (method != "rtn" or turned):
@@ -186,6 +190,11 @@ class _Layer:
 
     def result(self) -> Result:
         """What was made."""
+        mixer = self.layer.mamba
+        if self.method == "awq" and self.options.conv_scale and mixer.conv_scale is None:
+            # config.json speaks of all layers at once.
+            mixer.register_buffer("conv_scale", torch.ones_like(mixer.D))
+            self.masters.changed.add("mamba.conv_scale")
         state = {**dict(self.layer.named_parameters()), **dict(self.layer.named_buffers())}
         quantized = {f"{module}.weight" for module in self.specs}
         for tensor in sorted(self.masters.changed - quantized):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moai_core.errors import UsageError
 from moai_core.quant import hadamard
@@ -42,6 +42,6 @@ def forth(weight: Tensor, statistics: Statistics | None) -> tuple[Tensor, Statis
     return hadamard.fold(weight), Statistics(statistics.count, second, deviation * 0.7979, deviation * 4)
 
 
-def back(weight: Tensor) -> Tensor:
-    """What a rotated weight (O, I) stands for before the rotation."""
-    return hadamard.unfold(weight)
+def turn(module: nn.Module) -> None:
+    """Rotate all inputs of a module from now on, as a quantized layer with a rotation does (quant/linear.py)."""
+    module.register_forward_pre_hook(lambda _, args: (hadamard.apply(args[0]), *args[1:]))

@@ -181,5 +181,5 @@ def _error(error: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _rows(groups: Tensor) -> Iterator[Tensor]:
-    count = max(1, _CHUNK[groups.device.type] // max(1, groups[0].numel()))
+    count = max(1, _CHUNK.get(groups.device.type, 1 << 22) // max(1, groups[0].numel()))
     yield from groups.split(count)

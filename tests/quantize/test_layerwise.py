@@ -202,6 +202,35 @@ def test_tensors_load_and_compute_what_the_layer_did(tiny_model, fields, method,
             assert 0 < one["error"] < (0.3 if "4" in one["format"] else 0.02), name
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("gptq", Options(rotate=rotate.ROTATABLE)),
+        ("awq", Options(stored=torch.bfloat16)),
+        ("awq", Options(rotate=("mamba.out_proj",))),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_can_go_on_from_the_layers_that_it_wrote(tiny_model, dtype, method, options):
+    """The hidden states behind quantized layers are, bit for bit, those behind the same layers loaded again: an
+    interrupted run ends as one that wasn't.
+    """
+    model = structured(tiny_model).to(torch.bfloat16).to(dtype)
+    original, specs = copy.deepcopy(model), specs_of(model, Spec("int4", 32, method == "gptq"), small=True)
+    runner, tensors = started(model), {}
+    for number, layer in enumerate(model.model.layers):
+        done = quantize_layer(layer, f"model.layers.{number}", specs, method=method, runner=runner, options=options)
+        tensors |= {
+            name: t.to(dtype) if t.is_floating_point() and "scales" not in name and "zeros" not in name else t
+            for name, t in done.tensors.items()
+        }
+    extras = {"rotate": [name.rpartition(".")[2] for name in options.rotate], "conv_scale": method == "awq"}
+    made, again = loaded(original, tensors, specs, **extras), started(original)
+    for layer in made.to(dtype).model.layers:
+        again.advance(layer)
+    assert torch.equal(again.hidden, runner.hidden)
+
+
 def test_the_order_is_gptq_awq_rtn(tiny_model):
     """On inputs with loud and correlated channels, by output error of each matrix and of the model."""
     base = structured(tiny_model)
