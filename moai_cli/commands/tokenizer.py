@@ -198,16 +198,12 @@ def evaluate(
     if json:
         print_json(report)
         return
-    labels = report["labels"]
-    rows = [
-        (
-            row["tokenizer"],
-            f"{row['vocab_size']:,}",
-            *(f"{row['texts'][label]['bytes_per_token']:.3f}" for label in labels),
-            f"{row['mean']:.3f}",
-            "yes" if row["exact"] else "no",
-        )
-        for row in report["tokenizers"]
-    ]
-    columns = ("tokenizer", "ids", *labels, "mean", "exact")
-    table(columns, rows, title="bytes per token", right=range(1, len(labels) + 3))
+    made = report["tokenizers"]
+    short = [Path(row["tokenizer"]).name for row in made]
+    names = short if len(set(short)) == len(short) else [row["tokenizer"] for row in made]
+    rows: list[tuple[str, ...]] = [("ids", *(f"{row['vocab_size']:,}" for row in made))]
+    for label in report["labels"]:
+        rows.append((label, *(f"{row['texts'][label]['bytes_per_token']:.3f}" for row in made)))
+    rows.append(("mean", *(f"{row['mean']:.3f}" for row in made)))
+    rows.append(("text comes back", *("exactly" if row["exact"] else "changed" for row in made)))
+    table(("bytes per token", *names), rows, right=range(1, len(made) + 1))
