@@ -170,9 +170,10 @@ def _fused(
 
 def launch(
     x: Tensor, weights: Tensor, scales: Tensor, norm: Tensor | None, residual: Tensor | None, out: int, layout: Layout,
-    eps: float, chosen: Plan | None = None,
+    eps: float, chosen: Plan | None = None, overlap: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The kernel of few rows. chosen: a division other than `plan`'s, for benchmarks."""
+    """The kernel of few rows. chosen: a division other than `plan`'s. overlap: begin before the kernel in front has
+    ended (compute capability 9.0), which must not be one that writes the matrix."""
     kind = x.dtype if norm is None else norm.dtype
     if x.element_size() < kind.itemsize or (x.dtype != kind and x.dtype != torch.float32):
         x = x.to(kind)
@@ -192,7 +193,7 @@ def launch(
     )(
         p.grid, 32 * p.warps, x, weights, scales, None if norm is None else norm.contiguous(),
         None if residual is None else residual.contiguous(), y, m, columns, out, x.stride(0), tiles, units,
-        -(-units // p.warps), p.rows, eps, shared=p.shared,
+        -(-units // p.warps), p.rows, eps, shared=p.shared, **({"overlap": True} if overlap else {}),
     )  # fmt: skip
     return y
 

@@ -1,0 +1,375 @@
+"""Products with int4 and int8 matrices on a GPU, against bf16 and against torch's own int4 kernel, at a model's shapes.
+
+    python -m moai_core.bench.quant_linear [--preset 2b,8b] [--rows 1,8,8192] [--only in_proj,head] [--tune]
+
+A call is one of many in a CUDA graph, each with a matrix that no cache holds any more, so that launches cost what they
+cost in a decoder; the time is the graph's over its calls. All that is compared at a shape takes turns. The share is
+that of the bytes of W (scales included) over the rate of a large copy in the same run (bytes read and written), for
+the product has little else to move. `cublas` is torch's product in bf16, `tinygemm` aten::_weight_int4pack_mm at group
+128. `--tune` measures other divisions of the work beside the one that is taken, and launches that overlap.
+
+Leaves out the CPU, whose kernels `moai bench decode` shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moai_core import cuda
+from moai_core.bench import report, timing
+from moai_core.bench.report import Table
+from moai_core.bench.timing import Clock
+from moai_core.errors import UsageError
+from moai_core.model import fused
+from moai_core.model.configuration import get_mamba_config
+from moai_core.quant import cuda as kernel
+from moai_core.quant import cuda_ops
+from moai_core.quant.cuda_ops import Plan, Shape
+from moai_core.quant.formats import Spec, decode
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 8192)
+NAMES = ("in_proj", "out_proj", "gate_up", "down", "head")
+_GROUP = 128
+# A graph's calls take about so many seconds in all.
+_GRAPH = 1e-3
+_REPEATS = 11
+_WRONG = 1e-2
+
+
+class Case(NamedTuple):
+    """A matrix of a model: W (out, columns) in the format that moai gives it."""
+
+    preset: str
+    name: str
+    out: int
+    columns: int
+    spec: Spec
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.preset}"
+
+
+def cases(preset: str) -> list[Case]:
+    """The matrices of a preset; gate and up are one product."""
+    c = get_mamba_config(preset)
+    inner = c.expand_factor * c.hidden_size
+    int4, int8 = Spec("int4", _GROUP), Spec("int8", 0)
+    return [
+        Case(preset, "in_proj", 2 * inner, c.hidden_size, int4),
+        Case(preset, "out_proj", c.hidden_size, inner, int4),
+        Case(preset, "gate_up", 2 * c.intermediate_size, c.hidden_size, int4),
+        Case(preset, "down", c.hidden_size, c.intermediate_size, int4),
+        Case(preset, "head", c.vocab_size, c.hidden_size, int8),
+    ]
+
+
+def stored(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """Random weights as formats.py stores them, of a trained matrix's size."""
+    groups = case.columns // case.spec.group_size if case.spec.group_size else 1
+    scales = torch.rand(case.out, groups, device=device).add_(0.5).mul_(1e-2).half()
+    if case.spec.format == "int4":
+        return {"qweight": _integers(0, 256, case.out, case.columns // 2, torch.uint8, device), "scales": scales}
+    return {"qweight": _integers(-127, 128, case.out, case.columns, torch.int8, device), "scales": scales / 16}
+
+
+def _integers(low: int, high: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randint(low, high, (rows, columns), dtype=dtype, device=device)
+
+
+# ---- what is compared: a call on one of several sets of weights
+
+Call = Callable[[Tensor, Any], object]
+
+
+class Rival(NamedTuple):
+    """make() gives one set of weights of `size` bytes, call(x, weights) multiplies."""
+
+    name: str
+    make: Callable[[], Any]
+    call: Call
+    size: int
+
+
+def rivals(case: Case, device: torch.device) -> list[Rival]:
+    """moai, cuBLAS in bf16, tinygemm."""
+    weights = case.out * case.columns
+    first = kernel.prepare(case.spec, stored(case, device))
+    size = sum(t.numel() * t.element_size() for t in first)
+
+    def ours() -> Any:
+        return kernel.Prepared(first.weights.clone(), first.scales.clone())
+
+    def dense() -> Tensor:
+        return torch.randn(case.out, case.columns, device=device, dtype=torch.bfloat16)
+
+    def tiny() -> tuple[Tensor, Tensor]:
+        packed = torch.ops.aten._convert_weight_to_int4pack(stored(case._replace(spec=int4), device)["qweight"], 8)
+        groups = case.columns // _GROUP
+        return packed, torch.rand(groups, case.out, 2, device=device, dtype=torch.bfloat16)
+
+    int4 = Spec("int4", _GROUP)
+    found = [
+        Rival("moai", ours, lambda x, w: kernel.linear(case.spec, w, x, case.out), size),
+        Rival("cublas", dense, lambda x, w: F.linear(x, w), 2 * weights),
+    ]
+    tinygemm = torch.ops.aten._weight_int4pack_mm
+    return [*found, Rival("tinygemm", tiny, lambda x, w: tinygemm(x, w[0], _GROUP, w[1]), weights // 2)]
+
+
+def recorded(rival: Rival, x: Tensor, clock: Clock, seconds: float) -> tuple[torch.cuda.CUDAGraph, int, list[Any]]:
+    """(graph, calls in it, what it reads): as many sets of weights as are larger than the cache. seconds: about those
+    of a call."""
+    sets = [rival.make() for _ in range(timing.sets_of(rival.size, clock, most=64))]
+    calls = len(sets) * max(1, round(_GRAPH / seconds / len(sets)))
+    with torch.no_grad():
+        rival.call(x, sets[0])  # compiles
+        torch.cuda.synchronize(x.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(calls):
+                rival.call(x, sets[i % len(sets)])
+    return graph, calls, sets
+
+
+def microseconds(found: Sequence[Rival], x: Tensor, clock: Clock, seconds: float) -> dict[str, float]:
+    """Median time of a call of each, taking turns."""
+    graphs = {rival.name: recorded(rival, x, clock, seconds) for rival in found}
+    works = {name: graph.replay for name, (graph, *_) in graphs.items()}
+    taken = timing.take_turns(works, clock, repeats=_REPEATS, warmup=dict.fromkeys(works, 1))
+    return {n: statistics.median(s for s, _ in t) * 1e6 / graphs[n][1] for n, t in taken.items() if t}
+
+
+def copy_rate(clock: Clock) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    a = torch.empty(1 << 30, dtype=torch.uint8, device=clock.device).fill_(1)
+    b = torch.empty_like(a)
+    times = [clock(lambda: b.copy_(a))[0] for _ in range(15)]
+    return 2 * a.numel() / statistics.median(times[3:])
+
+
+# ---- the measurement
+
+
+def measure(
+    chosen: Sequence[Case], rows: Sequence[int], device: torch.device, *, tune: bool = False, command: str = "",
+    on_event: report.OnEvent = lambda event: None,
+) -> dict[str, Any]:  # fmt: skip
+    """{"benchmark", "environment", "copy_TBps", "results", "parts", "notes"}, JSON-able; see `row` and `parts`."""
+    clock = Clock(device)
+    rate = copy_rate(clock)
+    torch.cuda.empty_cache()
+    results, notes = [], []
+    for number, case in enumerate(chosen):
+        on_event({"event": "progress", "task": case.label, "done": number, "total": len(chosen)})
+        for m in rows:
+            results.append(row(case, m, clock, rate, tune))
+            if not results[-1]["error"] <= _WRONG:
+                notes.append(f"WRONG RESULT: {case.label} at {m} rows is off by {results[-1]['error']:.1e}")
+        torch.cuda.empty_cache()
+    first = next((case for case in chosen if case.name == "gate_up"), None)
+    return {
+        "benchmark": "quant_linear",
+        "environment": report.environment(device, command),
+        "copy_TBps": rate / 1e12,
+        "results": results,
+        "parts": parts(first, clock, rate) if first else [],
+        "notes": notes,
+    }
+
+
+def row(case: Case, m: int, clock: Clock, rate: float, tune: bool) -> dict[str, Any]:
+    """One matrix at m rows: {"preset", "name", "out", "columns", "format", "rows", "us": {name: µs}, "share" of the
+    copy's rate, "error" relative to float64, "plan", and with tune "variants": [{"plan", "overlap", "us"}] sorted}."""
+    x = torch.randn(m, case.columns, device=clock.device, dtype=torch.bfloat16)
+    found = rivals(case, clock.device)
+    if m > 1024:
+        found = [one for one in found if one.name != "tinygemm"]  # minutes
+    seconds = found[0].size / rate + 2e-6 + 2 * m * case.out * case.columns / 6e14
+    times = microseconds(found, x, clock, seconds)
+    p = plan_of(case, m, clock.device)
+    line: dict[str, Any] = {"preset": case.preset, "name": case.name, "out": case.out, "columns": case.columns}
+    line |= {"format": case.spec.format, "rows": m, "us": times, "share": found[0].size / rate / times["moai"] * 1e6}
+    line |= {"error": agreement(case, x[:128]), "plan": None if p is None else list(p)}
+    if tune and p is not None:
+        line["variants"] = variants(case, x, p, found[0], clock, seconds)
+    return line
+
+
+def plan_of(case: Case, m: int, device: torch.device) -> Plan | None:
+    """The division of the work that is taken, None where cuBLAS multiplies."""
+    return None if m >= cuda_ops.DENSE_FROM else cuda_ops.plan(_shape(case, m), cuda_ops.gpu(device.index))
+
+
+def _shape(case: Case, m: int) -> Shape:
+    layout, together = kernel.layout(case.spec), cuda_ops.TILE * cuda_ops.TOGETHER
+    return Shape(m, -(-case.out // together) * cuda_ops.TOGETHER, -(-case.columns // cuda_ops.UNIT), 2, layout)
+
+
+def agreement(case: Case, x: Tensor) -> float:
+    """Relative norm error of the first rows of W, a multiple of the kernel's, against float64."""
+    small = case._replace(out=min(case.out, 1024))
+    weights = stored(small, x.device)
+    y = kernel.linear(small.spec, kernel.prepare(small.spec, weights), x, small.out).double()
+    wanted = x.double() @ decode(small.spec, weights).double().t()
+    return float((y - wanted).norm() / wanted.norm())
+
+
+def variants(case: Case, x: Tensor, plan: Plan, ours: Rival, clock: Clock, seconds: float) -> list[dict[str, Any]]:
+    """Times of other divisions of the work, the fastest first, each alone and overlapping the one before."""
+    shape, gpu = _shape(case, x.shape[0]), cuda_ops.gpu(clock.device.index)
+    small = plan.nt == 1
+    plans = {plan}
+    for mt in (1, 2):
+        for most, blocks in (
+            (16, 1),
+            (8, 2),
+            *(((16, 2), (8, 3), (8, 4), (4, 8)) if small and mt == 1 else ((12, 1),)),
+        ):
+            for stages in (2, 4):
+                made = cuda_ops.divide(shape, gpu, mt, plan.nt, stages, most, blocks, plan.rows)
+                plans |= {made} if made is not None else set()
+
+    def call(p: Plan, overlap: bool) -> Call:
+        layout = kernel.layout(case.spec)
+        return lambda x, w: cuda_ops.launch(x, w.weights, w.scales, None, None, case.out, layout, 0.0, p, overlap)
+
+    both = (False, True) if torch.cuda.get_device_capability(clock.device) >= (9, 0) else (False,)
+    named = {f"{i} {overlap}": (p, overlap) for i, p in enumerate(plans) for overlap in both}
+    each = [Rival(name, ours.make, call(*choice), ours.size) for name, choice in named.items()]
+    times: dict[str, float] = {}
+    for i in range(0, len(each), 8):  # a few at once: each has sets of weights of its own
+        times |= microseconds(each[i : i + 8], x, clock, seconds)
+    found = [{"plan": list(named[name][0]), "overlap": named[name][1], "us": us} for name, us in times.items()]
+    return sorted(found, key=lambda one: one["us"])
+
+
+def parts(case: Case, clock: Clock, rate: float) -> list[dict[str, Any]]:
+    """What stands around the products: [{"what", "us", "share" or None, "apart": µs of the same in several launches}].
+    Norm, gate, up and their product in one; a matrix decoded; an embedding's rows."""
+    c = get_mamba_config(case.preset)
+    device, half = clock.device, case.out // 2
+    split = case._replace(out=half)
+    pair = kernel.prepare_pair(case.spec, stored(split, device), stored(split, device))
+    size = sum(t.numel() * t.element_size() for t in pair)
+    norm = torch.ones(case.columns, device=device, dtype=torch.bfloat16)
+
+    def copy() -> Any:
+        return kernel.Prepared(pair.weights.clone(), pair.scales.clone())
+
+    def together(x: Tensor, w: Any) -> object:
+        return kernel.fused(case.spec, w, x, half, norm=norm, eps=1e-5, pair=True)
+
+    def apart(x: Tensor, w: Any) -> object:
+        y = kernel.linear(case.spec, w, fused.rms_norm(x, norm, 1e-5), case.out)  # a pair's bytes are as many
+        return fused.swiglu(y[:, :half].contiguous(), y[:, half:].contiguous())
+
+    found = []
+    for m in (1, 8):
+        x = torch.randn(m, case.columns, device=device, dtype=torch.bfloat16)
+        both = [Rival("one", copy, together, size), Rival("several", copy, apart, size)]
+        us = microseconds(both, x, clock, size / rate + 2e-6)
+        line = {"what": f"norm, gate, up, SwiGLU, {m} rows", "us": us["one"], "share": size / rate / us["one"] * 1e6}
+        found.append({**line, "apart": us["several"]})
+    moved = size + 2 * case.out * case.columns
+
+    def out(x: Tensor, w: Any) -> object:
+        return cuda_ops.decode(*w, case.out, case.columns, *kernel.layout(case.spec, True), torch.bfloat16)
+
+    us = microseconds([Rival("decode", copy, out, size)], norm, clock, moved / rate)
+    found.append(
+        {"what": "gate_up decoded", "us": us["decode"], "share": moved / rate / us["decode"] * 1e6, "apart": None}
+    )
+    head = Case(case.preset, "head", c.vocab_size, c.hidden_size, Spec("int8", 0))
+    table = kernel.prepare(head.spec, stored(head, device))
+    for n in (1, 8192):
+        ids = torch.randint(0, head.out, (n,), device=device)
+        gather = Rival("rows", lambda: table, lambda x, w: kernel.rows(
+            head.spec, w, x, head.out, head.columns, torch.bfloat16), 1 << 30)  # fmt: skip
+        us = microseconds([gather], ids, clock, 1e-5)
+        share = 3 * n * head.columns / rate / us["rows"] * 1e6
+        found.append({"what": f"{n} rows of the embedding", "us": us["rows"], "share": share, "apart": None})
+    return found
+
+
+# ---- what is shown
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """Times by matrix and rows; what stands around; the fastest variants where they were asked for."""
+    lines, tuned = [], []
+    for one in found["results"]:
+        us = one["us"]
+        line = [f"{one['name']} {one['preset']}", one["format"], str(one["rows"]), f"{us['moai']:.1f}"]
+        line.append(f"{one['share']:.0%}" if one["plan"] else "-")
+        line += [
+            f"{us[name]:.1f} ({us[name] / us['moai']:.2f}x)" if name in us else "-" for name in ("cublas", "tinygemm")
+        ]
+        lines.append(tuple(line))
+        for best in one.get("variants", [])[:4]:
+            taken = "taken" if best["plan"] == one["plan"] and not best["overlap"] else ""
+            cells = [line[0], line[2], f"{best['us']:.2f}", "overlap" if best["overlap"] else "", taken]
+            tuned.append(tuple([*cells, " ".join(map(str, best["plan"]))]))
+    title = f"W x in µs (times moai's); share of a copy's {found['copy_TBps']:.2f} TB/s; bf16 activations"
+    shown = [Table(title, ("matrix", "W", "rows", "moai", "share", "cublas bf16", "tinygemm"), lines, left=2)]
+    around: list[tuple[str, ...]] = [
+        (one["what"], f"{one['us']:.1f}", f"{one['share']:.0%}", "-" if one["apart"] is None else f"{one['apart']:.1f}")
+        for one in found["parts"]
+    ]
+    if around:
+        shown.append(Table("around the products", ("what", "µs", "share", "several launches"), around))
+    if tuned:
+        columns = ("matrix", "rows", "µs", "", "", "mt nt stages warps most blocks rows grid shared")
+        shown.append(Table("divisions of the work, the four fastest", columns, tuned))
+    return shown
+
+
+def run(
+    *,
+    presets: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    tune: bool = False,
+    device: str = "auto",
+    command: str = "",
+    on_event: report.OnEvent = lambda event: None,
+) -> dict[str, Any]:
+    """`measure` with the words of flags. Raises UsageError for what isn't known, and where there is no GPU."""
+    names = report.among("--preset", presets or ["2b", "8b"], ("2b", "8b", "16b"))
+    wanted = report.among("--only", only or list(NAMES), NAMES)
+    counts = report.numbers("--rows", rows or [str(m) for m in ROWS])
+    where = report.place(device)
+    if reason := cuda.why_not(where):
+        raise UsageError(f"moai's kernels for integer matrices can't run here: {reason}", hint="use a CUDA GPU")
+    chosen = [case for name in names for case in cases(name) if case.name in wanted]
+    return measure(chosen, counts, where, tune=tune, command=command, on_event=on_event)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m moai_core.bench.quant_linear", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--preset", action="append", help="2b, 8b, 16b: one or several (2b,8b)")
+    parser.add_argument("--rows", action="append", help="rows of x: one number or several with commas")
+    parser.add_argument("--only", action="append", help=f"among {', '.join(NAMES)}")
+    parser.add_argument("--tune", action="store_true", help="measure other divisions of the work as well")
+    report.flags(parser)
+
+    def go(o: argparse.Namespace, command: str, on_event: report.OnEvent) -> dict[str, Any]:
+        return run(
+            presets=o.preset, rows=o.rows, only=o.only, tune=o.tune, device=o.device, command=command, on_event=on_event
+        )
+
+    return report.front(parser, argv, go, tables)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
