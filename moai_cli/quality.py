@@ -110,7 +110,7 @@ def context(
 
     - `moai bench context -m runs/cpu-tiny --plot context.png`
 
-    - `moai bench context -m runs/pair/moai -m runs/pair/llama -d 'heldout/*.txt' --context 512,2048,8192`
+    - `moai bench context -m runs/pair/moai-lr0.004 -m runs/pair/llama-lr0.002 -d 'heldout/*.txt' --context 512,2048`
     """
     from moai_core.bench import context as benchmark
     from moai_core.bench import report
@@ -156,7 +156,7 @@ def needle(
 
     - `moai bench needle -m runs/cpu-tiny --lengths 256,1024 --plot needle.png`
 
-    - `moai bench needle -m runs/pair/moai -m runs/pair/llama --pairs 4 --trials 16`
+    - `moai bench needle -m runs/pair/moai-lr0.004 -m runs/pair/llama-lr0.002 --pairs 4 --trials 16`
     """
     from moai_core.bench import needle as benchmark
     from moai_core.bench import report

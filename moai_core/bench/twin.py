@@ -56,7 +56,7 @@ def train_pair(
     on_event: report.OnEvent = lambda event: None,
     stop: StopFlag | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Trains both into `output`/moai and /llama: {model: {"folder", "parameters", "lr", "tried", "tokens", "steps",
+    """Trains both into `output`/MODEL-lrRATE: {model: {"folder", "parameters", "lr", "tried", "tokens", "steps",
     "seconds", "tokens_per_s", "train_loss", "valid"}}. Raises what `training.train` raises.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -69,9 +69,9 @@ def train_pair(
             tried[f"{rate:g}"] = result.valid["loss"] if result.valid else None
             _free()
         chosen = min(rates, key=lambda rate: (tried.get(f"{rate:g}") is None, tried.get(f"{rate:g}") or 0.0))
-        result = train(
-            _with(recipe, lr=chosen), output=output / name, kind=kind, stop=stop, on_event=_told(on_event, name)
-        )
+        # The rate is part of the name: when more are tried later, what was trained with another one stays.
+        folder = output / f"{name}-lr{chosen:g}"
+        result = train(_with(recipe, lr=chosen), output=folder, kind=kind, stop=stop, on_event=_told(on_event, name))
         _free()
         assert result.checkpoint is not None
         found[name] = {
@@ -82,7 +82,7 @@ def train_pair(
             "steps": result.step,
             "seconds": result.seconds,
             # From the records: a comparison that is shown again trains nothing.
-            "tokens_per_s": _speed(output / name),
+            "tokens_per_s": _speed(folder),
             "train_loss": result.loss,
             "valid": result.valid,
         }
@@ -174,6 +174,8 @@ def run(
     notes = lengths(texts, contexts)
     if len(tries) > 1:
         notes.append(f"learning rates tried for {steps:,} steps each, with a whole schedule of that length")
+        notes += _edges(found, tries)
+    notes += [f"{name}: {Path(found[name]['folder']).parent}" for name in MODELS]
     full = {
         "benchmark": "twin",
         "environment": report.environment(device, command),
@@ -189,6 +191,13 @@ def run(
     if plot is not None:
         picture(full, plot)
     return full
+
+
+def _edges(found: dict[str, dict[str, Any]], tries: Sequence[float]) -> list[str]:
+    """A better rate may lie beyond the ones that were tried."""
+    ends = {min(tries): "lowest", max(tries): "highest"}
+    chosen = {name: found[name]["lr"] for name in MODELS}
+    return [f"{name} chose the {ends[lr]} rate tried: try one beyond it" for name, lr in chosen.items() if lr in ends]
 
 
 def shapes_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -232,7 +241,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
     """Validation loss over tokens, and bits per byte over the context. StorageError."""
     losses = []
     for name in MODELS:
-        rows = list(metrics.read_rows(Path(found["output"]) / name / metrics.METRICS))
+        rows = list(metrics.read_rows(Path(found["models"][name]["folder"]).parent / metrics.METRICS))
         tokens = {row["step"]: row["tokens"] for row in rows if row.get("kind") == "train"}
         points = [
             (tokens[row["step"]], row["valid_loss"])

@@ -184,6 +184,7 @@ def test_the_pair_is_trained_compared_and_drawn(overrides, tmp_path):
     assert not [event for event in events if event["event"] == "progress" and "context" not in event["task"]]
     assert again["results"] == found["results"]
     assert again["models"] == found["models"]
+    assert any("chose the highest rate tried" in note or "chose the lowest" in note for note in found["notes"])
 
 
 def test_wrong_values(overrides, tmp_path):
