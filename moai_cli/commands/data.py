@@ -132,8 +132,8 @@ def _sources(recipe: Any, json: bool) -> None:
 
     if json:
         hidden = ("rules", "place", "where", "columns")
-        rows = [{k: plain(v) for k, v in items(s) if k not in hidden and v is not None} for s in recipe.sources]
-        return print_json({"name": recipe.name, "description": recipe.description, "sources": rows})
+        told = [{k: plain(v) for k, v in items(s) if k not in hidden and v is not None} for s in recipe.sources]
+        return print_json({"name": recipe.name, "description": recipe.description, "sources": told})
     rows = [(s.name, s.lang, s.path, f"{s.weight:g}", s.licence, s.origin) for s in recipe.sources]
     return table(("source", "lang", "path", "weight", "licence", "origin"), rows, title=recipe.name, right=(3,))
 

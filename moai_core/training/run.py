@@ -5,6 +5,7 @@ back.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -172,7 +173,8 @@ class Run:
         for name in dict.fromkeys(source.name for source in data.valid or ()) or [None]:
             chosen = data.valid and tuple(source for source in data.valid if source.name == name)
             part = dataclasses.replace(data, valid=chosen)
-            if (loader := self.ranks.main_first(lambda part=part: self._loader("valid", part))) is not None:
+            loader = self.ranks.main_first(functools.partial(self._loader, "valid", part))
+            if loader is not None:
                 made[name] = loader
         return made
 

@@ -121,9 +121,9 @@ def _folded(points, begin, end, classes, fold, buffer):  # type: ignore[no-untyp
 def signatures(points, ends, classes, fold, narrow, wide, out, hashes, shingles):  # type: ignore[no-untyped-def]
     """For each unit, points[ends[i-1]:ends[i]]: a signature (BINS uint16), the hash of the folded text, the number of
     its shingles: windows of `narrow` folded characters, `wide` in CJK text."""
-    longest, begin = 0, 0
+    longest, before = 0, 0
     for end in ends:
-        longest, begin = max(longest, end - begin), end
+        longest, before = max(longest, end - before), end
     buffer = np.empty(longest + 1, np.uint32)
     least = np.empty(BINS, np.uint32)
     begin = 0
@@ -153,9 +153,9 @@ def _signature(buffer, count, size, least, out):  # type: ignore[no-untyped-def]
             value -= u64(buffer[index - size]) * power
         if index >= size - 1:
             mixed = mix(value)
-            place, rest = np.int64(mixed >> S57), np.uint32(mixed & u64(0xFFFFFFFE))
-            if rest < least[place]:
-                least[place] = rest
+            bin, rest = np.int64(mixed >> S57), np.uint32(mixed & u64(0xFFFFFFFE))
+            if rest < least[bin]:
+                least[bin] = rest
     for place in range(BINS):
         source, attempt = np.int64(place), ZERO
         while least[source] == 0xFFFFFFFF:  # an empty bin borrows, the same way in every text

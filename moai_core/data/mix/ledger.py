@@ -55,7 +55,7 @@ class Ledger:
         self._text_file, self._signature_file = open(self._texts, "wb"), open(self._signatures, "wb")  # noqa: SIM115
         self._columns = {name: array(code) for name, code in zip(_COLUMNS, "HQIQIH", strict=True)}
         self.role_sets: list[tuple[str, ...]] = [()]
-        self._known = {(): 0}
+        self._known: dict[tuple[str, ...], int] = {(): 0}
         self._at = 0
 
     def add(self, source: int, contents: list[str], roles: list[tuple[str, ...]]) -> None:

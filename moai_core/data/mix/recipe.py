@@ -58,7 +58,9 @@ class MixSource:
     """One source of the mix. `licence`, `origin` and `attribution` go into ATTRIBUTION.md."""
 
     name: str = _f(dataclasses.MISSING, "what records of it carry as `source`")
-    path: str = _f(dataclasses.MISSING, "file, folder or glob below the root, else of the packaged corpus/; or hf://dataset")
+    path: str = _f(
+        dataclasses.MISSING, "file, folder or glob below the root, else of the packaged corpus/; or hf://dataset"
+    )
     lang: str = _f(dataclasses.MISSING, "language: en, ko, ja, zh, code, …")
     licence: str = _f(dataclasses.MISSING, "licence of the text")
     origin: str = _f(dataclasses.MISSING, "where it comes from: address, or package and version")
@@ -167,9 +169,11 @@ def _mapping(node: Node | None, what: str, errors: list[RecipeError]) -> dict[st
 
 def _filters(node: Node | None, errors: list[RecipeError]) -> dict[str, dict[str, Any]]:
     """name -> {field of Rules: value} of what each filter sets, expressions compiled."""
-    known, made = fields(Filter), {}
+    known = fields(Filter)
+    made: dict[str, dict[str, Any]] = {}
     for name, one in _mapping(node, "filters", errors).items():
-        made[name] = rules = {}
+        rules: dict[str, Any] = {}
+        made[name] = rules
         for key, entry in _mapping(one, f"filters.{name}", errors).items():
             where = f"filters.{name}.{key}"
             if key == "replace":

@@ -132,7 +132,8 @@ def tokens(folder: Path, part: str, tokenizer: Any) -> dict[str, int]:
     from moai_core.data.cache import batches_of
     from moai_core.data.tokenize import Encoder
 
-    encoder, counts = Encoder(tokenizer), {}
+    encoder = Encoder(tokenizer)
+    counts: dict[str, int] = {}
     for file in sorted(folder.glob(f"{part}-*.jsonl.zst")):
         names = (json.loads(line)["source"] for line in _raw_lines(file))
         for group in batches_of(read_documents([file])):
