@@ -36,10 +36,17 @@ _forked = False
 
 def run(module: str, name: str, items: int, work: int, *slots: int) -> None:
     """Calls a kernel with its slots in as many threads as torch uses, in one if there is little work."""
-    kernel = entry(module, name)
     array = (ctypes.c_int64 * (2 + len(slots)))(0, items, *slots)
-    address = ctypes.addressof(array)
-    threads = 1 if work < SMALL or _forked else min(torch.get_num_threads(), items)
+    start(entry(module, name), ctypes.addressof(array), 1 if work < SMALL else min(threads(), items))
+
+
+def threads() -> int:
+    """As many as torch uses."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def start(kernel: Any, address: int, threads: int) -> None:
+    """Calls a C function with an address in so many threads, and waits for them."""
     if threads <= 1:
         kernel(address)
     elif team := _team():
@@ -101,13 +108,22 @@ def _sources() -> str:
 
 
 @cache
-def _team() -> Any:
-    """`GOMP_parallel(function, data, threads, flags)` of the OpenMP library that torch itself uses, or None."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+def openmp() -> Any:
+    """The OpenMP library that torch itself uses, or None where its functions are out of reach."""
     try:
-        parallel = ctypes.CDLL(str(library)).GOMP_parallel
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library.GOMP_parallel, library.omp_get_num_threads  # noqa: B018 (looked up)
     except (OSError, AttributeError):
         return None
+    return library
+
+
+@cache
+def _team() -> Any:
+    """`GOMP_parallel(function, data, threads, flags)`, or None."""
+    if (library := openmp()) is None:
+        return None
+    parallel = library.GOMP_parallel
     parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return parallel
 

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from moai_core import scan as kernels
 from moai_core.errors import UsageError
-from moai_core.model import fused, padding
+from moai_core.model import fused, padding, step
 from moai_core.model import loss as losses
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.ffn import SwiGLU
@@ -192,6 +192,12 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         if order is not None:
             x = x.gather(1, order[..., None].expand_as(x))
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if state is not None and length == 1 and seq_idx is None and not output_hidden_states:
+            taken = step.take(self, x, state.layers)
+            if taken is not None:
+                x, layers = taken
+                after = MoaiState(layers, state.seen.to(x.device) + 1) if use_cache else None
+                return MoaiModelOutput(last_hidden_state=x, state=after)
         new_layers: list[LayerState] = []
         every: list[Tensor] = []
         full = self.gradient_checkpointing and self.training

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moai_core import cpu
+from moai_core.cpu.program import Operation
 from moai_core.quant.formats import Spec, unpack4
 
 _KERNELS = "moai_core.quant.cpu_kernels"
@@ -79,41 +80,66 @@ def prepare(spec: Spec, tensors: Mapping[str, Tensor]) -> Prepared:
 
 def linear(spec: Spec, prepared: Prepared, x: Tensor, out: int) -> Tensor:
     """x (M, I) -> (M, O), in x's dtype."""
-    rows, columns = x.shape
-    y = torch.empty(rows, out)
-    if rows == 0 or out == 0:
+    y = torch.empty(x.shape[0], out)
+    if y.numel() == 0:
         return y.to(x.dtype)
-    kernels = cpu.load(_KERNELS)
-    weights, scales, zeros, group = prepared
-    bits, groups = 4 if spec.format == "int4" else 8, weights.shape[1]
     x_ = x.to(torch.float32)
     x_ = x_ if x_.stride(1) == 1 else x_.contiguous()
-    pitch = groups * group + _ALIGNED
-    height = -(-rows // _TILE) * _TILE if rows >= _MANY else rows  # tiles are read whole
-    integers, numbers = torch.empty(2, height, pitch, dtype=torch.int8), torch.empty(3, height, groups)
-    high, plane = integers.data_ptr(), height * pitch
-    steps = numbers.data_ptr()
-    offsets, sums = steps + 4 * height * groups, steps + 8 * height * groups
-    zero = kernels.ZERO4 if bits == 4 else kernels.ZERO8
-    cpu.run(
-        _KERNELS, "quantize", rows, 4 * x.numel(), columns, groups, group, x_.data_ptr(), 4 * x_.stride(0),
-        high, high + plane, pitch, steps, offsets, sums, zero,
-    )  # fmt: skip
-    blocks = weights.shape[0]
-    common = (
-        bits, weights.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
-        high, plane, pitch, steps, offsets, sums, y.data_ptr(), 4 * out,
-    )  # fmt: skip
-    work = rows * blocks * columns
-    if rows >= _MANY and _instructions().amx() is None:
-        height = max(_TILE, min(_TALLEST, _SECOND_CACHE // (2 * pitch) // _TILE * _TILE))
-        height = min(height, -(-rows // _TILE) * _TILE)
-        items = -(-rows // height) * -(-blocks // 2)
-        cpu.run(_KERNELS, "tiles", items, work, rows, out, groups, group, height, *common)
-    else:
-        a_time = max(1, min(8, blocks // 32))
-        cpu.run(_KERNELS, "rows", -(-blocks // a_time), work, rows, out, groups, group, a_time, *common)
+    integers = Integers(prepared, x.shape[0], x.shape[1])
+    for operation in (integers.made_of(x_), integers.times(prepared, y)):
+        cpu.run(operation.module, operation.kernel, operation.items, operation.work, *operation.slots)
     return y.to(x.dtype)
+
+
+class Integers:
+    """Room for rows (M, I) as 16-bit integers, for weights that have the same groups; and the operations that fill it
+    and multiply with it. They hold addresses: whoever runs them keeps this object and the tensors."""
+
+    def __init__(self, prepared: Prepared, rows: int, columns: int) -> None:
+        self.rows, self.columns, self.group = rows, columns, prepared.group
+        self.groups = prepared.weights.shape[1]
+        # Four-byte columns times a row of 16 tell int8 from int4.
+        self.bits = prepared.weights.shape[2] // (2 * self.group)
+        self.pitch = self.groups * self.group + _ALIGNED
+        self.tiled = rows >= _MANY and _instructions().amx() is None
+        height = -(-rows // _TILE) * _TILE if self.tiled else rows  # tiles are read whole
+        self.integers = torch.empty(2, height, self.pitch, dtype=torch.int8)
+        self.numbers = torch.empty(3, height, self.groups)
+        self.plane = height * self.pitch
+
+    def _numbers(self) -> tuple[int, int, int]:
+        """Addresses of steps, offsets and sums."""
+        first, size = self.numbers.data_ptr(), 4 * self.numbers[0].numel()
+        return first, first + size, first + 2 * size
+
+    def made_of(self, x: Tensor) -> Operation:
+        """x (M, I) fp32 with adjacent columns."""
+        high, kernels = self.integers.data_ptr(), cpu.load(_KERNELS)
+        zero = kernels.ZERO4 if self.bits == 4 else kernels.ZERO8
+        slots = (
+            self.columns, self.groups, self.group, x.data_ptr(), 4 * x.stride(0), high, high + self.plane, self.pitch,
+            *self._numbers(), zero,
+        )  # fmt: skip
+        return Operation(_KERNELS, "quantize", self.rows, 4 * self.rows * self.columns, slots)
+
+    def times(self, prepared: Prepared, y: Tensor) -> Operation:
+        """y (M, O) fp32 with adjacent columns is what is written."""
+        weights, scales, zeros, group = prepared
+        blocks, out = weights.shape[0], y.shape[1]
+        if self.tiled:
+            height = max(_TILE, min(_TALLEST, _SECOND_CACHE // (2 * self.pitch) // _TILE * _TILE))
+            at_a_time = min(height, -(-self.rows // _TILE) * _TILE)
+            items = -(-self.rows // at_a_time) * -(-blocks // 2)
+        else:
+            at_a_time = max(1, min(8, blocks // 32))
+            items = -(-blocks // at_a_time)
+        slots = (
+            self.rows, out, self.groups, group, at_a_time, self.bits,
+            weights.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
+            self.integers.data_ptr(), self.plane, self.pitch, *self._numbers(), y.data_ptr(), 4 * y.stride(0),
+        )  # fmt: skip
+        work = self.rows * blocks * self.columns
+        return Operation(_KERNELS, "tiles" if self.tiled else "rows", items, work, slots)
 
 
 def _blocks_of_codes(codes: Tensor, padded: int, group: int, zero: int, bits: int) -> Tensor:

@@ -1,0 +1,81 @@
+"""Many kernels as one call: a list of them that torch's threads go through together, meeting after each.
+
+Why: between two kernels called from Python lie ten to twenty microseconds, and a token of a model takes hundreds of
+kernels. Here it is one call whose threads wait for one another at a counter; a wait is under a microsecond, and a
+thread that waits long lets others run (programs compete for cores on a busy machine).
+
+A kernel gets the addresses that the list has: whoever builds one keeps the tensors alive, and `slot` says where
+an address stands that changes from call to call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moai_core import cpu
+
+_KERNEL = "moai_core.cpu.program_kernel"
+
+
+class Operation(NamedTuple):
+    """A call of a kernel: what `cpu.run` takes."""
+
+    module: str
+    kernel: str
+    items: int
+    work: int
+    slots: tuple[int, ...]
+
+
+class Program:
+    """Operations in their order, ready to be run any number of times, by one caller at a time."""
+
+    def __init__(self, operations: list[Operation]) -> None:
+        starts, size = [], 0
+        for operation in operations:
+            starts.append(size)
+            size += -(-(2 + len(operation.slots)) // 8) * 8  # a cache line of its own for each counter
+        self.starts = np.array(starts)
+        memory = np.zeros(size + 8, np.int64)
+        # Aligned by hand: two counters in one line would be passed from core to core.
+        self.slots = memory[-(memory.ctypes.data // 8) % 8 :][:size]
+        for start, operation in zip(starts, operations, strict=True):
+            self.slots[start + 1 : start + 2 + len(operation.slots)] = (operation.items, *operation.slots)
+        base = self.slots.ctypes.data
+        addresses = (_address(cpu.entry(operation.module, operation.kernel)) for operation in operations)
+        pairs = [(address, base + 8 * start) for address, start in zip(addresses, starts, strict=True)]
+        self.table = np.array(pairs, np.int64)
+        self.small = sum(operation.work for operation in operations) < 16 * cpu.SMALL
+        self.entry = cpu.entry(_KERNEL, "run_all")
+        self.head = np.zeros(16, np.int64)
+        self.head[8:14] = (len(operations), self.table.ctypes.data, *_helpers(), 0, 0)
+
+    def slot(self, operation: int, number: int) -> int:
+        """Where in `slots` an operation has its number: 0 is the first after the items."""
+        return int(self.starts[operation]) + 2 + number
+
+    def run(self) -> None:
+        """Goes through all operations."""
+        self.slots[self.starts] = 0
+        threads = 1 if self.small else cpu.threads()
+        self.head[1], self.head[2] = threads, 0
+        cpu.start(self.entry, self.head.ctypes.data, threads)
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _helpers() -> tuple[int, int]:
+    """Addresses of `omp_get_num_threads` (how many threads OpenMP really gave) and of `sched_yield`, 0 without."""
+    library = cpu.openmp()
+    count = 0 if library is None else _address(library.omp_get_num_threads)
+    try:
+        give_way = _address(ctypes.CDLL(None).sched_yield) if os.name == "posix" else 0
+    except (OSError, AttributeError):
+        give_way = 0
+    return count, give_way
