@@ -110,6 +110,8 @@ def write(source: Source, target: Any, options: Options, on_event: OnEvent | Non
             written[name] = lazy.cast(dtype) if lazy.quantized and lazy.dtype != dtype else lazy
     decoded = sum(lazy.quantized for name, lazy in found.items() if name.removesuffix(".weight") not in chosen)
     source.notes.append(f"{len(chosen)} quantized matrices kept bit for bit, {decoded} decoded to {_name(dtype)}")
+    if options.format == COMPRESSED and not all(one.spec.symmetric for one in chosen.values()):
+        source.notes.append("zero points: transformers loads them with CompressedTensorsConfig(dequantize=True)")
     quantization = _config(options.format, layout, chosen, found, depth)
     hf.write(
         target, {**values, "dtype": _name(dtype), "quantization_config": quantization}, written, source.files, on_event

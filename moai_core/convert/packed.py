@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moai_core import storage, tensors
+from moai_core.config import MODEL_TYPE
 from moai_core.convert.source import Lazy, Packed
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.quant import hadamard, layout_awq, layout_compressed, layout_gptq, linear, packing
@@ -46,7 +47,7 @@ CONV_SCALE = "conv_scale"
 def method(path: Path, values: Mapping[str, Any]) -> str | None:
     """How the folder `path`, with these values in config.json, is quantized: "moai", one of LAYOUTS, another name, or
     None. Raises CheckpointError."""
-    if values.get("quantization"):
+    if values.get("quantization") and values.get("model_type") == MODEL_TYPE:
         return "moai"
     found = _config(path, values)
     return None if found is None else str(found.get("quant_method"))[:40]
@@ -259,6 +260,7 @@ def _moai(path: Path, quantization: Any, found: Mapping[str, Lazy]) -> dict[str,
     names = {n.rpartition(".")[0] for n, lazy in found.items() if len(lazy.shape) == 2 and "." in n}
     try:
         specs = linear.plan(quantization, sorted(names), whole=False)
+        rotated = linear.rotated(quantization, specs)
     except UsageError as exc:
         raise CheckpointError(f"{path / 'config.json'}: {exc.message}", hint=exc.hint) from exc
     scales = {n.removesuffix(CONV_SCALE): lazy for n, lazy in found.items() if n.endswith(CONV_SCALE)}
@@ -268,9 +270,8 @@ def _moai(path: Path, quantization: Any, found: Mapping[str, Lazy]) -> dict[str,
         with _naming(f"{path}: {name}"):
             taken[name] = parts, _stored(f"{path}: {name}", spec, parts, str(quantization.get("method"))[:40])
     result = _replaced(found, taken)
-    for name in specs:
-        if any(name == key or name.endswith(f".{key}") for key in quantization.get("rotate", [])):
-            result[f"{name}.weight"] = result[f"{name}.weight"].map(hadamard.unfold)
+    for name in rotated:
+        result[f"{name}.weight"] = result[f"{name}.weight"].map(hadamard.unfold)
     for layer, scale in scales.items():
         del result[f"{layer}{CONV_SCALE}"]
         for reader in ("x_proj", "out_proj"):

@@ -8,7 +8,7 @@ multiplies differs from device to device (kernels.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -221,18 +221,24 @@ def install(model: nn.Module, quantization: Any, *, prefix: str = "") -> None:
                 replace(model, name, QuantLinear(old.in_features, old.out_features, spec))
         except UsageError as exc:
             raise UsageError(f"{path}: {exc.message}", hint=exc.hint) from exc
-    _rotate(model, quantization.get("rotate", []), prefix)
+    _rotate(model, quantization, prefix)
 
 
-def _rotate(model: nn.Module, keys: Any, prefix: str) -> None:
-    """Give the quantized layers that config.json's `quantization.rotate` names their rotation."""
+def rotated(quantization: Any, names: Iterable[str]) -> list[str]:
+    """Those of `names` whose inputs are rotated, says config.json's `quantization`. Raises UsageError."""
+    keys = quantization.get("rotate", [])
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise UsageError(f"model field quantization: rotate must be a list of modules (got {str(keys)[:80]})")
-    for name, module in quantized(model).items():
-        if any(_fits(key, prefix + name) for key in keys) and not isinstance(module, QuantEmbedding):
-            if reason := why_not(module.in_features):
-                raise UsageError(f"{prefix + name}: its inputs can't be rotated: {reason}")
-            module.rotation = OnlineHadamard(module.in_features)
+    return [name for name in names if any(_fits(key, name) for key in keys)]
+
+
+def _rotate(model: nn.Module, quantization: Any, prefix: str) -> None:
+    """Give the quantized layers that `quantization.rotate` names their rotation."""
+    layers = {prefix + name: layer for name, layer in quantized(model).items() if not isinstance(layer, QuantEmbedding)}
+    for name in rotated(quantization, layers):
+        if reason := why_not(layers[name].in_features):
+            raise UsageError(f"{name}: its inputs can't be rotated: {reason}")
+        layers[name].rotation = OnlineHadamard(layers[name].in_features)
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
