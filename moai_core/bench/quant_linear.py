@@ -5,9 +5,7 @@
 A call is one of many in a CUDA graph, each with a matrix that no cache holds any more, so that launches cost what they
 cost in a decoder; the time is the graph's over its calls. All that is compared at a shape takes turns. The share is
 that of the bytes of W (scales included) over the rate of a large copy in the same run (bytes read and written), for
-the product has little else to move. `cublas` is torch's product in bf16, `tinygemm` aten::_weight_int4pack_mm at group
-128. `--tune` measures other divisions of the work beside the one that is taken, and launches that overlap.
-
+the XX
 Leaves out the CPU, whose kernels `moai bench decode` shows.
 """
 
@@ -28,6 +26,7 @@ from moai_core.bench import report, timing
 from moai_core.bench.report import Table
 from moai_core.bench.timing import Clock
 from moai_core.errors import UsageError
+from moai_core.generation import decode_kernels
 from moai_core.model import fused
 from moai_core.model.configuration import get_mamba_config
 from moai_core.quant import cuda as kernel
@@ -42,6 +41,7 @@ _GROUP = 128
 _GRAPH = 1e-3
 _REPEATS = 11
 _WRONG = 1e-2
+_OTHERS = ("cublas", "tinygemm")
 
 
 class Case(NamedTuple):
@@ -99,11 +99,12 @@ class Rival(NamedTuple):
     size: int
 
 
-def rivals(case: Case, device: torch.device) -> list[Rival]:
-    """moai, cuBLAS in bf16, tinygemm."""
-    weights = case.out * case.columns
+def rivals(case: Case, m: int, device: torch.device) -> list[Rival]:
+    """moai, the same overlapping, the decode engine's product, cuBLAS in bf16, tinygemm: those that can."""
+    weights, few = case.out * case.columns, m < cuda_ops.DENSE_FROM
     first = kernel.prepare(case.spec, stored(case, device))
     size = sum(t.numel() * t.element_size() for t in first)
+    int4 = Spec("int4", _GROUP)
 
     def ours() -> Any:
         return kernel.Prepared(first.weights.clone(), first.scales.clone())
@@ -116,13 +117,44 @@ def rivals(case: Case, device: torch.device) -> list[Rival]:
         groups = case.columns // _GROUP
         return packed, torch.rand(groups, case.out, 2, device=device, dtype=torch.bfloat16)
 
-    int4 = Spec("int4", _GROUP)
-    found = [
-        Rival("moai", ours, lambda x, w: kernel.linear(case.spec, w, x, case.out), size),
-        Rival("cublas", dense, lambda x, w: F.linear(x, w), 2 * weights),
-    ]
     tinygemm = torch.ops.aten._weight_int4pack_mm
-    return [*found, Rival("tinygemm", tiny, lambda x, w: tinygemm(x, w[0], _GROUP, w[1]), weights // 2)]
+    found = [Rival("moai", ours, lambda x, w: kernel.linear(case.spec, w, x, case.out), size)]
+    if few and can_overlap(device):
+        found.append(Rival("overlap", ours, launching(case, None, True), size))
+    if m <= decode_kernels.WIDE:
+        found.append(Rival("engine", lambda: engine(case, m, device), _run, size))
+    found.append(Rival("cublas", dense, lambda x, w: F.linear(x, w), 2 * weights))
+    if m <= 1024:  # it would take minutes
+        found.append(Rival("tinygemm", tiny, lambda x, w: tinygemm(x, w[0], _GROUP, w[1]), weights // 2))
+    return found
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether launches may overlap on this GPU."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launching(case: Case, plan: Plan | None, overlap: bool) -> Call:
+    """moai's kernel of few rows with a division of its own."""
+    layout = kernel.layout(case.spec)
+    return lambda x, w: cuda_ops.launch(x, w.weights, w.scales, None, None, case.out, layout, 0.0, plan, overlap)
+
+
+def engine(case: Case, m: int, device: torch.device) -> tuple[list[decode_kernels.Launch], bool]:
+    """The decode engine's product of m rows, ready to run, with weights and vectors of its own; whether it overlaps."""
+    held = stored(case, device)
+    name, group = ("Int4", case.spec.group_size) if case.spec.format == "int4" else ("Int8", 0)
+    matrix = decode_kernels.Matrix(name, group, case.out, case.columns, held["qweight"], held["scales"])
+    x = torch.randn(m, case.columns, device=device, dtype=torch.bfloat16)
+    out = x.new_empty(m, case.out)
+    wide = m > decode_kernels.most_rows([matrix], x.dtype)
+    return decode_kernels.linear(matrix, x, out, dtype=x.dtype, batch=m, wide=wide), can_overlap(device)
+
+
+def _run(x: Tensor, ready: tuple[list[decode_kernels.Launch], bool]) -> None:
+    launches, overlap = ready
+    for one in launches:
+        one.kernel(one.grid, one.block, *one.args, shared=one.shared, **({"overlap": True} if overlap else {}))
 
 
 def recorded(rival: Rival, x: Tensor, clock: Clock, seconds: float) -> tuple[torch.cuda.CUDAGraph, int, list[Any]]:
@@ -190,9 +222,7 @@ def row(case: Case, m: int, clock: Clock, rate: float, tune: bool) -> dict[str, 
     """One matrix at m rows: {"preset", "name", "out", "columns", "format", "rows", "us": {name: µs}, "share" of the
     copy's rate, "error" relative to float64, "plan", and with tune "variants": [{"plan", "overlap", "us"}] sorted}."""
     x = torch.randn(m, case.columns, device=clock.device, dtype=torch.bfloat16)
-    found = rivals(case, clock.device)
-    if m > 1024:
-        found = [one for one in found if one.name != "tinygemm"]  # minutes
+    found = rivals(case, m, clock.device)
     seconds = found[0].size / rate + 2e-6 + 2 * m * case.out * case.columns / 6e14
     times = microseconds(found, x, clock, seconds)
     p = plan_of(case, m, clock.device)
@@ -238,13 +268,9 @@ def variants(case: Case, x: Tensor, plan: Plan, ours: Rival, clock: Clock, secon
                 made = cuda_ops.divide(shape, gpu, mt, plan.nt, stages, most, blocks, plan.rows)
                 plans |= {made} if made is not None else set()
 
-    def call(p: Plan, overlap: bool) -> Call:
-        layout = kernel.layout(case.spec)
-        return lambda x, w: cuda_ops.launch(x, w.weights, w.scales, None, None, case.out, layout, 0.0, p, overlap)
-
-    both = (False, True) if torch.cuda.get_device_capability(clock.device) >= (9, 0) else (False,)
+    both = (False, True) if can_overlap(clock.device) else (False,)
     named = {f"{i} {overlap}": (p, overlap) for i, p in enumerate(plans) for overlap in both}
-    each = [Rival(name, ours.make, call(*choice), ours.size) for name, choice in named.items()]
+    each = [Rival(name, ours.make, launching(case, *choice), ours.size) for name, choice in named.items()]
     times: dict[str, float] = {}
     for i in range(0, len(each), 8):  # a few at once: each has sets of weights of its own
         times |= microseconds(each[i : i + 8], x, clock, seconds)
@@ -310,16 +336,15 @@ def tables(found: dict[str, Any]) -> list[Table]:
         us = one["us"]
         line = [f"{one['name']} {one['preset']}", one["format"], str(one["rows"]), f"{us['moai']:.1f}"]
         line.append(f"{one['share']:.0%}" if one["plan"] else "-")
-        line += [
-            f"{us[name]:.1f} ({us[name] / us['moai']:.2f}x)" if name in us else "-" for name in ("cublas", "tinygemm")
-        ]
+        line += [f"{us[name]:.1f}" if name in us else "-" for name in ("overlap", "engine")]
+        line += [f"{us[name]:.1f} ({us[name] / us['moai']:.2f}x)" if name in us else "-" for name in _OTHERS]
         lines.append(tuple(line))
         for best in one.get("variants", [])[:4]:
             taken = "taken" if best["plan"] == one["plan"] and not best["overlap"] else ""
             cells = [line[0], line[2], f"{best['us']:.2f}", "overlap" if best["overlap"] else "", taken]
             tuned.append(tuple([*cells, " ".join(map(str, best["plan"]))]))
     title = f"W x in µs (times moai's); share of a copy's {found['copy_TBps']:.2f} TB/s; bf16 activations"
-    shown = [Table(title, ("matrix", "W", "rows", "moai", "share", "cublas bf16", "tinygemm"), lines, left=2)]
+    shown = [Table(title, ("matrix", "W", "rows", "moai", "share", "overlap", "engine", *_OTHERS), lines, left=2)]
     around: list[tuple[str, ...]] = [
         (one["what"], f"{one['us']:.1f}", f"{one['share']:.0%}", "-" if one["apart"] is None else f"{one['apart']:.1f}")
         for one in found["parts"]
