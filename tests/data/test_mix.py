@@ -246,3 +246,19 @@ def test_packaged_recipes_are_valid(file):
     assert mix.find(file.stem) == file and found.description
     assert all(source.licence and source.origin for source in found.sources)
     assert Path(file).read_text(encoding="utf-8").isprintable() is False
+
+
+def test_a_source_may_be_a_hub_dataset(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [{"text": f"A row of its own, with the words {n * 7919} and {n * n + 31}.", "topic": n % 2} for n in range(10)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "r.yaml"
+    tail = "lang: en, licence: MIT, origin: here, near: 1"
+    file.write_text(f"sources: [{{name: hub, path: 'hf://{folder}', where: {{topic: 1}}, {tail}}}]")
+    made = mix.build(mix.load(file), tmp_path / "mix", root=tmp_path)
+    assert texts(tmp_path / "mix", "train", "hub") == [row["text"] for row in rows if row["topic"]]
+    assert made["totals"]["read"]["units"] == 5
+    file.write_text(f"sources: [{{name: hub, path: 'hf://{folder}x', {tail}}}]")
+    with pytest.raises(DataError, match="no such folder"):
+        mix.build(mix.load(file), tmp_path / "again", root=tmp_path)
