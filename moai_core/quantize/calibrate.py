@@ -105,9 +105,7 @@ def from_text(
         raise _too_short(sequences, length, loader.account["tokens"], 0, loader, None)
     rows, left_out = _draw(loader, sequences, length, evaluation)
     batch = loader.collate(rows)
-    # Without padding and borders the model takes its shortest way.
-    whole = not bool((batch["seq_idx"] != 0).any())
-    return Calibration(batch["input_ids"], None if whole else batch["seq_idx"], left_out)
+    return Calibration(batch["input_ids"], _needed(batch["seq_idx"]), left_out)
 
 
 def from_tokens(calib_data: Any) -> Calibration:
@@ -125,7 +123,12 @@ def from_tokens(calib_data: Any) -> Calibration:
     for index, (row, numbers) in enumerate(rows):
         ids[index, : len(row)] = row
         seq_idx[index, : len(row)] = numbers
-    return Calibration(ids, None if not bool((seq_idx != 0).any()) else seq_idx)
+    return Calibration(ids, _needed(seq_idx))
+
+
+def _needed(seq_idx: Tensor) -> Tensor | None:
+    """None without padding and borders: the model then takes its shortest way."""
+    return seq_idx if bool((seq_idx != 0).any()) else None
 
 
 def _sequences(item: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -255,13 +258,11 @@ class _Sums:
         x = x.detach().reshape(-1, x.shape[-1]) if real is None else x.detach()[real]
         x = x if x.dtype == torch.float64 else x.float()
         size = x.abs()
-        new = [(x.T @ x).double(), size.sum(0, dtype=torch.float64), size.amax(0).double()]
+        second, total, largest = (x.T @ x).double(), size.sum(0, dtype=torch.float64), size.amax(0).double()
         if self.sums:
-            self.sums[0] += new[0]
-            self.sums[1] += new[1]
-            torch.maximum(self.sums[2], new[2], out=self.sums[2])
-        else:
-            self.sums = new
+            second, total = self.sums[0].add_(second), self.sums[1].add_(total)
+            largest = torch.maximum(self.sums[2], largest)
+        self.sums = [second, total, largest]
         self.count += len(x)
 
     def finish(self, name: str) -> Statistics:
@@ -323,17 +324,15 @@ class Runner:
         with torch.no_grad(), exact_products(), ExitStack() as stack:
             seen: dict[str, Tensor] = {}
 
-            def watch(name: str) -> None:
-                def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                    seen[name] = args[0]
-                    if len(seen) == len(sums):
-                        raise _Reached
-
-                handle = layer.get_submodule(name).register_forward_pre_hook(hook)
-                stack.callback(handle.remove)
+            def note(name: str, args: tuple[Any, ...]) -> None:
+                seen[name] = args[0]
+                if len(seen) == len(sums):
+                    raise _Reached
 
             for name in names:
-                watch(name)
+                module = layer.get_submodule(name)
+                handle = module.register_forward_pre_hook(lambda _, args, name=name: note(name, args))
+                stack.callback(handle.remove)
             for rows in self._batches(" ".join(names)):
                 seen.clear()
                 with suppress(_Reached):
@@ -355,14 +354,6 @@ class Runner:
         self.step(layer)
         while self.block:
             self.step(layer)
-
-    def head_inputs(self, norm: nn.Module) -> Statistics:
-        """The statistics of the head's inputs, after the last layer; norm: the final one."""
-        sums = _Sums()
-        with torch.no_grad(), exact_products():
-            for rows in self._batches("lm_head"):
-                sums.add(norm(self.hidden[rows].to(self.device)), self._real(rows))
-        return sums.finish("lm_head")
 
     def _run(self, layer: MoaiMambaLayer, rows: slice) -> Tensor:
         x, seq_idx = self.hidden[rows].to(self.device), self.calibration.seq_idx
