@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 
 from moai_core import cuda
 from moai_core.cuda import ops
@@ -161,11 +162,15 @@ def _fused(
     layout = Layout(bits, groups, zeros, glu)
     if x.shape[0] < DENSE_FROM:
         return launch(x, weights, scales, norm, residual, out, layout, eps)
-    h = x if norm is None else torch.nn.functional.rms_norm(x.float(), x.shape[1:], norm.float(), eps).to(norm.dtype)
+    h = x if norm is None else _normalized(x, norm, eps)
     y = torch.mm(h, decode(weights, scales, out * (1 + glu), x.shape[1], *layout, h.dtype).t())
     if glu:
-        y = torch.nn.functional.silu(y[:, :out]) * y[:, out:]
+        y = F.silu(y[:, :out]) * y[:, out:]
     return y if residual is None else residual + y
+
+
+def _normalized(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), x.shape[1:], norm.float(), eps).to(norm.dtype)
 
 
 def launch(
@@ -174,6 +179,8 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """The kernel of few rows. chosen: a division other than `plan`'s. overlap: begin before the kernel in front has
     ended (compute capability 9.0), which must not be one that writes the matrix."""
+    if norm is not None and x.shape[1] % 8:  # rows that grow below have another mean
+        x, norm = _normalized(x, norm, eps), None
     kind = x.dtype if norm is None else norm.dtype
     if x.element_size() < kind.itemsize or (x.dtype != kind and x.dtype != torch.float32):
         x = x.to(kind)
@@ -183,8 +190,6 @@ def launch(
     if y.numel() == 0:
         return y
     p = chosen or plan(Shape(m, tiles, units, kind.itemsize, layout), gpu(x.device.index))
-    if norm is not None and norm.shape[0] < x.shape[1]:
-        norm = torch.nn.functional.pad(norm, (0, x.shape[1] - norm.shape[0]))
     cuda.kernel(
         "quant_linear.cu", "quant_linear", x.device,
         FROM=cuda.TYPES[x.dtype], T=cuda.TYPES[kind], TO=cuda.TYPES[y.dtype], NORM=int(norm is not None),
@@ -201,7 +206,7 @@ def launch(
 def _rows(x: Tensor) -> Tensor:
     """x (M, K) with rows of a multiple of 8 numbers, zeros behind, that begin at multiples of 16 bytes."""
     if x.shape[1] % 8:
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
+        return F.pad(x, (0, -x.shape[1] % 8))
     return x if x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 else x.clone(
         memory_format=torch.contiguous_format
     )  # fmt: skip

@@ -213,6 +213,14 @@ def test_norm_product_and_residual_in_one(device, m, stream, kind, after, pair):
     assert error <= 2 * TOLERANCE[kind] and found.shape == wanted.shape
 
 
+def test_the_mean_is_that_of_rows_of_any_width(device):
+    spec = Spec("int4", 0)
+    stored, values = matrix(device, spec, 20, 90)
+    x, weight = draw(device, 2, 90, dtype=B), 1 + 0.3 * draw(device, 90, dtype=B, seed=5)
+    found = kernel.fused(spec, kernel.prepare(spec, stored), x, 20, norm=weight, eps=1e-5)
+    judge(found, F.rms_norm(x.double(), (90,), weight.double(), 1e-5) @ values.double().t(), factor=2)
+
+
 @pytest.mark.parametrize("pair", [False, True])
 def test_the_product_alone_and_the_residual_alone(device, pair):
     spec, out, columns = Spec("int8", 0), 36, 256
