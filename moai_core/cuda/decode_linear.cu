@@ -48,82 +48,98 @@ struct Arguments {
   const unsigned char *weight, *second;  // second: up, where gate is weight
   const S *scales, *scales2;
   const fp16 *zeros, *zeros2;
-  int64 rows, K, row_bytes, groups;  // rows of each; groups: scales of a row
-  int warp, lane, chunks, slice, steps;
-};
+  int64 rows, K, row_bytes, groups, units;  // rows of each; groups: scales of a row
+  int warp, lane, chunks, slice, steps;     // slice: chunks of one; steps: of a warp in it
 
-// Where a warp is in its work: the block's unit, the slice in it, the chunk in that.
-struct Walk {
-  int64 unit;
-  int slice, step;
-  DEVICE void next(int steps) {
-    if (++step < steps) return;
-    step = 0;
-    if (++slice < PER_UNIT) return;
-    slice = 0, unit += gridDim.x;
-  }
+  // Row of W (of gate or up, where PAIRED) that holds row 8 half + g of a tile.
+  DEVICE int64 row(int64 tile, int half) const { return PAIRED ? tile * 8 + lane / 4 : tile * 16 + 8 * half + lane / 4; }
 };
 
 constexpr int UNITS_A_GROUP = SLICES / PER_UNIT;
 
-struct Place {
-  int64 tile;  // first of RT
-  int chunk;   // -1: none
-  DEVICE Place(const Arguments& a, const Walk& at, int64 units) {
-    const int slice = PER_UNIT == 1 ? (int)(at.unit % UNITS_A_GROUP) : at.slice;
-    const int inside = at.step * WARPS + a.warp;
-    tile = at.unit / UNITS_A_GROUP * RT;
-    chunk = slice * a.slice + inside;
-    if (inside >= a.slice || chunk >= a.chunks || at.unit >= units) chunk = -1;
+// Where a warp is in its work: the block's unit, the slice in it, the step in that.
+struct Walk {
+  int64 unit, tile;   // tile: first of RT
+  int slice, step;
+  int first, count;   // the slice's first chunk of this warp; steps in which this lane's 16 bytes exist
+
+  DEVICE void begin(const Arguments& a) {
+    const int at = PER_UNIT == 1 ? (int)(unit % UNITS_A_GROUP) : slice, own = at * a.slice;
+    const int64 end = (int64)(own + a.slice) * 64 < a.row_bytes ? (int64)(own + a.slice) * 64 : a.row_bytes;
+    first = own + a.warp;
+    count = unit < a.units ? (int)((end - (int64)first * 64 - a.lane % 4 * 16 + WARPS * 64 - 1) / (WARPS * 64)) : 0;
+    tile = unit / UNITS_A_GROUP * RT;
+    step = 0;
   }
+  // Whether a slice begins.
+  DEVICE bool next(const Arguments& a) {
+    if (++step < a.steps) return false;
+    if (++slice == PER_UNIT) slice = 0, unit += gridDim.x;
+    begin(a);
+    return true;
+  }
+  DEVICE int chunk() const { return first + step * WARPS; }
 };
 
-// Row of W (of gate or up, where PAIRED) that holds row 8 half + g of a tile.
-DEVICE int64 row_of(int64 tile, int half, int g) { return PAIRED ? tile * 8 + g : tile * 16 + 8 * half + g; }
+// What a lane reads next, of W and (RING) of x.
+struct Fetch {
+  Walk at;
+  const unsigned char *upper, *lower;  // rows g and g + 8 of the first tile
+  const T* column;                     // of x's row g
+  int64 left;                          // rows of W from row g on
 
-DEVICE void fetch_weights(const Arguments& a, const Place& at, Words* stage) {
-  const int g = a.lane / 4, t = a.lane % 4;
-  const int64 byte = (int64)at.chunk * 64 + t * 16;
-#pragma unroll
-  for (int i = 0; i < 2 * RT; i++) {
-    const int64 row = row_of(at.tile + i / 2, i % 2, g);
-    const bool valid = at.chunk >= 0 && row < a.rows && byte < a.row_bytes;
-    const unsigned char* base = PAIRED && i % 2 ? a.second : a.weight;
-    copy_async_16(stage + i * 32, base + (valid ? row * a.row_bytes + byte : 0), valid);
+  DEVICE void begin(const Arguments& a, const T* x) {
+    const int64 byte = (int64)at.first * 64 + a.lane % 4 * 16;
+    upper = a.weight + a.row(at.tile, 0) * a.row_bytes + byte;
+    lower = PAIRED ? a.second + a.row(at.tile, 1) * a.row_bytes + byte : upper + 8 * a.row_bytes;
+    left = a.rows - a.row(at.tile, 0);
+    if (RING) column = x + a.lane / 4 * a.K + (int64)at.first * CHUNK + a.lane % 4 * COLUMNS;
   }
-}
-
-// The lane's own fragments of x, row 8 tile + g.
-DEVICE void fetch_vectors(const Arguments& a, const Place& at, const T* x, int64 batch, Words* stage) {
-  const int g = a.lane / 4, t = a.lane % 4;
+  DEVICE void weights(const Arguments& a, Words* stage) const {
+    const bool here = at.step < at.count;
 #pragma unroll
-  for (int n = 0; n < NT; n++)
-#pragma unroll
-    for (int j = 0; j < XV; j++) {
-      const int64 column = (int64)at.chunk * CHUNK + t * COLUMNS + j * PER_16, row = n * 8 + g;
-      const bool valid = at.chunk >= 0 && row < batch && column < a.K;
-      copy_async_16(stage + (2 * RT + n * XV + j) * 32, x + (valid ? row * a.K + column : 0), valid);
+    for (int i = 0; i < 2 * RT; i++) {
+      const unsigned char* from = (i % 2 ? lower : upper) + i / 2 * (TILE_ROWS * a.row_bytes);
+      copy_async_16(stage + i * 32, from, here && (PAIRED ? i / 2 * 8 : i * 8) < left);
     }
-}
+  }
+  // The lane's own fragments of x, row 8 n + g.
+  DEVICE void vectors(const Arguments& a, int64 batch, Words* stage) const {
+    const bool here = at.step < at.count;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int j = 0; j < XV; j++)
+        copy_async_16(stage + (2 * RT + n * XV + j) * 32, column + n * 8 * a.K + j * PER_16,
+                      here && n * 8 + a.lane / 4 < batch);
+  }
+  DEVICE void next(const Arguments& a, const T* x) {
+    upper += WARPS * 64, lower += WARPS * 64;
+    if (RING) column += WARPS * CHUNK;
+    if (at.next(a)) begin(a, x);
+  }
+};
 
 // ---- Scales of the lane's rows g and g + 8 of each tile, read one chunk before they are needed.
 
 struct Scales {
   float scale[RT][2][PARTS], shift[RT][2][ZEROS ? PARTS : 1];
-  DEVICE void load(const Arguments& a, const Place& at) {
+  DEVICE void load(const Arguments& a, const Walk& at) {
     if constexpr (GROUP > 0) {
+      const bool here = at.chunk() < a.chunks && at.unit < a.units;
 #pragma unroll
-      for (int i = 0; i < 2 * RT; i++)
+      for (int i = 0; i < 2 * RT; i++) {
+        const int64 row = a.row(at.tile + i / 2, i % 2);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-          const int64 row = row_of(at.tile + i / 2, i % 2, a.lane / 4);
-          const int64 group = ((int64)at.chunk * CHUNK + part * (CHUNK / PARTS)) / (GROUP > 0 ? GROUP : 1);
-          const bool valid = at.chunk >= 0 && row < a.rows && group < a.groups;
-          const int64 index = valid ? row * a.groups + group : 0;
+          const int64 group = ((int64)at.chunk() * CHUNK + part * (CHUNK / PARTS)) / (GROUP > 0 ? GROUP : 1);
+          const bool valid = here && row < a.rows && group < a.groups;
+          const int64 index = row * a.groups + group;
           scale[i / 2][i % 2][part] = valid ? to_float((PAIRED && i % 2 ? a.scales2 : a.scales)[index]) : 0.0f;
           if constexpr (ZEROS)
             shift[i / 2][i % 2][part] = valid ? to_float((PAIRED && i % 2 ? a.zeros2 : a.zeros)[index]) - 8.0f : 0.0f;
         }
+      }
     }
   }
 };
@@ -136,7 +152,7 @@ DEVICE void read_vectors(Words (&x)[XV], const Words* stage, const Words* xs, in
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int j = 0; j < XV; j++) {
-    if constexpr (RING) x[j] = stage[(2 * RT + n * XV + j) * 32];
+    if constexpr (RING) x[j] = Format::arranged(stage[(2 * RT + n * XV + j) * 32]);
     else x[j] = g < rows ? xs[(int64)g * stride + (chunk * XV + j) * 4 + t] : Words{};
   }
 }
@@ -323,7 +339,7 @@ DEVICE void finish(const Arguments& a, const Results& results, const float* red,
 
 DEVICE void put_piece(Words* xs, int stride, int64 m, int piece, const Words& w) {
   const int chunk = piece / (4 * XV), t = piece / XV % 4, j = piece % XV;
-  xs[m * stride + (chunk * XV + j) * 4 + t] = w;
+  xs[m * stride + (chunk * XV + j) * 4 + t] = Format::arranged(w);
 }
 
 // As it is, zeros behind K.
@@ -379,19 +395,25 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int chunks = (int)((row_bytes + 63) / 64), slice = (chunks + SLICES - 1) / SLICES;
   const int steps = (slice + WARPS - 1) / WARPS, pieces = chunks * 4 * XV, stride = pieces % 8 ? pieces : pieces + 4;
-  const Arguments a{weight, second, scales, scales2, zeros, zeros2, rows, K, row_bytes, groups, warp, lane, chunks, slice, steps};
-  const Results results{out, residual, conv_weight, conv_bias, conv_scale, window, next_window, z, batch, of};
   const int64 tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, units = (tiles + RT - 1) / RT * UNITS_A_GROUP;
+  const Arguments a{weight, second, scales, scales2, zeros, zeros2, rows, K, row_bytes, groups, units,
+                    warp, lane, chunks, slice, steps};
+  const Results results{out, residual, conv_weight, conv_bias, conv_scale, window, next_window, z, batch, of};
 
   Words* const ring = shared + warp * DEPTH * PIECES * 32 + lane;
   Words* const xs = shared + WARPS * DEPTH * PIECES * 32;
   float* const red = (float*)(xs + (RING ? 0 : batch * stride));
   __shared__ float scratch[8 * WARPS];
 
-  Walk fetch{blockIdx.x, 0, 0}, take = fetch;
+  Fetch fetch;
+  fetch.at.unit = blockIdx.x, fetch.at.slice = 0;
+  fetch.at.begin(a);
+  fetch.begin(a, x);
+  Walk take = fetch.at;
+  Fetch again = fetch;
 #pragma unroll
-  for (int d = 0; d < DEPTH - 1; d++, fetch.next(steps)) {
-    fetch_weights(a, Place(a, fetch, units), ring + d * PIECES * 32);
+  for (int d = 0; d < DEPTH - 1; d++, fetch.next(a, x)) {
+    fetch.weights(a, ring + d * PIECES * 32);
     if (!RING) copy_async_commit();
   }
   if (ahead && warp == 0) {
@@ -400,15 +422,14 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
       prefetch_run(ahead + at, (uint32)(ahead_bytes - at < RUN ? ahead_bytes - at : RUN));
   }
   Scales next;
-  next.load(a, Place(a, take, units));
+  next.load(a, take);
 
   wait_for_previous();
   let_next_begin();
   if constexpr (RING) {
-    Walk again = take;
 #pragma unroll
-    for (int d = 0; d < DEPTH - 1; d++, again.next(steps)) {
-      fetch_vectors(a, Place(a, again, units), x, batch, ring + d * PIECES * 32);
+    for (int d = 0; d < DEPTH - 1; d++, again.next(a, x)) {
+      again.vectors(a, batch, ring + d * PIECES * 32);
       copy_async_commit();
     }
   } else {
@@ -429,16 +450,17 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
       for (int i = 0; i < RT * NT * SUMS; i++) sums[i / (NT * SUMS)][i / SUMS % NT][i % SUMS] = 0.0f;
 #pragma unroll 1
       for (int step = 0; step < steps; step++) {
-        const Place coming(a, fetch, units), here(a, take, units);
-        fetch_weights(a, coming, ring + filled * PIECES * 32);
-        if constexpr (RING) fetch_vectors(a, coming, x, batch, ring + filled * PIECES * 32);
+        fetch.weights(a, ring + filled * PIECES * 32);
+        if constexpr (RING) fetch.vectors(a, batch, ring + filled * PIECES * 32);
         copy_async_commit();
-        fetch.next(steps), take.next(steps);
+        fetch.next(a, x);
+        const int chunk = take.chunk();
+        const bool here = chunk < chunks && chunk - take.first < a.slice - warp;
         const Scales now = next;
-        next.load(a, Place(a, take, units));
+        take.next(a);
+        next.load(a, take);
         copy_async_wait<DEPTH - 1>();
-        if (here.chunk >= 0)
-          multiply(sums, a, now, ring + ready * PIECES * 32, xs, here.chunk, stride, (int)batch);
+        if (here) multiply(sums, a, now, ring + ready * PIECES * 32, xs, chunk, stride, (int)batch);
         filled = filled + 1 == DEPTH ? 0 : filled + 1;
         ready = ready + 1 == DEPTH ? 0 : ready + 1;
       }

@@ -127,53 +127,62 @@ DEVICE void mma_16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
 #endif
 }
 
-// x + y of two pairs of 16-bit numbers; exact where the sum is representable.
+// x y + z of pairs of 16-bit numbers, rounded once.
 template <class Number>
-DEVICE uint32 add_pairs(uint32 x, uint32 y) {
+DEVICE uint32 fma_pairs(uint32 x, uint32 y, uint32 z) {
 #ifdef MOAI_HOST
   auto half = [](uint32 w, int i) {
     Number n;
     n.bits = (uint16)(w >> (16 * i));
     return to_float(n);
   };
-  const uint32 low = from_float<Number>(half(x, 0) + half(y, 0)).bits;
-  return low | (uint32)from_float<Number>(half(x, 1) + half(y, 1)).bits << 16;
+  auto one = [&](int i) { return (uint32)from_float<Number>(half(x, i) * half(y, i) + half(z, i)).bits; };
+  return one(0) | one(1) << 16;
 #else
-  uint32 z;
-  if constexpr (is_bf16<Number>)
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(0x3f803f80u), "r"(y));  // x 1 + y: bf16 adds from sm_90 on
-  else asm("add.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
-  return z;
+  uint32 w;
+  if constexpr (is_bf16<Number>) asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(w) : "r"(x), "r"(y), "r"(z));
+  else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(w) : "r"(x), "r"(y), "r"(z));
+  return w;
 #endif
 }
 
+// (x & mask) | bits, in one instruction: with two immediates it would be two.
+DEVICE uint32 masked_or(uint32 x, uint32 mask, uint32 bits) {
+#ifdef MOAI_HOST
+  return (x & mask) | bits;
+#else
+  uint32 y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+#endif
+}
+
+// Numbers a, b of two words (a0, a1), (b0, b1) as (a0, b0), (a1, b1).
+DEVICE void transpose(uint32& low, uint32& high, uint32 a, uint32 b) {
+  low = (a & 0xffffu) | b << 16, high = a >> 16 | (b & 0xffff0000u);
+}
+
 // ---- Formats: from 16 bytes of a row to the words a[0] and a[2] (a[1] and a[3] for the row below) of step s of
-// COLUMNS / 4, and to the words b of the same columns of x, of which XV vectors of 16 bytes belong to 16 bytes of W.
+// COLUMNS / 4, and to the words b of the same columns of x, of which XV vectors of 16 bytes, `arranged`, belong to 16
+// bytes of W.
 
 template <class Number>
 struct Plain {
   static constexpr int COLUMNS = 16 / sizeof(Number), XV = 1, BITS = 8 * sizeof(Number);
+  static DEVICE Words arranged(const Words& x) { return x; }
   static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) { low = w.at[2 * s], high = w.at[2 * s + 1]; }
   static DEVICE void vectors(uint32 (&b)[2], const Words (&x)[XV], int s) { b[0] = x[0].at[2 * s], b[1] = x[0].at[2 * s + 1]; }
 };
 
-// Four fp32 numbers to two words.
+// Bytes: a word's columns come out as the pairs (0, 2), (1, 3), and so must those of x.
 template <class Number>
-DEVICE void two_pairs(uint32& low, uint32& high, const float (&x)[4]) {
-  const Vec<Number, 2> a = pair_from_floats<Number>(x[0], x[1]), b = pair_from_floats<Number>(x[2], x[3]);
-  low = *reinterpret_cast<const uint32*>(&a), high = *reinterpret_cast<const uint32*>(&b);
-}
-
-template <class Number>
-struct Int8 {
+struct Bytes {
   static constexpr int COLUMNS = 16, XV = 2, BITS = 8;
-  static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) {
-    const uint32 unsigned_bytes = w.at[s] ^ 0x80808080u;
-    float x[4];
+  static DEVICE Words arranged(const Words& x) {
+    Words y;
 #pragma unroll
-    for (int i = 0; i < 4; i++)  // 2^23 + byte, without a conversion
-      x[i] = bits_float(__byte_perm(unsigned_bytes, 0x4b000000u, 0x7440u + i)) - 8388736.0f;
-    two_pairs<Number>(low, high, x);
+    for (int i = 0; i < 4; i += 2) transpose(y.at[i], y.at[i + 1], x.at[i], x.at[i + 1]);
+    return y;
   }
   static DEVICE void vectors(uint32 (&b)[2], const Words (&x)[XV], int s) {
     b[0] = x[s / 2].at[s % 2 * 2], b[1] = x[s / 2].at[s % 2 * 2 + 1];
@@ -181,34 +190,53 @@ struct Int8 {
 };
 
 template <class Number>
-struct Fp8 {
-  static constexpr int COLUMNS = 16, XV = 2, BITS = 8;
-  static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) {
-    float x[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {  // exponent and mantissa at their places in fp32, whose bias is 120 greater
-      const uint32 byte = w.at[s] >> (8 * i);
-      x[i] = bits_float((byte & 0x80u) << 24 | (byte & 0x7fu) << 20) * 0x1p120f;
-    }
-    two_pairs<Number>(low, high, x);
+struct Int8 : Bytes<Number> {
+  // bf16: seven bits fit behind 128, and the sign turns 128 into 256: byte = (128 + seven bits) - (128 + 128 sign).
+  // fp16: 1024 + (byte + 128), less 1152.
+  static DEVICE uint32 pair(uint32 word) {
+    if constexpr (is_bf16<Number>)
+      return fma_pairs<Number>(masked_or(word, 0x00800080u, 0x43004300u), 0xbf80bf80u, masked_or(word, 0x007f007fu, 0x43004300u));
+    else return fma_pairs<Number>((word & 0x00ff00ffu) ^ 0x64806480u, 0x3c003c00u, 0xe480e480u);
   }
-  static DEVICE void vectors(uint32 (&b)[2], const Words (&x)[XV], int s) { Int8<Number>::vectors(b, x, s); }
+  static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) {
+    low = pair(w.at[s]), high = pair(w.at[s] >> 8);
+  }
 };
 
-// A word's columns come out as the pairs (0, 4), (1, 5), (2, 6), (3, 7).
+template <class Number>
+struct Fp8 : Bytes<Number> {
+  // Exponent and mantissa at their places, times what the exponent's bias differs by: 2^120, in fp16 2^8.
+  static DEVICE uint32 pair(uint32 word) {
+    constexpr int shift = is_bf16<Number> ? 4 : 7;
+    const uint32 bits = masked_or(word << 8, 0x80008000u, (word & 0x007f007fu) << shift);
+    return fma_pairs<Number>(bits, is_bf16<Number> ? 0x7b807b80u : 0x5c005c00u, 0x80008000u);
+  }
+  static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) {
+    low = pair(w.at[s]), high = pair(w.at[s] >> 8);
+  }
+};
+
+// Halves of bytes: a word's columns come out as the pairs (0, 4), (1, 5), (2, 6), (3, 7), and so must those of x.
 template <class Number>
 struct Int4 {
   static constexpr int COLUMNS = 32, XV = 4, BITS = 4;
-  static constexpr bool BF16 = is_bf16<Number>;
-  // 128 (1024 in fp16), whose last mantissa bits count ones; and less by 8 more, negative.
-  static constexpr uint32 BASE = BF16 ? 0x43004300u : 0x64006400u, BACK = BF16 ? 0xc308c308u : 0xe408e408u;
+  // 128 (1024 in fp16), whose last mantissa bits count ones; less by 8 more.
+  static DEVICE uint32 pair(uint32 word) {
+    if constexpr (is_bf16<Number>)
+      return fma_pairs<Number>(masked_or(word, 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
+    else return fma_pairs<Number>(masked_or(word, 0x000f000fu, 0x64006400u), 0x3c003c00u, 0xe408e408u);
+  }
   static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) {
     const uint32 word = w.at[s / 2] >> (s % 2 * 8);
-    low = add_pairs<Number>((word & 0x000f000fu) | BASE, BACK);
-    high = add_pairs<Number>((word >> 4 & 0x000f000fu) | BASE, BACK);
+    low = pair(word), high = pair(word >> 4);
+  }
+  static DEVICE Words arranged(const Words& x) {
+    Words y;
+#pragma unroll
+    for (int i = 0; i < 2; i++) transpose(y.at[2 * i], y.at[2 * i + 1], x.at[i], x.at[i + 2]);
+    return y;
   }
   static DEVICE void vectors(uint32 (&b)[2], const Words (&x)[XV], int s) {
-    const uint32 near = x[s / 2].at[s % 2], far = x[s / 2].at[s % 2 + 2];
-    b[0] = (near & 0xffffu) | far << 16, b[1] = near >> 16 | (far & 0xffff0000u);
+    b[0] = x[s / 2].at[s % 2 * 2], b[1] = x[s / 2].at[s % 2 * 2 + 1];
   }
 };

@@ -29,6 +29,7 @@ NARROW, WIDE = 8, 64
 THREADS, WARPS, CHUNK_BYTES = 256, 8, 64
 # Chunks that a lane reads ahead: with 2 blocks on a multiprocessor 80 KB are under way, more than latency asks for.
 DEPTH, LEAST_DEPTH = 6, 2
+BLOCKS = 2  # of a narrow product on a multiprocessor
 # Tiles of 16 rows of a 16-bit weight that a block takes at once from a wide batch: fewer read x more often.
 WIDE_TILES = 4
 # Bytes of out_proj's weight that are brought into the L2 cache (50 MB on an H100) while x_proj and the scan run.
@@ -178,7 +179,7 @@ def linear(
             SLICES=slices, SOURCE=source, RESULT=result, KC=width, DEPTH=depth,
         )  # fmt: skip
         units = -(-m.rows // ((8 if result == SWIGLU else 16) * rt)) * (slices if result == PARTIAL else 1)
-        blocks = multiprocessors(m.weight.device) * (1 if source == RING else 2)
+        blocks = multiprocessors(m.weight.device) * (1 if source == RING else BLOCKS)
         to = None if out is None else out[:, rows] if result == PARTIAL else out[rows]
         parts = [None if t is None else t[rows] for t in (x, residual, *conv[3:])]
         args = (
