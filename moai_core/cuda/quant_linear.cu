@@ -164,8 +164,8 @@ DEVICE void read_w(const uint32* words, int s, uint32 (&a)[4]) {
   if constexpr (WIDTH == 4) {
     from_nibbles<C>(words[s], a);
   } else {
-    from_bytes<C>(words[2 * s], a[0], a[1]);
-    from_bytes<C>(words[2 * s + 1], a[2], a[3]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = Int8<C>::pair(words[2 * s + i / 2] >> (8 * (i % 2)));
   }
 }
 
