@@ -162,7 +162,7 @@ def linear(
     slices = slices_of(m, result)
     if source == RING and result == RESIDUAL:
         result = PARTIAL
-    most = 32 if m.format == "Int4" else WIDE
+    most = NARROW if not wide else most_wide(m, dtype)
     stream = residual.dtype if residual is not None else dtype
     second = (None, None, None) if up is None else (up.weight, up.scales, up.zeros)
     ahead_bytes = early(ahead)
@@ -170,8 +170,7 @@ def linear(
     for begin in range(0, batch, most):
         rows = slice(begin, min(batch, begin + most))
         count = rows.stop - begin
-        nt, rt = _tiles(m, count, result, source)
-        depth, shared = _shared(m, dtype, count, source, result, slices, nt, rt)
+        nt, rt, depth, shared = _division(m, dtype, count, source, result, slices)
         scale = torch.float32 if m.scales is None else m.scales.dtype
         kernel = cuda.kernel(
             "decode_linear.cu", "decode_linear", m.weight.device, T=cuda.TYPES[dtype], R=cuda.TYPES[stream],
@@ -201,34 +200,44 @@ def most_rows(weights: Sequence[Matrix], dtype: torch.dtype) -> int:
     for rows in range(NARROW, 0, -1):
         try:
             for m in weights:
-                _shared(m, dtype, rows, COPY, RESIDUAL, slices_of(m, RESIDUAL), 1, 1)
+                _division(m, dtype, rows, COPY, RESIDUAL, slices_of(m, RESIDUAL))
             return rows
         except ValueError:
             continue
     return 0
 
 
-def _tiles(m: Matrix, rows: int, result: int, source: int) -> tuple[int, int]:
-    """(NT, RT): tiles of 8 rows of the batch, and of 16 rows of the weight, that a block takes at once."""
-    if source != RING:
-        return 1, 2 if result == PARTIAL else 1
-    return next(n for n in (1, 2, 4, 8) if rows <= 8 * n), WIDE_TILES if m.format == "Plain" else 2
+def most_wide(m: Matrix, dtype: torch.dtype) -> int:
+    """How many rows one wide launch takes: their x must fit into the ring beside the weight."""
+    for rows in (WIDE, 32, 16, 8):
+        try:
+            _division(m, dtype, rows, RING, PARTIAL, 1)
+            return rows
+        except ValueError:
+            continue
+    raise ValueError(f"8 rows of {m.columns} numbers don't fit into shared memory")
 
 
-def _shared(
-    m: Matrix, dtype: torch.dtype, rows: int, source: int, result: int, slices: int, nt: int, rt: int
-) -> tuple[int, int]:
-    """(depth of the ring, bytes of shared memory). ValueError where even the shallowest doesn't fit."""
-    per_unit = 1 if source == RING or result == PARTIAL else slices
+def _division(
+    m: Matrix, dtype: torch.dtype, rows: int, source: int, result: int, slices: int
+) -> tuple[int, int, int, int]:
+    """(NT, RT, depth of the ring, bytes of shared memory): tiles of 8 rows of the batch, and of 16 rows of the weight,
+    that a block takes at once. ValueError where even the least doesn't fit."""
+    ring = source == RING
+    nt = next(n for n in (1, 2, 4, 8) if rows <= 8 * n) if ring else 1
+    choices = [t for t in (WIDE_TILES, 2, 1) if m.format == "Plain" or t <= 2] if ring else [1]
+    if result == PARTIAL and not ring:
+        choices = [2]
     vectors = _columns(m, dtype) * dtype.itemsize // 16
-    pieces = 2 * rt + (nt * vectors if source == RING else 0)
     row = m.chunks * 4 * vectors
-    kept = 0 if source == RING else rows * (row if row % 8 else row + 4) * 16
-    sums = WARPS * nt * _TILE_SUMS * 4 * (1 if source == RING else 2 * per_unit * rt)
-    for depth in range(DEPTH, LEAST_DEPTH - 1, -1):
-        total = WARPS * depth * pieces * 512 + kept + sums
-        if total <= shared_memory(m.weight.device) - 1024:
-            return depth, total
+    kept = 0 if ring else rows * (row if row % 8 else row + 4) * 16
+    for rt in choices:
+        pieces = 2 * rt + (nt * vectors if ring else 0)
+        sums = nt * _TILE_SUMS * (1 if ring else 2 * rt * (1 if result == PARTIAL else slices))
+        for depth in range(DEPTH, LEAST_DEPTH - 1, -1):
+            total = WARPS * (depth * pieces * 512 + sums * 4) + kept
+            if total <= shared_memory(m.weight.device) - 1024:
+                return nt, rt, depth, total
     raise ValueError(f"{rows} rows of {m.columns} numbers don't fit into shared memory")
 
 
