@@ -27,7 +27,7 @@ from moai_core.tokenizer import health
 from moai_core.tokenizer.evaluate import find_tokenizer, open_tokenizer
 from moai_core.tokenizer.layout import LONGEST, check_target, compact, load_backend, notice_file, write_folder
 from moai_core.tokenizer.text import OnEvent, Source, Texts
-from moai_core.tokenizer.train import run_trainer
+from moai_core.tokenizer.train import check_frequency, run_trainer
 
 _BATCH = 256
 _MOST = 1 << 20
@@ -56,20 +56,15 @@ def extend(
     """
     if not 1 <= add <= _MOST:
         raise UsageError(f"--add must lie between 1 and {_MOST} (got {add})", hint="usual are 1,000 to 16,000")
-    if min_frequency < 1:
-        raise UsageError(f"--min-frequency must be at least 1 (got {min_frequency})", hint="10 keeps noise out")
+    check_frequency(min_frequency)
     out, tell, begin = Path(out), on_event or (lambda event: None), time.perf_counter()
     check_target(out, force)
     place = find_tokenizer(base)
     backend, state = open_tokenizer(base)
     _check(state, place)
-    beside = {name: (place.parent / name).read_bytes() for name in _BESIDE if (place.parent / name).is_file()}
-    beside |= notice_file(Path(notice) if notice else None)
-    grown = None
-    if model is not None:
-        from moai_core.tokenizer.resize import Grown  # torch and the model only where they are needed
-
-        grown = Grown(Path(model), state, on_event=tell)
+    files = {name: (place.parent / name).read_bytes() for name in _BESIDE if (place.parent / name).is_file()}
+    files |= notice_file(Path(notice) if notice else None)
+    grown = _grown(model, state, tell)
     texts = Texts(sources, seed=seed, on_error=on_error, on_event=tell)
     words = count_words(backend, state, texts.read("counting"))
     found, pieces = new_merges(words, state, add, min_frequency, tell)
@@ -80,36 +75,21 @@ def extend(
             hint="take more text, or lower --min-frequency",
         )
     before = sum(len(word) * count for word, count in words.items())
-    added = _append(state, found, pieces)
-    extended = load_backend(json.dumps(state).encode(), out / "tokenizer.json")
-    extended.encode_special_tokens = True
-    counts = health.count_ids(extended, texts.read("health"), max(pieces) + 1)
-    files = {**beside, "tokenizer.json": compact(state)}
-    report: dict[str, Any] = {
-        "path": str(out),
-        "base": base,
-        "vocab_size": len(ids_of(state)),
-        "added": len(pieces),
-        "asked": add,
-        "first_new_id": min(pieces),
-        "min_frequency": min_frequency,
-        "bytes": texts.bytes,
-        "tokens_before": before,
-        "tokens": int(counts.sum()),
-        "bytes_per_token_before": texts.bytes / max(1, before),
-        "bytes_per_token": texts.bytes / max(1, int(counts.sum())),
-        "sources": [
-            {"path": source.path, "weight": source.weight, "bytes": count}
-            for source, count in zip(texts.sources, texts.counts, strict=True)
-        ],
-        "health": health.report(added, counts),
-        "model": None,
-    }
+    report = {"path": str(out), "base": base, "added": len(pieces), "asked": add, "min_frequency": min_frequency}
+    report |= _append(state, found, pieces, texts, before)
+    files["tokenizer.json"] = compact(state)
     if grown is None:
         write_folder(out, files)
-    else:
-        report["model"] = grown.write(out, pieces, files)
+    report["model"] = grown.write(out, pieces, files) if grown else None
     return {**report, "seconds": time.perf_counter() - begin}
+
+
+def _grown(model: str | Path | None, state: dict[str, Any], tell: OnEvent) -> Any:
+    if model is None:
+        return None
+    from moai_core.tokenizer.resize import Grown  # torch and the model only where they are needed
+
+    return Grown(Path(model), state, on_event=tell)
 
 
 def _check(state: dict[str, Any], place: Path) -> None:
@@ -216,13 +196,29 @@ def _learn(words: dict[tuple[int, ...], int], number: int, min_frequency: int, t
     return json.loads(tokenizer.to_str())["model"]["merges"]
 
 
-def _append(state: dict[str, Any], merges: list[tuple[str, str]], pieces: Pieces) -> list[tuple[int, int, int]]:
-    """Puts merges and tokens into the tokenizer.json; returns the new merges as ids."""
+def _append(
+    state: dict[str, Any], merges: list[tuple[str, str]], pieces: Pieces, texts: Texts, before: int
+) -> dict[str, Any]:
+    """Puts merges and tokens into the tokenizer.json, and reports what that did to the text, which had `before` ids."""
     model = state["model"]
-    old = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
-    model["merges"] = old + [list(merge) for merge in merges]
+    vocab = model["vocab"]
+    model["merges"] = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
     added = []
     for index, (left, right) in zip(pieces, merges, strict=True):
-        model["vocab"][left + right] = index
-        added.append((model["vocab"][left], model["vocab"][right], index))
-    return added
+        vocab[left + right] = index
+        model["merges"].append([left, right])
+        added.append((vocab[left], vocab[right], index))
+    backend = load_backend(json.dumps(state).encode(), Path("the extended tokenizer"))
+    backend.encode_special_tokens = True
+    counts = health.count_ids(backend, texts.read("health"), max(pieces) + 1)
+    tokens = int(counts.sum())
+    return {
+        "vocab_size": len(ids_of(state)),
+        "first_new_id": min(pieces),
+        **texts.report(),
+        "tokens_before": before,
+        "tokens": tokens,
+        "bytes_per_token_before": texts.bytes / max(1, before),
+        "bytes_per_token": texts.bytes / max(1, tokens),
+        "health": health.report(added, counts),
+    }

@@ -107,6 +107,12 @@ class Texts:
         self._warned = True
         self.bytes = sum(self.counts)
 
+    def report(self) -> dict[str, Any]:
+        """`bytes` and `sources` (path, weight, bytes of each) of the last reading."""
+        found = zip(self.sources, self.counts, strict=True)
+        made = [{"path": source.path, "weight": source.weight, "bytes": count} for source, count in found]
+        return {"bytes": self.bytes, "sources": made}
+
 
 def _pieces(files: list[Path], problems: Problems, whole: bool) -> Iterator[str]:
     for document in read_documents(files, problems=problems):

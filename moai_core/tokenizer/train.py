@@ -59,8 +59,7 @@ def train(
             f"--vocab-size must lie between {least} and {_MOST} (got {vocab_size})",
             hint=f"{least} are the bytes and the special tokens alone; usual are 8,000 to 200,000",
         )
-    if min_frequency < 1:
-        raise UsageError(f"--min-frequency must be at least 1 (got {min_frequency})", hint="10 keeps noise out")
+    check_frequency(min_frequency)
     out = Path(out)
     check_target(out, force)
     files = own_files({"model": {}}, Path(notice) if notice else None)  # a missing notice is told now
@@ -79,17 +78,19 @@ def train(
         "vocab_size": size,
         "asked": vocab_size,
         "min_frequency": min_frequency,
-        "bytes": texts.bytes,
+        **texts.report(),
         "tokens": int(counts.sum()),
         "bytes_per_token": texts.bytes / max(1, int(counts.sum())),
-        "sources": [
-            {"path": source.path, "weight": source.weight, "bytes": count}
-            for source, count in zip(texts.sources, texts.counts, strict=True)
-        ],
         "health": health.report(made, counts),
         "file_bytes": (out / "tokenizer.json").stat().st_size,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def check_frequency(value: int) -> None:
+    """Raises UsageError for a `--min-frequency` that is none."""
+    if value < 1:
+        raise UsageError(f"--min-frequency must be at least 1 (got {value})", hint="10 keeps noise out")
 
 
 def learn(texts: Texts, vocab_size: int, min_frequency: int, tell: OnEvent) -> dict[str, Any]:
