@@ -36,7 +36,7 @@ def test_a_mix_is_built_shown_and_checked(moai, tmp_path):
     assert all(source["tokens"] > 10 for source in counted)
 
     code, out, err = moai("data", "check", "mix", "--json")
-    assert code == 0 and json.loads(out)["valid"] and json.loads(out)["train records"] > 3
+    assert code == 0 and json.loads(out)["valid"] and json.loads(out)["lines in training"] > 3
     code, _, err = moai("data", "build", "r.yaml", "-o", "mix")
     assert code == 2 and "mix: exists" in err and "--force" in err
     assert moai("data", "build", "r.yaml", "-o", "mix", "--force")[0] == 0

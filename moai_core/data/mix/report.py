@@ -100,15 +100,15 @@ def read(folder: Path) -> dict[str, Any]:
     return made
 
 
-def records(folder: Path, part: str) -> Iterator[tuple[str, str]]:
-    """(source, text) of every record of a part; a chat as lines of `role: content`."""
+def records(folder: Path, part: str, *, between: str = "\n") -> Iterator[tuple[str, str]]:
+    """(source, text) of every record of a part; a chat as `role: content`, messages parted by `between`."""
     from moai_core.data.formats import read_records
     from moai_core.data.records import Problems
 
     for file in sorted(folder.glob(f"{part}-*.jsonl.zst")):
         for _, _, record in read_records(file, ".jsonl", Problems()):
             turns = record.get("messages") or []
-            text = record.get("text") or "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            text = record.get("text") or between.join(f"{turn['role']}: {turn['content']}" for turn in turns)
             yield record["source"], text
 
 

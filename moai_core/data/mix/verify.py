@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from moai_core.errors import DataError, MoaiError
 
 # Letters and digits a line needs for its presence in training to say anything.
 _LEAST = 24
+_ROLES = ("user: ", "system: ", "assistant: ")
 
 
 def files(mix: Mix | None, root: Path) -> list[MoaiError]:
@@ -40,16 +42,13 @@ def _fold(line: str) -> str:
     return re.sub(r"[\W_]+", "", line.lower())
 
 
-def _lines(folder: Path, part: str) -> set[int]:
-    """Hashes of the folded lines of a part."""
-    found: set[int] = set()
-    for _, text in report.records(folder, part):
-        found.update(hash(line) for line in map(_fold, text.split("\n")) if _long(line))
-    return found
-
-
-def _long(line: str) -> bool:
-    return len(line) >= _LEAST or (len(line) >= _LEAST // 2 and not line.isascii())
+def _lines(folder: Path, part: str) -> Iterator[tuple[str, int]]:
+    """(source, hash) of every folded line of a part that is long enough to say anything; a chat is one line, since many
+    questions have the same short answer."""
+    for source, text in report.records(folder, part, between=" "):
+        for line in map(_fold, [text] if text.startswith(_ROLES) else text.split("\n")):
+            if len(line) >= _LEAST or (len(line) >= _LEAST // 2 and not line.isascii()):
+                yield source, hash(line)
 
 
 def folder(path: Path) -> dict[str, Any]:
@@ -59,20 +58,18 @@ def folder(path: Path) -> dict[str, Any]:
     everywhere."""
     storage.verify(path)
     made = report.read(path)
-    held = {part: _lines(path, part) for part in ("valid", "calib")}
+    held = {part: {line for _, line in _lines(path, part)} for part in ("valid", "calib")}
     errors: list[MoaiError] = []
-    shared = len(held["valid"] & held["calib"])
-    if shared:
+    if shared := len(held["valid"] & held["calib"]):
         errors.append(DataError(f"{path}: {shared} lines stand in both valid and calib"))
     every = held["valid"] | held["calib"]
-    found: dict[str, int] = {}
     spared = {source["name"] for source in made["sources"] if source["lang"] == "code"}
-    records = 0
-    for source, text in report.records(path, "train"):
-        records += 1
-        for line in map(_fold, () if source in spared else text.split("\n")):
-            if _long(line) and hash(line) in every:
-                found[source] = found.get(source, 0) + 1
+    found: dict[str, int] = {}
+    lines = 0
+    for source, line in _lines(path, "train"):
+        lines += 1
+        if line in every and source not in spared:
+            found[source] = found.get(source, 0) + 1
     for source, count in found.items():
         errors.append(DataError(f"{path}: {count} lines of {source} in training stand in held-out text"))
-    return {"files": len(made["files"]), "train records": records, "held-out lines": len(every), "errors": errors}
+    return {"files": len(made["files"]), "lines in training": lines, "lines held out": len(every), "errors": errors}
