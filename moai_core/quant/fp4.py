@@ -33,6 +33,9 @@ _BIAS, _LOWEST, _HIGHEST = 127, 1, 254
 _BLACKWELL = (10, 0)
 
 
+NAMES = ("nvfp4", "mxfp4")
+
+
 def to_codes(values: Tensor) -> Tensor:
     """The nearest e2m1 codes (uint8 0..15) of fp32 `values`, ties to the even mantissa, beyond 6 to 6."""
     magnitude = values.abs()

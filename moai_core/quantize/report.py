@@ -18,7 +18,7 @@ import torch
 from moai_core import __version__, checkpoint, device, storage
 from moai_core.convert.folder import CARD
 from moai_core.convert.source import Lazy, OnEvent, Source
-from moai_core.quant import kernels
+from moai_core.quant import fp4, kernels
 from moai_core.quant.formats import Spec
 
 JSON, PNG = "quantization.json", "quantization.png"
@@ -45,6 +45,7 @@ def build(job: Any, found: Mapping[str, Lazy], layers: list[dict[str, Any]], dat
     return {
         "source": str(job.source.path),
         "method": job.settings.method,
+        "layout": job.settings.layout,
         "quantization": job.quantization,
         "parameters": sum(torch.Size(lazy.shape).numel() for lazy in before.values()),
         "bytes_before": sum(lazy.nbytes for lazy in before.values()),
@@ -56,7 +57,7 @@ def build(job: Any, found: Mapping[str, Lazy], layers: list[dict[str, Any]], dat
         "kernel": kernels.describe(spec, job.device, getattr(torch, job.config_json()["dtype"])),
         "quality": None,
         "drift": None,
-        "notes": list(job.source.notes),
+        "notes": [*job.source.notes, *([fp4.note(job.device)] if spec.format in fp4.NAMES else [])],
     }
 
 
@@ -211,8 +212,8 @@ def card(old: bytes | None, report: Mapping[str, Any]) -> bytes:
         "",
         "## Quantization",
         "",
-        f"Quantized with moai {__version__}, method {report['method']}: {report['bytes_before']:,} bytes of weights "
-        f"became {report['bytes_after']:,}.",
+        f"Quantized with moai {__version__}, method {report['method']}, in {report['layout']}'s format: "
+        f"{report['bytes_before']:,} bytes of weights became {report['bytes_after']:,}.",
     ]
     if quality := report["quality"]:
         before, after = quality["before"], quality["after"]
