@@ -17,6 +17,7 @@ LAYERS = [
     {"recipe"},
     {"footprint"},
     {"plan"},
+    {"tracing"},
     {"cuda", "cpu", "tensors"},
     {"device", "scan", "quant"},
     {"model", "data"},

@@ -26,9 +26,10 @@ from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import models, register_model
 
 intrinsic: Any = numba_intrinsic  # its type says nothing about the call from compiled code
-tiny = njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
-plain = njit(fastmath={"contract"}, error_model="numpy")
-summing = njit(fastmath={"contract", "reassoc"}, error_model="numpy")
+_options: Any = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+tiny = njit(fastmath={"contract"}, forceinline=True, **_options)
+plain = njit(fastmath={"contract"}, **_options)
+summing = njit(fastmath={"contract", "reassoc"}, **_options)
 
 i8, i16, i32, i64, f16, f32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
 

@@ -17,6 +17,7 @@ import torch
 
 from moai_core.cuda import driver, nvrtc
 from moai_core.cuda.driver import Kernel
+from moai_core.tracing import constant
 
 __all__ = ["FOLDER", "TYPES", "Kernel", "kernel", "why_not"]
 
@@ -50,7 +51,7 @@ def _no_gpu() -> str | None:
 
 
 @lru_cache(maxsize=64)
-@torch.compiler.assume_constant_result  # torch.compile asks once and doesn't look inside
+@constant  # torch.compile asks once and doesn't look inside
 def _refusal(index: int) -> str | None:
     if why := _no_gpu():
         return why

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moai_core.model import fused
+from moai_core.tracing import untraced
 
 IGNORED = -100
 
@@ -41,7 +42,7 @@ def shift_labels(labels: Tensor, seq_idx: Tensor | None) -> Tensor:
     return targets
 
 
-@torch.compiler.disable(reason="gradients are taken inside of the forward pass")
+@untraced("gradients are taken inside of the forward pass")
 def chunked_cross_entropy(
     hidden: Tensor, targets: Tensor, head: nn.Module, num_items: Tensor | int | None = None
 ) -> Tensor:

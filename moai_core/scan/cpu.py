@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moai_core import cpu
+from moai_core.tracing import untraced
 
 _KERNELS = "moai_core.scan.cpu_kernels"
 
@@ -30,7 +31,7 @@ def why_not(device: torch.device, dtype: torch.dtype, **needs: object) -> str | 
     return cpu.problem()
 
 
-@torch.compiler.disable(reason="its kernels are called by address")
+@untraced("its kernels are called by address")
 def scan(
     u: Tensor,
     dt: Tensor,
@@ -53,7 +54,7 @@ def scan(
     return y.to(u.dtype), last
 
 
-@torch.compiler.disable(reason="its kernels are called by address")
+@untraced("its kernels are called by address")
 def conv(
     u: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
