@@ -291,11 +291,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   wait_for_previous();
   let_next_begin();
   x += first_row * x_row;
-  if (rows == 1)
+  // As many loads at once as registers hold, for x is late already: it came after the first of W.
+  if (NT == 1 && rows == 1)
     fetch_x<1, 4>(x, x_row, norm, x_s, squares, 0, rows, (int)K, units, pass, warp, warps, lane);
+  else if (NT == 1 && rows <= 4)
+    fetch_x<4, 2>(x, x_row, norm, x_s, squares, 0, rows, (int)K, units, pass, warp, warps, lane);
   else
-    for (int m = 0; m < rows; m += 4)
-      fetch_x<4, 1>(x, x_row, norm, x_s, squares, m, rows, (int)K, units, pass, warp, warps, lane);
+    for (int m = 0; m < rows; m += 8)
+      fetch_x<8, 1>(x, x_row, norm, x_s, squares, m, rows, (int)K, units, pass, warp, warps, lane);
   __syncwarp();
 
   int x_lane[NT];  // where the lane's part of a row is in a unit of x; a row beyond the last is that, nobody reads its sum

@@ -277,3 +277,27 @@ def test_operators_under_tracing(device):
     torch.library.opcheck(cuda_ops.decode, (*prepared, 40, 128, *layout, B), test_utils=tests)
     ids = torch.tensor([3, 1], device=device)
     torch.library.opcheck(cuda_ops.gather, (ids, *prepared, 40, 128, *layout[:3], B), test_utils=tests)
+
+
+def test_layers_take_it_and_may_give_up_what_is_stored(device):
+    from moai_core.quant.linear import QuantEmbedding, QuantLinear, TiedHead
+
+    for spec in (Spec("int4", 64, False), Spec("int8", 0)):
+        stored, values = matrix(device, spec, 40, 192)
+        layer = QuantLinear(192, 40, spec).to(device)
+        for name, tensor in stored.items():
+            setattr(layer, name, tensor)
+        layer.kernel = "cuda"
+        x = draw(device, 2, 3, 192, dtype=B).requires_grad_()
+        y = layer(x)
+        judge(y.flatten(0, 1), x.detach().flatten(0, 1).double() @ values.double().t())
+        d_y = draw(device, 2, 3, 40, dtype=B)
+        (d_x,) = torch.autograd.grad(y, x, d_y)
+        judge(d_x, d_y.double() @ values.double(), factor=1.5)
+        layer.release(B)
+        assert layer.qweight.numel() == 0 and torch.equal(layer(x.detach()), y)
+    embedding = QuantEmbedding(40, 192, spec).to(device)
+    for name, tensor in stored.items():
+        setattr(embedding, name, tensor)
+    embedding.kernel = "cuda"
+    judge(TiedHead(embedding)(x.detach()).flatten(0, 1), x.detach().flatten(0, 1).double() @ values.double().t())
