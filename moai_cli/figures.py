@@ -51,7 +51,7 @@ class Bar:
     def __init__(self) -> None:
         self._bar = progress()
         self._task = self._bar.add_task("starting", total=None)
-        self._shown = time.monotonic()
+        self._shown, self._done = time.monotonic(), 0
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -64,6 +64,9 @@ class Bar:
         if event["event"] != "progress":
             return
         done, total, task = event["done"], event["total"], escape(event["task"])
+        if done < self._done:  # another count has begun
+            self._bar.reset(self._task, total=total)
+        self._done = done
         self._bar.update(self._task, description=task, completed=done, total=total)
         if not err.is_terminal and done < total and time.monotonic() - self._shown > 10:
             self._shown = time.monotonic()

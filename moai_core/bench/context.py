@@ -5,8 +5,8 @@
 A pure-Mamba model reads each document once with its state carried along, so that the last token may use all before it
 and memory stays the same; a transformer (the twin of moai_core/bench/twin.py) reads it in one piece. A model that uses
 its context gets cheaper with the position; one whose state wears out gets dearer again. Buckets double. Texts of one
-language are short in most collections: `join` lays documents end to end (each ends with its end token, and nothing is
-reset), which shows whether a long past harms, though little of it can help. Left out: positions of a training run.
+language are short in most collections: `join` lays documents end to end and resets nothing, which shows how much a
+long past of other matters harms, though little of it can help. Left out: positions of a training run.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def run(
     texts = score.read_texts(sources, words, tokens=tokens, join=joined, length=length, format=format)
     found = measure(loaded, texts, words, length=length, chunk=chunk, device=where, command=command, on_event=on_event)
     if joined:
-        found["notes"].append("documents of a language laid end to end, each with its end token; nothing is reset")
+        found["notes"].append("documents of a language laid end to end, a line end between them; nothing is reset")
     if contexts:
         found["contexts"] = by_context(loaded, texts, words, contexts=contexts, on_event=on_event)
         found["notes"] += lengths(texts, contexts)[1:]

@@ -293,13 +293,16 @@ class Progress:
 
     def __init__(self) -> None:
         self._began = self._shown = time.monotonic()
-        self._width = 0
+        self._width = self._done = 0
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Shows a `progress` event."""
         if event.get("event") != "progress":
             return
         now, done, total = time.monotonic(), event["done"], event["total"]
+        if done < self._done:  # another count has begun
+            self._began = now
+        self._done = done
         terminal = sys.stderr.isatty()
         if done >= total:
             self.clear()

@@ -116,8 +116,9 @@ def read_texts(
 ) -> list[Text]:
     """Documents by language: the source's name, else `language_of` its file.
 
-    tokens: at most so many a language. join: lay a language's documents end to end and cut them into texts of so many
-    tokens. length: keep so many tokens at the head of each. Raises DataError where nothing can be scored.
+    tokens: at most so many a language. join: lay a language's documents end to end, with a line end that isn't scored
+    in place of each end token (in training nothing ever follows one), and cut them into texts of so many tokens.
+    length: keep so many tokens at the head of each. Raises DataError where nothing can be scored.
     """
     files: dict[str, list[tuple[Path, str, str]]] = {}
     for source in sources:
@@ -128,6 +129,7 @@ def read_texts(
     for language, listed in files.items():
         found = list(_limited(_documents(language, listed, tokenizer, on_error), tokens))
         if join and found:
+            found = [_open_ended(one, tokenizer) for one in found]
             ids, counted = (np.concatenate([one[part] for one in found]) for part in (1, 2))
             cuts = range(0, len(ids), join)
             found = [Text(language, ids[at : at + join], counted[at : at + join]) for at in cuts]
@@ -153,6 +155,14 @@ def _documents(language: str, listed: list[tuple[Path, str, str]], tokenizer: An
         for ids, flags in whole_documents([file], tokenizer, kind, problems, None, turns == "all"):
             counted = np.ones(len(ids), dtype=bool) if flags is None else np.asarray(flags, dtype=bool)
             yield Text(language, ids.astype(np.int64), counted)
+
+
+def _open_ended(text: Text, tokenizer: Any) -> Text:
+    """The text with a line end where its end token is."""
+    line = np.array(tokenizer("\n", add_special_tokens=False)["input_ids"], dtype=np.int64)
+    keep = len(text.ids) - int(text.ids[-1] == tokenizer.eos_token_id)
+    counted = np.concatenate([text.counted[:keep], np.zeros(len(line), dtype=bool)])
+    return Text(text.language, np.concatenate([text.ids[:keep], line]), counted)
 
 
 def _limited(texts: Iterator[Text], tokens: int | None) -> Iterator[Text]:

@@ -113,9 +113,12 @@ def test_texts_are_limited_joined_and_cut(tokenizer, tmp_path):
     source = [Source(path=str(tmp_path / "ja.jsonl"))]
     plain = score.read_texts(source, tokenizer)
     assert len(plain) == 20 and all(text.ids[-1] == tokenizer.eos_token_id for text in plain)
-    every = np.concatenate([text.ids for text in plain])
+    line = tokenizer("\n")["input_ids"]
+    every = np.concatenate([[*text.ids[:-1], *line] for text in plain])
     joined = score.read_texts(source, tokenizer, join=32)
-    assert np.array_equal(np.concatenate([text.ids for text in joined]), every[: sum(len(t.ids) for t in joined)])
+    ids, counted = (np.concatenate([text[part] for text in joined]) for part in (1, 2))
+    assert np.array_equal(ids, every[: len(ids)])
+    assert np.array_equal(counted, ids != line[0])
     assert {len(text.ids) for text in joined[:-1]} == {32}
     assert sum(len(text.ids) for text in score.read_texts(source, tokenizer, tokens=33)) == 33
     assert max(len(text.ids) for text in score.read_texts(source, tokenizer, length=3)) == 3
