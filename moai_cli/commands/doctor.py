@@ -1,4 +1,5 @@
-"""`moai doctor`: versions, devices, which scan runs and whether it computes the right numbers, memory and disk."""
+"""`moai doctor`: versions, devices, which scan and which quantized product runs and whether they compute the right
+numbers, memory and disk."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def doctor(
 ) -> None:
     """Check the installation and this machine; the exit code is 1 when something is broken.
 
-    Runs every scan backend that works here against a float64 reference, forward and backward.
+    Runs every scan backend that works here against a float64 reference, forward and backward, and the product that each
+    quantized format gets.
 
     Examples:
 
@@ -32,7 +34,9 @@ def doctor(
     import secrets
 
     report = _examine(secrets.randbits(32) if seed is None else seed)
-    broken = [one for key in ("versions", "folders", "self_test") for one in report[key] if one["ok"] is False]
+    broken = [
+        one for key in ("versions", "folders", "self_test", "products") for one in report[key] if one["ok"] is False
+    ]
     if json:
         print_json({"ok": not broken, **report})
     else:
@@ -49,9 +53,16 @@ def _examine(seed: int) -> dict[str, Any]:
     from moai_core.bench import install
 
     report: dict[str, Any] = {"moai": __version__, "seed": seed, "versions": list(install.versions())}
-    report |= {"devices": [], "backends": [], "fallbacks": [], "self_test": [], "folders": list(install.folders())}
+    report |= {
+        "devices": [],
+        "backends": [],
+        "fallbacks": [],
+        "self_test": [],
+        "products": [],
+        "folders": list(install.folders()),
+    }
     try:
-        from moai_core.bench import selftest
+        from moai_core.bench import selftest, selftest_products
     except (ImportError, OSError) as exc:
         # A torch that is missing or doesn't load is a finding like any other.
         found = {"version": None, "ok": False, "why": f"can't be imported: {exc}", "hint": "pip install moai"}
@@ -62,6 +73,7 @@ def _examine(seed: int) -> dict[str, Any]:
         report["backends"] += selftest.backends(device["name"])
         report["fallbacks"] += [line for line in [selftest.fallback(device["name"])] if line]
         report["self_test"] += selftest.self_tests(device["name"], seed)
+        report["products"] += selftest_products.products(device["name"], seed)
     return report
 
 
@@ -91,6 +103,18 @@ def _show(report: dict[str, Any]) -> None:
         for t in report["self_test"]
     ]
     table(("self-test", "operation", "backend", "", "forward", "backward", "allowed", ""), tests, right=(4, 5, 6))
+    console.print()
+    products = [
+        (
+            f"{p['device']} {p['dtype']}",
+            p["format"],
+            _MARKS[p["ok"]],
+            f"{p['forward']:.1e}",
+            p["why"] or p["description"],
+        )
+        for p in report["products"]
+    ]
+    table(("quantized", "format", "", "error", "multiplied by"), products, right=(3,))
     console.print(f"errors relative to float64; seed {report['seed']}", style="dim")
     console.print()
     folders = [(f["name"], f["path"], _gib(f["free"]), _MARKS[f["ok"]], _reason(f)) for f in report["folders"]]

@@ -27,6 +27,9 @@ def test_it_reports_and_passes(moai):
     assert all(b["why_not"] for b in report["backends"] if not b["picked"])
     tested = {(t["operation"], t["backend"]) for t in report["self_test"]}
     assert set(picked[:-1]) <= tested and all(t["ok"] and 0 < t["backward"] < 1e-5 for t in report["self_test"])
+    products = {p["format"]: p for p in report["products"] if p["device"] == "cpu"}
+    assert {"int4", "int8", "fp8", "nvfp4", "nf4"} <= set(products) and all(p["ok"] for p in products.values())
+    assert "fp8" in products["fp8"]["description"] and products["fp8"]["why_not"]["scaled_mm"]
     code, out, _ = moai("doctor", "--seed", "3")
     assert code == 0 and "picked" in out and "errors relative to float64; seed 3" in out
 
