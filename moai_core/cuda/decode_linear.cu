@@ -1,11 +1,12 @@
 // moai: kernels decode_linear
-// moai: macros T=bf16 R=bf16 FORMAT=Plain GROUP=0 ZEROS=0 S=float NT=1 RT=1 SLICES=1 SOURCE=1 RESULT=3 KC=4 DEPTH=8
-// moai: macros T=bf16 R=float FORMAT=Int4 GROUP=128 ZEROS=0 S=fp16 NT=1 RT=1 SLICES=4 SOURCE=0 RESULT=1 KC=4 DEPTH=8
-// moai: macros T=bf16 R=bf16 FORMAT=Plain GROUP=0 ZEROS=0 S=float NT=8 RT=4 SLICES=1 SOURCE=2 RESULT=2 KC=4 DEPTH=3
+// moai: macros T=bf16 R=bf16 FORMAT=Plain GROUP=0 ZEROS=0 S=float NT=1 RT=1 SLICES=1 SOURCE=1 RESULT=3 KC=4 DEPTH=6
+// moai: macros T=bf16 R=float FORMAT=Int4 GROUP=128 ZEROS=0 S=fp16 NT=1 RT=1 SLICES=4 SOURCE=0 RESULT=1 KC=4 DEPTH=6
+// moai: macros T=bf16 R=bf16 FORMAT=Plain GROUP=0 ZEROS=0 S=float NT=8 RT=4 SLICES=1 SOURCE=2 RESULT=2 KC=4 DEPTH=2
 // moai: macros T=fp16 R=fp16 FORMAT=Int8 GROUP=0 ZEROS=0 S=fp16 NT=2 RT=2 SLICES=1 SOURCE=2 RESULT=0 KC=4 DEPTH=4
-// moai: macros T=bf16 R=bf16 FORMAT=Int4 GROUP=32 ZEROS=1 S=fp16 NT=1 RT=1 SLICES=1 SOURCE=1 RESULT=2 KC=4 DEPTH=8
+// moai: macros T=bf16 R=bf16 FORMAT=Int4 GROUP=32 ZEROS=1 S=fp16 NT=1 RT=1 SLICES=1 SOURCE=1 RESULT=2 KC=4 DEPTH=6
 // moai: macros T=bf16 R=bf16 FORMAT=Fp8 GROUP=0 ZEROS=0 S=float NT=4 RT=2 SLICES=4 SOURCE=2 RESULT=4 KC=4 DEPTH=4
-// moai: macros T=float R=float FORMAT=Plain GROUP=0 ZEROS=0 S=float NT=1 RT=1 SLICES=1 SOURCE=1 RESULT=3 KC=4 DEPTH=8
+// moai: macros T=bf16 R=bf16 FORMAT=Int4 GROUP=128 ZEROS=0 S=fp16 NT=4 RT=2 SLICES=1 SOURCE=2 RESULT=2 KC=4 DEPTH=2
+// moai: macros T=float R=float FORMAT=Plain GROUP=0 ZEROS=0 S=float NT=1 RT=1 SLICES=16 SOURCE=0 RESULT=4 KC=4 DEPTH=6
 //
 // out = W x for the rows of a batch that generates: one matrix product of the model's step for one token, with what
 // stands before it and behind it. Reading W is nearly all there is to do.
@@ -342,11 +343,11 @@ DEVICE void put_piece(Words* xs, int stride, int64 m, int piece, const Words& w)
   xs[m * stride + (chunk * XV + j) * 4 + t] = Format::arranged(w);
 }
 
-// As it is, zeros behind K.
-DEVICE void take_vectors(Words* xs, int stride, int pieces, const T* x, int64 K, int64 batch) {
-  for (int64 i = threadIdx.x; i < batch * pieces; i += THREADS) {
-    const int64 m = i / pieces, column = i % pieces * PER_16;
-    put_piece(xs, stride, m, (int)(i % pieces), column < K ? load_fresh(x + m * K + column) : Words{});
+// As it is, zeros behind K: `pieces` of each row from `first` on.
+DEVICE void take_vectors(Words* xs, int stride, int first, int pieces, const T* x, int64 K, int64 batch) {
+  for (int i = threadIdx.x; i < batch * pieces; i += THREADS) {
+    const int64 m = i / pieces, column = (int64)(first + i % pieces) * PER_16;
+    put_piece(xs, stride, m, first + i % pieces, column < K ? load_fresh(x + m * K + column) : Words{});
   }
 }
 
@@ -434,7 +435,9 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
     }
   } else {
     if constexpr (SOURCE == 1) norm_vectors(xs, stride, pieces, residual, norm_weight, scratch, K, batch, eps);
-    else take_vectors(xs, stride, pieces, x, K, batch);
+    else if (PER_UNIT == 1 && gridDim.x == units)  // one unit a block: one slice of x
+      take_vectors(xs, stride, (int)(blockIdx.x % UNITS_A_GROUP) * slice * 4 * XV, slice * 4 * XV, x, K, batch);
+    else take_vectors(xs, stride, 0, pieces, x, K, batch);
     __syncthreads();
   }
 

@@ -110,8 +110,10 @@ class Decoder:
             partial += [] if m is None else [kernels.slices_of(m, kernels.RESIDUAL) * c.hidden_size]
         self.residual = make(rows, c.hidden_size, dtype=self.stream)
         self.x = make(rows, c.hidden_size, dtype=self.dtype)
-        self.u, self.z, self.y = (make(rows, c.inner_size, dtype=self.dtype) for _ in range(3))
-        self.product = make(rows, c.intermediate_size, dtype=self.dtype)
+        self.u, self.z = (make(rows, c.inner_size, dtype=self.dtype) for _ in range(2))
+        # Where they are rotated, always so many rows: a row's bits mustn't depend on their number.
+        self.y = make(WIDTHS[-1], c.inner_size, dtype=self.dtype)
+        self.product = make(WIDTHS[-1], c.intermediate_size, dtype=self.dtype)
         self.mixed, self.mixes, self.sums = make(rows, width), make(rows * partial[0]), make(rows * max(partial))
         self.logits = make(rows, c.vocab_size, dtype=self.dtype)
         slices = -(-self.known // _SLICE)
@@ -218,7 +220,7 @@ class Decoder:
         shared = 8 * (c.time_step_rank + 2 * c.state_size) * 4
         steps.append(Launch(self._kernel("decode_scan", MIXED=int(wide)), grid, 256, args, shared))
         if layer.rotation is not None:
-            steps.append(_in_place(layer.rotation, y))
+            steps.append(_in_place(layer.rotation, self.y))
         return self._add(steps, layer.out_proj, y, common)
 
     def _ffn(self, steps: Step, layer: Layer, width: int, pending: Tensor | None) -> Tensor | None:
@@ -235,7 +237,7 @@ class Decoder:
             **self._stream_of(layer.ffn_norm, width),
         )
         if layer.down_rotation is not None:
-            steps.append(_in_place(layer.down_rotation, product))
+            steps.append(_in_place(layer.down_rotation, self.product))
         return self._add(steps, layer.down, product, common)
 
     def _add(self, steps: Step, m: Matrix, x: Tensor, common: dict[str, Any]) -> Tensor | None:

@@ -225,9 +225,11 @@ def _division(
     that a block takes at once. ValueError where even the least doesn't fit."""
     ring = source == RING
     nt = next(n for n in (1, 2, 4, 8) if rows <= 8 * n) if ring else 1
-    choices = [t for t in (WIDE_TILES, 2, 1) if m.format == "Plain" or t <= 2] if ring else [1]
-    if result == PARTIAL and not ring:
-        choices = [2]
+    most = 1 if not ring or m.zeros is not None else WIDE_TILES if m.format == "Plain" else 2
+    # The more tiles, the less often x is read, as long as nearly every multiprocessor has something to do.
+    tiles = -(-m.rows // (8 if result == SWIGLU else 16)) * (slices if result == PARTIAL else 1)
+    busy = 0.9 * multiprocessors(m.weight.device)
+    choices = [t for t in (4, 2, 1) if t <= most and (t == 1 or tiles // t >= busy)]
     vectors = _columns(m, dtype) * dtype.itemsize // 16
     row = m.chunks * 4 * vectors
     kept = 0 if ring else rows * (row if row % 8 else row + 4) * 16
