@@ -98,8 +98,7 @@ def convert(
         legacy.refuse(format)
     if trim_vocab:
         _trim(source)
-    if to not in QUANTIZED:
-        _decode(source, keep=to == "moai" and outtype is None, exact=outtype is None)
+    _decode(source, options)
     options = options if to == "gguf" else Options(to, _cast(source, options))
     if not any(name in source.files for name in hf.TOKENIZER):
         source.notes.append("no tokenizer was found beside the model: copy its files into the result")
@@ -206,13 +205,16 @@ def _name(src: str | os.PathLike[str], path: Path) -> str:
 # ---- changes that no format needs to know --------------------------------------------------------
 
 
-def _decode(source: Source, *, keep: bool, exact: bool) -> None:
-    """Makes plain numbers of quantized matrices, or keeps those that moai can hold; `exact`: in fp32."""
+def _decode(source: Source, options: Options) -> None:
+    """Makes plain numbers of quantized matrices (in fp32, where no type is asked for), unless the target holds them."""
+    if options.format in QUANTIZED:
+        return
+    keep = options.format == "moai" and options.outtype is None
     if note := packed.note(source.tensors, kept=keep):
         source.notes.append(note)
     if not keep:
         packed.forget(source.tensors)
-    if exact:
+    if options.outtype is None:
         packed.uniform(source.tensors)
 
 

@@ -57,7 +57,13 @@ def note(device: torch.device | str) -> str:
     device = torch.device(device)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _BLACKWELL:
         return "fp4 is a storage format here: FP4 units multiply FP4 by FP4, moai's activations are wider"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else "a processor"
+        if device.type == "cpu"
+        else device.type
+    )
     return f"fp4 is a storage format here: {name} has no FP4 units, the weights are decoded for each product"
 
 

@@ -9,6 +9,7 @@ from moai_core.errors import UsageError
 from moai_core.quant import bitsandbytes as kernel
 from moai_core.quant import bnb
 from moai_core.quant.formats import FORMATS, Spec
+from moai_core.quant.linear import QuantEmbedding
 
 SPECS = {"nf4": Spec("nf4", 0), "nf4_double": Spec("nf4_double", 0), "bnb8": Spec("bnb8", 0)}
 SHAPES = [(48, 192), (7, 64), (130, 704)]
@@ -115,6 +116,18 @@ def test_wrong_specs_shapes_and_weights_are_refused(name):
             format.check(spec, 8, 96)
     with pytest.raises(UsageError, match="NaN or infinite"):
         format.encode(spec, torch.full((2, 64), torch.nan))
+
+
+def test_an_embedding_takes_formats_whose_rows_stand_alone():
+    ids = torch.tensor([[5, 0], [47, 5]])
+    for name, spec in SPECS.items():
+        if name == "nf4_double":
+            with pytest.raises(UsageError, match="nf4_double can't be an embedding"):
+                QuantEmbedding(48, 192, spec)
+            continue
+        layer, w = QuantEmbedding(48, 192, spec), weight((48, 192))
+        layer.load_state_dict(FORMATS[name].encode(spec, w))
+        assert torch.equal(layer(ids), layer.weight_values()[ids])
 
 
 # ---- the kernel
