@@ -255,7 +255,8 @@ def _moai(path: Path, quantization: Any, found: Mapping[str, Lazy]) -> dict[str,
     into the columns that read it: what comes out is a plain model's."""
     if (path / ADAPTERS).exists():
         raise CheckpointError(
-            f"{path}: has LoRA adapters, which can't be converted", hint="merge them first: `moai qat --help`"
+            f"{path}: has LoRA adapters, which can't be converted",
+            hint="convert RUN/merged, which `moai qat --merge` writes",
         )
     names = {n.rpartition(".")[0] for n, lazy in found.items() if len(lazy.shape) == 2 and "." in n}
     try:
