@@ -63,7 +63,7 @@ DEVICE Row row_of(const T* logits, const unsigned char* seen, const double* temp
 template <class F>
 DEVICE void each_token(const Row& r, int64 begin, int64 end, int thread, int threads, F f) {
   const bool whole = r.V % PIECE == 0;
-#pragma unroll 2
+#pragma unroll 1  // more of them cost seconds of compilation
   for (int64 id = begin + (int64)thread * PIECE; id < end; id += (int64)threads * PIECE) {
     Vec<T, PIECE> x;
     if (whole) {

@@ -72,6 +72,7 @@ class Decoder:
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is made here is also changed outside of that mode
     def reserve(self, rows: int) -> None:
         """Have room for so many rows (at most `most`); those that are there stay."""
         if rows <= self.capacity:
@@ -157,6 +158,7 @@ class Decoder:
         if (width, turn) not in self._graphs:
             self._graphs[width, turn] = self._record(width, turn)
         self._graphs[width, turn]()
+        self.host[turn, :width].copy_(self.counts[0, :width], non_blocking=True)
         self.turn = 1 - turn
         return turn
 
@@ -175,7 +177,6 @@ class Decoder:
         )  # fmt: skip
         if sample:
             steps += self._sample(width)
-            steps.append(lambda: _ignore(self.host[turn, :width].copy_(self.counts[0, :width], non_blocking=True)))
         return steps
 
     def _stream_of(self, norm: Tensor, width: int) -> dict[str, Any]:
@@ -308,10 +309,6 @@ class Decoder:
         with torch.cuda.device(self.device), torch.cuda.graph(graph):
             run(steps, overlap=self.overlap)
         return graph.replay
-
-
-def _ignore(_: object) -> None:
-    """For a lambda that is called for what it does."""
 
 
 def _in_place(rotation: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
