@@ -16,8 +16,14 @@ from moai_core.training import StopFlag, train
 
 SIZES = [
     {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "state_size": 8, "vocab_size": 6144},
-    {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16, "vocab_size": 16384},
-    {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 12, "tie_word_embeddings": True},
+    {"hidden_size": 384, "intermediate_size": 896, "num_hidden_layers": 12, "vocab_size": 12288},
+    {
+        "hidden_size": 256,
+        "intermediate_size": 640,
+        "num_hidden_layers": 6,
+        "tie_word_embeddings": True,
+        "vocab_size": 8000,
+    },
     {"hidden_size": 192, "ffn": "none", "num_hidden_layers": 9, "vocab_size": 3000},
     {"hidden_size": 40, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 97, "dt_bc_norm": False},
 ]
