@@ -58,12 +58,12 @@ def folder(path: Path) -> dict[str, Any]:
     everywhere."""
     storage.verify(path)
     made = report.read(path)
-    held = {part: {line for _, line in _lines(path, part)} for part in ("valid", "calib")}
+    spared = {source["name"] for source in made["sources"] if source["lang"] == "code"}
+    held = {part: {line for name, line in _lines(path, part) if name not in spared} for part in ("valid", "calib")}
     errors: list[MoaiError] = []
     if shared := len(held["valid"] & held["calib"]):
         errors.append(DataError(f"{path}: {shared} lines stand in both valid and calib"))
     every = held["valid"] | held["calib"]
-    spared = {source["name"] for source in made["sources"] if source["lang"] == "code"}
     found: dict[str, int] = {}
     lines = 0
     for source, line in _lines(path, "train"):
