@@ -1,9 +1,10 @@
-"""llama.cpp in a process of its own, for cpu_quant.py: `python cpu_llama.py FILE THREADS EXTRA` answers lines.
+"""llama.cpp in a process of its own, for cpu_quant.py: `python cpu_llama.py FILE THREADS LAYOUT` answers lines.
 
     "512 0"  reads 512 tokens from a zero state;  "0 32"  decodes 32 more, one at a time
-and answers the seconds that it took. Only the last token's logits are asked for. EXTRA 1 lets llama.cpp repack the
-weights for the processor, which crashes some versions: then the process ends, and the caller starts one with 0. It
-imports nothing of moai.
+and answers the seconds that it took. Only the last token's logits are asked for. LAYOUT: `amx` lets llama.cpp repack
+the weights as it likes, `repacked` for vector instructions only, `plain` leaves them as they lie in the file. On
+processors with AMX some versions crash with `amx`: then the process ends, and the caller starts another. It imports
+nothing of moai.
 """
 
 from __future__ import annotations
@@ -15,18 +16,32 @@ import time
 from typing import Any
 
 
+class _Stack(ctypes.Structure):
+    _fields_ = (("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t))
+
+
+def without_amx() -> None:
+    """Linux gives a process AMX's registers only if its signal stack has room for them: this one hasn't."""
+    stack = _Stack(ctypes.cast(ctypes.create_string_buffer(8192), ctypes.c_void_p), 0, 8192)
+    without_amx.kept = stack  # type: ignore[attr-defined]
+    if ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None):
+        raise OSError("sigaltstack failed")
+
+
 class Model:
     """A GGUF file loaded on the CPU, and one sequence in it."""
 
-    def __init__(self, path: str, threads: int, extra: bool) -> None:
+    def __init__(self, path: str, threads: int, layout: str) -> None:
         import llama_cpp
 
+        if layout == "repacked":
+            without_amx()
         self.api: Any = llama_cpp
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
-        model.n_gpu_layers, model.use_extra_bufts = 0, extra
+        model.n_gpu_layers, model.use_extra_bufts = 0, layout != "plain"
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), model)
         if not self.model:
             raise ValueError("llama.cpp doesn't load the file")
@@ -67,7 +82,7 @@ def main() -> None:
     """Answers until standard input ends."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get between the answers
-    model = Model(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1")
+    model = Model(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     for line in sys.stdin:
         prompt, decoded = map(int, line.split())
         print(model.timed(prompt, decoded), file=out, flush=True)
