@@ -2,7 +2,8 @@
 
 A merge that was learnt from a handful of places is noise, and an id that a training text hardly has gets an embedding
 that nobody trained. How often a merge was seen when it was learnt follows from the ids of the finished tokenizer: it is
-as often applied, and its product is in the text either as it is or inside the tokens that were made of it later.
+as often applied, and its product is in the text either as it is or inside the tokens that were made of it later. (In a
+line of dashes pairs overlap, and are seen twice as often as they can be merged: hence one in a hundred is forgiven.)
 """
 
 from __future__ import annotations
@@ -76,5 +77,5 @@ def report(merges: list[tuple[int, int, int]], counts: np.ndarray) -> dict[str, 
             f"seen_under_{SEEN}": int((last < SEEN).sum()),
         },
         "ids": {f"used_under_{USED}": int((used < USED).sum()), "never_used": int((used == 0).sum())},
-        "healthy": bool(len(last)) and int((last < SEEN).sum()) == 0,
+        "healthy": bool(len(last)) and int((last < SEEN).sum()) <= len(last) // 100,
     }
