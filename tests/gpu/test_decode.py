@@ -45,7 +45,7 @@ QUANTIZED = {
 }
 
 
-def make(device, dtype=torch.float32, *, quantization=None, seed=0, **fields):
+def make(device, dtype=torch.float32, *, quantization=None, extras=None, seed=0, **fields):
     shape = {
         "vocab_size": 400,
         "hidden_size": 64,
@@ -57,7 +57,7 @@ def make(device, dtype=torch.float32, *, quantization=None, seed=0, **fields):
     }
     torch.manual_seed(seed)
     if quantization is not None:
-        fields["quantization"] = {"method": "rtn", "modules": quantization}
+        fields["quantization"] = {"method": "rtn", "modules": quantization, **(extras or {})}
     model = MoaiMambaForCausalLM(MoaiMambaConfig(**{**shape, **fields})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -68,6 +68,9 @@ def make(device, dtype=torch.float32, *, quantization=None, seed=0, **fields):
                 weight = 0.2 * torch.randn(module.out_features, module.in_features)
                 for name, tensor in FORMATS[module.spec.format].encode(module.spec, weight).items():
                     getattr(module, name).copy_(tensor)
+        for name, buffer in model.named_buffers():
+            if name.endswith("conv_scale"):
+                buffer.copy_(1 + 0.3 * torch.rand_like(buffer))
     return model.to(dtype).to(device)
 
 
@@ -146,6 +149,20 @@ def test_a_quantized_step_is_as_exact_as_the_stored_numbers(device, name):
     want = plain(exact, ids, 5)[0]
     got, theirs = follow(model, ids, 5, 2)[0], plain(model, ids, 5)[0]
     assert relative(got, want) < 1.2 * relative(theirs, want) + 1e-4
+
+
+def test_rotations_and_the_scale_behind_the_convolution(device):
+    """Of GPTQ with a rotation and of AWQ; a row's bits stay its own."""
+    extras = {"rotate": ["out_proj"], "conv_scale": True}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    model = make(device, torch.bfloat16, quantization=QUANTIZED["int4"], extras=extras, **sizes)
+    exact = make(device, torch.bfloat16, quantization=QUANTIZED["int4"], extras=extras, **sizes).float()
+    assert model.model.layers[0].mamba.out_proj.rotation is not None
+    ids = ids_of(model, 10, 7)
+    want = plain(exact, ids[:2], 5)[0]
+    got, theirs = follow(model, ids[:2], 5, 2)[0], plain(model, ids[:2], 5)[0]
+    assert relative(got, want) < 1.2 * relative(theirs, want) + 1e-4
+    assert torch.equal(follow(model, ids, 5, 10)[0][:, :2], got)
 
 
 # ---- company ----------------------------------------------------------------------------------------------------------
