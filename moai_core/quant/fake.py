@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moai_core.errors import UsageError
+from moai_core.quant import hadamard
 from moai_core.quant.formats import FORMATS, Spec, codes4, codes8, grouped, pack4, rounded, unpack4
 from moai_core.quant.linear import QuantEmbedding, QuantLinear, quantized, replace, retie
 
@@ -36,6 +37,7 @@ class FakeQuantLinear(nn.Module):
         shape = self.stored["scales"][0]
         self.scales = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.zeros = nn.Parameter(torch.empty(shape, dtype=torch.float32)) if "zeros" in self.stored else None
+        self.rotation: nn.Module | None = None  # of the inputs, as QuantLinear's
 
     @torch.no_grad()
     def start(self, weight: Tensor, tensors: Mapping[str, Tensor] | None = None) -> FakeQuantLinear:
@@ -50,6 +52,7 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype (or autocast's)."""
+        x = x if self.rotation is None else self.rotation(x)
         return F.linear(x, fake_quantize(self.weight, self.scales, self.zeros, self.spec).to(x.dtype))
 
     @torch.no_grad()
@@ -107,9 +110,11 @@ class ScaledQuantLinear(nn.Module):
         self.register_buffer("qweight", found["qweight"])
         self.scales = nn.Parameter(found["scales"].float())
         self.zeros = nn.Parameter(found["zeros"].float()) if "zeros" in found else None
+        self.rotation = source.rotation
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype. No more than one weight of full size exists at a time."""
+        x = x if self.rotation is None else self.rotation(x)
         return _Scaled.apply(x, self.qweight, self.scales, self.zeros, self.spec)
 
     @torch.no_grad()
@@ -246,4 +251,7 @@ def _faked(layer: QuantLinear, master: Tensor | None) -> FakeQuantLinear:
         new: FakeQuantLinear = FakeQuantEmbedding(layer.num_embeddings, layer.embedding_dim, layer.spec)
     else:
         new = FakeQuantLinear(layer.in_features, layer.out_features, layer.spec)
+    new.rotation = layer.rotation
+    if master is not None and layer.rotation is not None:
+        master = hadamard.fold(master.float())
     return new.start(layer.weight_values() if master is None else master, layer.tensors())

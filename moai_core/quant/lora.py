@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moai_core import storage, tensors
 from moai_core.errors import CheckpointError, UsageError
+from moai_core.quant import hadamard
 from moai_core.quant.formats import FORMATS
 from moai_core.quant.linear import QuantLinear
 
@@ -123,6 +124,12 @@ def read(folder: Path, model: nn.Module, device: Any = "cpu") -> None:
         wanted[name].data = tensor.to(device)
 
 
+def plain_weight(layer: QuantLinear) -> Tensor:
+    """(out, in) fp32: what a layer multiplies its inputs with, a rotation of them included."""
+    weight = layer.weight_values()
+    return weight if layer.rotation is None else hadamard.unfold(weight)
+
+
 @torch.no_grad()
 def merge(model: nn.Module, *, dtype: torch.dtype | None) -> None:
     """Makes W + alpha / rank * B A of every adapted matrix, in place.
@@ -136,10 +143,11 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None) -> None:
     for name, layer in adapted:
         base = layer.get_base_layer()
         quantized = isinstance(base, QuantLinear)
-        weight = base.weight_values() if quantized else base.weight.float()
+        weight = plain_weight(base) if quantized else base.weight.float()
         weight = weight + layer.get_delta_weight("default").float()
         if quantized and dtype is None:
-            base.load_state_dict(FORMATS[base.spec.format].encode(base.spec, weight))
+            turned = weight if base.rotation is None else hadamard.fold(weight)
+            base.load_state_dict(FORMATS[base.spec.format].encode(base.spec, turned))
             base._prepared = {}
         else:
             plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")

@@ -304,13 +304,19 @@ def _plain(model: Any, dtype: torch.dtype) -> None:
     """Nothing quantized is left: embedding and head as plain modules too."""
     for name, layer in linear.quantized(model).items():
         parent, _, leaf = name.rpartition(".")
-        weight = torch.nn.Parameter(layer.weight_values(dtype))
+        weight = torch.nn.Parameter(lora.plain_weight(layer).to(dtype))
         if isinstance(layer, linear.QuantEmbedding):
             new: Any = torch.nn.Embedding(layer.out_features, layer.in_features, device="meta")
         else:
             new = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         new.weight = weight
         setattr(model.get_submodule(parent), leaf, new)
+    for layer in model.model.layers:
+        if (scale := layer.mamba.conv_scale) is not None:
+            # AWQ's vector goes back into the columns of the two that read what it scales.
+            for reader in (layer.mamba.x_proj, layer.mamba.out_proj):
+                reader.weight = torch.nn.Parameter((reader.weight.float() * scale).to(dtype))
+            layer.mamba.conv_scale = None
     if isinstance(model.lm_head, linear.TiedHead):
         head = model.lm_head
         model.lm_head = torch.nn.Linear(head.in_features, head.out_features, bias=False, device="meta")

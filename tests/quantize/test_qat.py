@@ -186,3 +186,49 @@ def test_planned_memory_is_what_a_model_holds(start, tmp_path, mode, tied):
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     planned = qat.memory(wanted, options)
     assert planned == {"weights": sum(held.values()), "gradients": trained, "optimizer": 2 * trained}
+
+
+@pytest.fixture(scope="module")
+def turned(start, tmp_path_factory):
+    """The parent, quantized with a rotation and with AWQ's vector after the convolution."""
+    from moai_core import storage
+    from moai_core.quantize.calibrate import from_tokens
+    from moai_core.quantize.disk import quantize_folder
+
+    _, parent = start
+    folder = tmp_path_factory.mktemp("turned")
+    data = torch.randint(0, 500, (8, 32))
+    made = {}
+    for name, settings in (
+        ("rotated", Settings("gptq", group_size=32, rotate=True)),
+        ("awq", Settings("awq", group_size=32)),
+    ):
+        quantize_folder(parent, folder / name, settings, calibration=lambda: from_tokens(data))
+        assert (folder / name / storage.MANIFEST).exists()
+        made[name] = folder / name
+    return made
+
+
+@pytest.mark.parametrize("name", ["rotated", "awq"])
+@pytest.mark.parametrize("mode", ["full", "scales", "qlora"])
+def test_a_rotation_and_a_scale_stay_through_training(start, turned, tmp_path, name, mode):
+    recipe, _ = start
+    ids = torch.randint(0, 500, (2, 24))
+    before = checkpoint.load_model(turned[name])
+    linear.set_kernel(before, "dequantize")
+    model = qat.prepare(checkpoint.load_model(turned[name]), qat.Options(mode, SETTINGS, rank=4))
+    linear.set_kernel(model, "dequantize")
+    want = before(ids).logits
+    torch.testing.assert_close(model.eval()(ids).logits, want, rtol=1e-4, atol=1e-4)
+    qat.qat(
+        recipe("train.steps=2"), qat.Options(mode, SETTINGS, rank=4), model_path=turned[name], output=tmp_path / "run"
+    )
+    trained = checkpoint.load_model(tmp_path / "run")
+    linear.set_kernel(trained, "dequantize")
+    got = trained(ids).logits.detach()
+    assert 0 < float((got - want).norm() / want.norm()) < 0.5
+    if mode == "qlora":
+        for dtype, close in ((torch.float32, 1e-4), (None, 0.3)):
+            merged = checkpoint.load_model(qat.merge(tmp_path / "run", tmp_path / f"merged {dtype}", dtype=dtype))
+            linear.set_kernel(merged, "dequantize")
+            assert float((merged(ids).logits.detach() - got).norm() / got.norm()) < close
