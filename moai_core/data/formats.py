@@ -38,7 +38,7 @@ def read_records(path: Path, ending: str, problems: Problems) -> Iterator[tuple[
     """`(file, line, value)` for each record of a file of records; `ending` is its format."""
     if ending == ".parquet":
         return _parquet(path, problems)
-    blocks = _blocks(path, problems)
+    blocks = read_blocks(path, problems)
     if ending in (".csv", ".tsv"):
         return _rows(path, blocks, "\t" if ending == ".tsv" else ",", problems)
     if ending == ".json":
@@ -59,7 +59,7 @@ def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
 # ---- bytes ---------------------------------------------------------------------------------------------------------
 
 
-def _blocks(path: Path, problems: Problems) -> Iterator[bytes]:
+def read_blocks(path: Path, problems: Problems) -> Iterator[bytes]:
     """The decompressed bytes of a file in blocks, without a byte order mark. Raises DataError for a damaged or
     truncated archive.
     """
@@ -115,7 +115,7 @@ def _inflate(path: Path, read: Callable[[], bytes]) -> Iterator[bytes]:
         )
 
 
-def _lines(path: Path, blocks: Iterable[bytes]) -> Iterator[tuple[int, int, bytes]]:
+def split_lines(path: Path, blocks: Iterable[bytes]) -> Iterator[tuple[int, int, bytes]]:
     """`(line number, byte offset, line without its end)`; a line over MAX_RECORD raises DataError."""
     number, offset, rest = 1, 0, b""
     for block in blocks:
@@ -133,7 +133,7 @@ def _lines(path: Path, blocks: Iterable[bytes]) -> Iterator[tuple[int, int, byte
         yield number, offset, rest
 
 
-def _decode(raw: bytes, offset: int) -> str:
+def decode(raw: bytes, offset: int) -> str:
     """`raw` as text. Raises BadRecord naming the byte offset in the file of what is not UTF-8 text."""
     if (nul := raw.find(b"\0")) >= 0:
         raise BadRecord(f"byte {offset + nul} is NUL: a binary file?")
@@ -148,11 +148,11 @@ def _decode(raw: bytes, offset: int) -> str:
 
 def _lines_json(path: Path, blocks: Iterable[bytes], problems: Problems) -> Iterator[tuple[str, int, Any]]:
     name = str(path)
-    for number, offset, raw in _lines(path, blocks):
+    for number, offset, raw in split_lines(path, blocks):
         if not raw.strip():
             continue
         try:
-            record = _parse(_decode(raw, offset + problems.origin))
+            record = _parse(decode(raw, offset + problems.origin))
         except BadRecord as exc:
             problems.bad(name, number, str(exc))
             continue
@@ -261,7 +261,7 @@ def _array(path: Path, blocks: Iterator[bytes]) -> Iterator[tuple[str, int, Any]
 
 def _rows(path: Path, blocks: Iterable[bytes], comma: str, problems: Problems) -> Iterator[tuple[str, int, Any]]:
     """Rows as {name in the first row: text}. A row of another length is bad; an open quote damages what follows."""
-    text = (_decoded(path, number, offset, raw) for number, offset, raw in _lines(path, blocks))
+    text = (_decoded(path, number, offset, raw) for number, offset, raw in split_lines(path, blocks))
     rows, names, began = csv.reader(text, delimiter=comma, strict=True), None, 1
     try:
         for row in rows:
@@ -279,7 +279,7 @@ def _rows(path: Path, blocks: Iterable[bytes], comma: str, problems: Problems) -
 
 def _decoded(path: Path, number: int, offset: int, raw: bytes) -> str:
     try:
-        return _decode(raw, offset) + "\n"
+        return decode(raw, offset) + "\n"
     except BadRecord as exc:  # a row may go on over lines, so none can be left out
         raise DataError(f"{path}:{number}: {exc}") from exc
 
@@ -319,10 +319,10 @@ def read_texts(path: Path, problems: Problems) -> Iterator[Document]:
     held: list[str] = []
     size, first, begun, after_word = 0, True, 1, False
     number, offset = 1, 0
-    for raw in _text_lines(_blocks(path, problems)):
+    for raw in _text_lines(read_blocks(path, problems)):
         line = ""
         try:
-            line = _decode(raw[:-2] + b"\n" if raw.endswith(b"\r\n") else raw, offset + problems.origin)
+            line = decode(raw[:-2] + b"\n" if raw.endswith(b"\r\n") else raw, offset + problems.origin)
         except BadRecord as exc:
             problems.bad(name, number, str(exc))
         here, number, offset = number, number + raw.endswith(b"\n"), offset + len(raw)

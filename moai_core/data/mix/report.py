@@ -144,7 +144,7 @@ def tokens(folder: Path, part: str, tokenizer: Any) -> dict[str, int]:
 
 
 def _raw_lines(file: Path) -> Iterator[bytes]:
-    from moai_core.data.formats import _blocks, _lines
+    from moai_core.data.formats import read_blocks, split_lines
     from moai_core.data.records import Problems
 
-    return (raw for _, _, raw in _lines(file, _blocks(file, Problems())))
+    return (raw for _, _, raw in split_lines(file, read_blocks(file, Problems())))

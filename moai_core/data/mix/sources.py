@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moai_core import paths
-from moai_core.data.formats import TEXT, _blocks, _decode, _lines, read_records, read_texts
+from moai_core.data.formats import TEXT, decode, read_blocks, read_records, read_texts, split_lines
 from moai_core.data.hub import hub_error, open_hub
 from moai_core.data.mix.recipe import MixSource
 from moai_core.data.mix.text import sections
@@ -57,7 +57,7 @@ class Reader:
                 elif source.split == "file":
                     yield from self._documents(source, read_texts(file, self.problems))
                 else:
-                    yield from self._parts(source, _blocks(file, self.problems), file, 1)
+                    yield from self._parts(source, read_blocks(file, self.problems), file, 1)
             except OSError as exc:
                 raise storage_error(exc, file) from exc
 
@@ -84,7 +84,7 @@ class Reader:
 
     def _parts(self, source: MixSource, blocks: Iterator[bytes], file: Path, line: int) -> Iterator[Unit]:
         """Units of a text file that is cut at line ends."""
-        name, lines = str(file), (raw for _, _, raw in _lines(file, blocks))
+        name, lines = str(file), (raw for _, _, raw in split_lines(file, blocks))
         held: list[bytes] = []
         begun, blank = line, 0
         for raw in lines:
@@ -105,7 +105,7 @@ class Reader:
 
     def _text(self, source: MixSource, lines: list[bytes], file: str, line: int) -> Iterator[Unit]:
         try:
-            text = _decode(b"\n".join(lines), 0)
+            text = decode(b"\n".join(lines), 0)
         except BadRecord as exc:
             self.problems.bad(file, line, f"{str(exc).replace('byte', 'byte (from the line on)', 1)}")
             return
@@ -190,7 +190,7 @@ class _Slices:
     def __init__(self, path: Path) -> None:
         self.path, self.at, self.line = path, 0, 1
         self.digest = hashlib.sha256()
-        self._blocks = _blocks(path, Problems())
+        self._blocks = read_blocks(path, Problems())
         self._rest = b""
 
     def _some(self, most: int) -> bytes:
