@@ -150,6 +150,14 @@ def test_the_same_input_gives_the_same_bytes(made, tmp_path):
     assert before["units"] == after["units"], "other sources move nothing into or out of the held-out part"
 
 
+def test_shards_and_levels_hold_the_same_records(made, tmp_path):
+    told, out, file, root, _ = made
+    split = mix.build(mix.load(file), tmp_path / "split", root=root, shard_bytes=4000, level=19)
+    assert len(split["files"]) > len(told["files"]) and split["totals"] == told["totals"]
+    for part in ("train", "valid", "calib"):
+        assert list(report.records(tmp_path / "split", part)) == list(report.records(out, part))
+
+
 def test_interrupted_or_failed_builds_leave_nothing(corpus, tmp_path):
     root, _, first, size = corpus
     file = tmp_path / "r.yaml"
@@ -251,7 +259,9 @@ def test_packaged_recipes_are_valid(file):
 def test_a_source_may_be_a_hub_dataset(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
-    rows = [{"text": f"A row of its own, with the words {n * 7919} and {n * n + 31}.", "topic": n % 2} for n in range(10)]
+    rows = [
+        {"text": f"A row of its own, with the words {n * 7919} and {n * n + 31}.", "topic": n % 2} for n in range(10)
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = tmp_path / "r.yaml"
     tail = "lang: en, licence: MIT, origin: here, near: 1"
