@@ -113,6 +113,14 @@ def test_same_text_same_bytes(corpus, tmp_path):
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
 
 
+def test_a_smaller_vocabulary_is_the_beginning_of_a_larger_one(corpus, tmp_path):
+    for size in (400, 500):
+        train([corpus], tmp_path / str(size), vocab_size=size)
+    small, large = (open_state(tmp_path / size)["model"] for size in ("400", "500"))
+    assert small["merges"] == large["merges"][: len(small["merges"])]
+    assert small["vocab"].items() <= large["vocab"].items() and len(small["vocab"]) == 400
+
+
 def test_what_is_written_loads_everywhere(corpus, tmp_path):
     from transformers import AutoTokenizer
 
