@@ -1,4 +1,4 @@
-// moai: kernels decode_embed, decode_norm, decode_mix, decode_scan
+// moai: kernels decode_embed, decode_norm, decode_mix, decode_scan, decode_rotate
 // moai: macros T=bf16 R=bf16 FORMAT=Plain S=float N=16 RANK=128 NORMS=1 MIXED=0
 // moai: macros T=bf16 R=float FORMAT=Int8 S=fp16 N=16 RANK=256 NORMS=1 MIXED=1
 // moai: macros T=float R=float FORMAT=Plain S=float N=8 RANK=7 NORMS=0 MIXED=0
@@ -10,6 +10,7 @@
 //   decode_norm   (wide batches) residual += sums of the product before, then its RMSNorm
 //   decode_mix    (wide batches) the sums of x_proj to dt's vector, B and C, with their norms
 //   decode_scan   dt_proj, softplus, the selective scan's step, the gate; for few rows also what decode_mix does
+//   decode_rotate the online Hadamard rotation of a product's inputs (moai_core/quant/hadamard.py)
 //
 // Source of the scan: arXiv 2312.00752, algorithm 2. Results are rounded where the model rounds, between operations.
 //
@@ -217,5 +218,34 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
     if (lane > 0) continue;
     const float gate = load_fresh_number<T>(z + row * I + c);
     y[row * I + c] = from_float<T>((sum + D[c] * x) * (gate * sigmoid(gate)));
+  }
+}
+
+// ---- y <- y T for each row, T = M (x) S: M (odd, odd), null where odd is 1, and S Sylvester's matrix of a power of two
+// times `scale`. Grid: a block a row. Shared memory: I floats.
+extern "C" __global__ void __launch_bounds__(1024)
+decode_rotate(T* y, const float* M, int64 I, int64 odd, float scale) {
+  extern __shared__ float values[];
+  wait_for_previous();
+  let_next_begin();
+  const int size = (int)I, power = (int)(I / odd);
+  T* row = y + blockIdx.x * I;
+  for (int i = threadIdx.x; i < size; i += 1024) values[i] = load_fresh_number<T>(row + i) * scale;
+  __syncthreads();
+  for (int half = 1; half < power; half *= 2) {
+    for (int i = threadIdx.x; i < size / 2; i += 1024) {
+      const int at = i / half * 2 * half + i % half;
+      const float a = values[at], b = values[at + half];
+      values[at] = a + b, values[at + half] = a - b;
+    }
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < size; i += 1024) {
+    float value = values[i];
+    if (M) {
+      value = 0.0f;
+      for (int j = 0; j < (int)odd; j++) value += M[j * odd + i / power] * values[j * power + i % power];
+    }
+    row[i] = from_float<T>(value);
   }
 }

@@ -1,7 +1,7 @@
 """One token for every row of a batch, on a GPU, as few launches: the step of the decode engine.
 
 A step of the plain path asks torch for about twenty operators a layer, and the host is slower than the GPU. Here it is
-six kernels a layer (eight for wide batches) that read each weight once at nearly the memory's rate, recorded as a CUDA
+six kernels a layer (nine for wide batches) that read each weight once at nearly the memory's rate, recorded as a CUDA
 graph for each width of the batch, the choice of the next token included:
 
     embedding | norm, in_proj, convolution | x_proj | norms, dt_proj, scan, gate | out_proj, + residual
@@ -29,7 +29,7 @@ from torch import Tensor
 from moai_core import cuda
 from moai_core.generation import decode_kernels as kernels
 from moai_core.generation.decode_kernels import Launch, Matrix, linear, matrix
-from moai_core.generation.decode_weights import Layer, layer_of, why_not
+from moai_core.generation.decode_weights import Layer, Rotation, layer_of, why_not
 from moai_core.generation.sampling import Settings
 from moai_core.model.state import MoaiState
 
@@ -39,7 +39,7 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 # As decode_sample.cu has them.
 _SLICE, _BINS, _WORK = 4096, 1312, 40 << 10
 
-Step = list[Launch | Callable[[], None]]
+Step = list[Launch]
 
 
 class Decoder:
@@ -112,9 +112,8 @@ class Decoder:
         self.residual = make(rows, c.hidden_size, dtype=self.stream)
         self.x = make(rows, c.hidden_size, dtype=self.dtype)
         self.u, self.z = (make(rows, c.inner_size, dtype=self.dtype) for _ in range(2))
-        # Where they are rotated, always so many rows: a row's bits mustn't depend on their number.
-        self.y = make(WIDTHS[-1], c.inner_size, dtype=self.dtype)
-        self.product = make(WIDTHS[-1], c.intermediate_size, dtype=self.dtype)
+        self.y = make(rows, c.inner_size, dtype=self.dtype)
+        self.product = make(rows, c.intermediate_size, dtype=self.dtype)
         self.mixed, self.mixes, self.sums = make(rows, width), make(rows * partial[0]), make(rows * max(partial))
         self.logits = make(rows, c.vocab_size, dtype=self.dtype)
         slices = -(-self.known // _SLICE)
@@ -220,8 +219,7 @@ class Decoder:
         grid = (-(-c.inner_size // 32), -(-width // 8), 1)
         shared = 8 * (c.time_step_rank + 2 * c.state_size) * 4
         steps.append(Launch(self._kernel("decode_scan", MIXED=int(wide)), grid, 256, args, shared))
-        if layer.rotation is not None:
-            steps.append(_in_place(layer.rotation, self.y))
+        self._rotate(steps, layer.rotation, y)
         return self._add(steps, layer.out_proj, y, common)
 
     def _ffn(self, steps: Step, layer: Layer, width: int, pending: Tensor | None) -> Tensor | None:
@@ -237,9 +235,13 @@ class Decoder:
             **common,
             **self._stream_of(layer.ffn_norm, width),
         )
-        if layer.down_rotation is not None:
-            steps.append(_in_place(layer.down_rotation, self.product))
+        self._rotate(steps, layer.down_rotation, product)
         return self._add(steps, layer.down, product, common)
+
+    def _rotate(self, steps: Step, rotation: Rotation | None, x: Tensor) -> None:
+        if rotation is not None:
+            args = (x, rotation.mix, rotation.size, rotation.odd, rotation.scale)
+            steps.append(Launch(self._kernel("decode_rotate"), x.shape[0], 1024, args, 4 * rotation.size))
 
     def _add(self, steps: Step, m: Matrix, x: Tensor, common: dict[str, Any]) -> Tensor | None:
         """A product that is added to the residual stream: at once, or (wide) by the next norm, which gets its sums."""
@@ -291,9 +293,6 @@ class Decoder:
         steps = self.launches(width, turn)
         if self.device.type != "cuda":
             return lambda: run(steps)
-        for one in steps:
-            if not isinstance(one, Launch):
-                one()  # makes what torch makes at first use
         try:
             return self._capture(steps)
         except RuntimeError:
@@ -311,23 +310,13 @@ class Decoder:
         return graph.replay
 
 
-def _in_place(rotation: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
-    def rotate() -> None:
-        x.copy_(rotation(x))
-
-    return rotate
-
-
 def run(steps: Step, *, overlap: bool = False) -> None:
     """Launch them on torch's current stream. overlap: a kernel may begin before the one in front of it has ended; the
     first never does."""
     options: dict[str, Any] = {}
     for one in steps:
-        if isinstance(one, Launch):
-            one.kernel(one.grid, one.block, *one.args, shared=one.shared, **options)
-            options = {"overlap": True} if overlap else {}
-        else:
-            one()
+        one.kernel(one.grid, one.block, *one.args, shared=one.shared, **options)
+        options = {"overlap": True} if overlap else {}
 
 
 # ---- which engine ---------------------------------------------------------------------------------------------------

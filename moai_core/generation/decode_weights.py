@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +62,38 @@ def _kind(module: Any) -> Any:
 
 
 @dataclass
+class Rotation:
+    """T of quant/hadamard.py as the kernel reads it: size = odd * 2^k; mix (odd, odd) fp32, None where odd is 1."""
+
+    size: int
+    mix: Tensor | None
+
+    @property
+    def odd(self) -> int:
+        """The odd factor of the size."""
+        return self.size // (self.size & -self.size)
+
+    @property
+    def scale(self) -> float:
+        """What Sylvester's matrix of the power of two is multiplied by."""
+        return 0.5 ** (((self.size & -self.size).bit_length() - 1) // 2)
+
+
+def rotation_of(module: Any) -> Rotation | None:
+    """The rotation of a matrix's inputs, if it has one."""
+    online = getattr(module, "rotation", None)
+    if online is None:
+        return None
+    found = Rotation(module.in_features, None)
+    if found.odd > 1:
+        # Unit vectors at the head of each block show the odd factor, in front of a row of ones.
+        power = found.size // found.odd
+        units = torch.eye(found.size, device=module.qweight.device)[::power]
+        found.mix = (online(units)[:, ::power] / found.scale).contiguous()
+    return found
+
+
+@dataclass
 class Layer:
     """A layer's weights as the kernels read them. A_log2: -exp(A_log) log2(e), (I, N) fp32."""
 
@@ -76,12 +107,12 @@ class Layer:
     A_log2: Tensor
     D: Tensor
     out_proj: Matrix
-    rotation: Callable[[Tensor], Tensor] | None
+    rotation: Rotation | None
     ffn_norm: Tensor | None = None
     gate: Matrix | None = None
     up: Matrix | None = None
     down: Matrix | None = None
-    down_rotation: Callable[[Tensor], Tensor] | None = None
+    down_rotation: Rotation | None = None
 
     @property
     def bytes(self) -> int:
@@ -113,10 +144,10 @@ def layer_of(layer: Any, dtype: torch.dtype) -> Layer:
         A_log2=(-torch.exp(mixer.A_log.detach().double()) * 1.4426950408889634).float().contiguous(),
         D=mixer.D.detach().float(),
         out_proj=matrix(mixer.out_proj),
-        rotation=getattr(mixer.out_proj, "rotation", None),
+        rotation=rotation_of(mixer.out_proj),
     )
     if ffn is not None:
         found.ffn_norm = layer.pre_ff_layernorm.weight.detach()
         found.gate, found.up, found.down = (matrix(m) for m in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
-        found.down_rotation = getattr(ffn.down_proj, "rotation", None)
+        found.down_rotation = rotation_of(ffn.down_proj)
     return found

@@ -44,6 +44,9 @@ QUANTIZED = {
     },
 }
 
+# 192 columns are no multiple of 128.
+ROTATED = {"out_proj": {**INT4, "group_size": 64}, "in_proj": {**INT4, "group_size": 64}}
+
 
 def make(device, dtype=torch.float32, *, quantization=None, extras=None, seed=0, **fields):
     shape = {
@@ -151,12 +154,13 @@ def test_a_quantized_step_is_as_exact_as_the_stored_numbers(device, name):
     assert relative(got, want) < 1.2 * relative(theirs, want) + 1e-4
 
 
-def test_rotations_and_the_scale_behind_the_convolution(device):
-    """Of GPTQ with a rotation and of AWQ; a row's bits stay its own."""
+@pytest.mark.parametrize("hidden", [128, 192])
+def test_rotations_and_the_scale_behind_the_convolution(device, hidden):
+    """Of GPTQ with a rotation and of AWQ, of 2^8 and 3 * 2^7 channels; a row's bits stay its own."""
     extras = {"rotate": ["out_proj"], "conv_scale": True}
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
-    model = make(device, torch.bfloat16, quantization=QUANTIZED["int4"], extras=extras, **sizes)
-    exact = make(device, torch.bfloat16, quantization=QUANTIZED["int4"], extras=extras, **sizes).float()
+    sizes = {"hidden_size": hidden, "intermediate_size": 256, "num_hidden_layers": 1}
+    model = make(device, torch.bfloat16, quantization=ROTATED, extras=extras, **sizes)
+    exact = make(device, torch.bfloat16, quantization=ROTATED, extras=extras, **sizes).float()
     assert model.model.layers[0].mamba.out_proj.rotation is not None
     ids = ids_of(model, 10, 7)
     want = plain(exact, ids[:2], 5)[0]
