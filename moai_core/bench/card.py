@@ -6,14 +6,15 @@
 Size and format come from the folder, training and its curves from metrics.jsonl and recipe.yaml of the runs, sources
 and licences from mix.json of `moai data build`, figures and samples from the JSON of `moai eval` and `moai bench
 twin|context|needle|samples`. What is missing is left out, never filled in. The card and its pictures join the folder's
-manifest. Left out: the choice of what to say about a model's weaknesses beyond what every model of this kind has
-(`limits`).
+manifest; sections on quantization and conversion stay. Left out: what a model is bad at beyond what every model of its
+kind is (`limits`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -60,7 +61,8 @@ def make(
         parts.append(text)
     if mixes:
         parts.append(_data(mixes))
-    parts += _measured(runs, reports)
+    parts += _measured(runs, reports, quantized=bool(model.get("quantization")))
+    parts += _kept(Path(folder) / README)
     parts.append("## What it can't do\n\n" + "\n".join(f"- {line}" for line in limits))
     return {README: ("\n\n".join(part.strip() for part in parts if part) + "\n").encode(), **files}
 
@@ -83,6 +85,13 @@ def write(folder: str | Path, **about: Any) -> Path:
         for name, content in made.items():
             writer.write(name, content)
     return place / README
+
+
+def _kept(old: Path) -> list[str]:
+    """The sections that `moai quantize` and `moai convert` wrote into the card that is there."""
+    text = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
+    sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
+    return [section for section in sections if section.startswith(("## Quantization", "## Conversion"))]
 
 
 # ---- the model
@@ -214,7 +223,7 @@ def _data(mixes: Sequence[dict[str, Any]]) -> str:
 # ---- its figures
 
 
-def _measured(runs: Sequence[str | Path], reports: Sequence[dict[str, Any]]) -> list[str]:
+def _measured(runs: Sequence[str | Path], reports: Sequence[dict[str, Any]], *, quantized: bool) -> list[str]:
     parts = []
     held_out: list[tuple[str, ...]] = []
     if runs:
@@ -222,7 +231,10 @@ def _measured(runs: Sequence[str | Path], reports: Sequence[dict[str, Any]]) -> 
     held_out += [_figures(one["data"], one) for one in reports if "benchmark" not in one and "bits_per_byte" in one]
     if held_out:
         columns = ("held-out text", "bits per byte", "perplexity", "loss", "tokens", "bytes")
-        parts.append("## Held-out text\n\n" + _table(Table("", columns, held_out)))
+        text = "## Held-out text\n\n" + _table(Table("", columns, held_out))
+        if runs and quantized:
+            text += "\n\nFigures marked as validation are those at the end of training, before quantization."
+        parts.append(text)
     for one in reports:
         if "benchmark" not in one and "bits_per_byte" in one:
             continue
@@ -242,7 +254,7 @@ def _validation(run: Path) -> list[tuple[str, ...]]:
     last = rows[-1]
     sets = {f"{name} (validation)": one for name, one in (last.get("sets") or {}).items()}
     return [
-        _figures(name, one) for name, one in {**sets, "all validation": {**last, "loss": last["valid_loss"]}}.items()
+        _figures(name, one) for name, one in {**sets, "all (validation)": {**last, "loss": last["valid_loss"]}}.items()
     ]
 
 

@@ -89,7 +89,7 @@ def test_a_card_says_what_was_recorded(folder, run, mix):
     for words in (
         f"{count:,} parameters", "| run | 3 | 300 | 100 | 0.003 | cosine |", "72 (cpu) | 30.0% | 3.0000 |", "![losses of run](loss.png)",
         "| poems | zh | old verse | A / B | CC0-1.0 | 4,321 | 2 |", "4,321 bytes of text", "| zh (validation) | 1.5000 |",
-        "| all validation | 1.2500 | 12.180 | 2.5000 | 1,234 | 5,678 |", "| book.txt | 1.7500 |", "| chance |", "- It limps.",
+        "| all (validation) | 1.2500 | 12.180 | 2.5000 | 1,234 | 5,678 |", "| book.txt | 1.7500 |", "| chance |", "- It limps.",
         made["samples"][2]["prompt"] + "⟶" + made["samples"][2]["text"],
     ):  # fmt: skip
         assert words in text, words
@@ -97,7 +97,11 @@ def test_a_card_says_what_was_recorded(folder, run, mix):
     storage.verify(folder)
     assert {"README.md", "loss.png"} <= set(storage.read_manifest(folder))
     assert torch.equal(checkpoint.load_model(folder).lm_head.weight, model.lm_head.weight)
-    # Written again it replaces itself.
+    # Written again it replaces itself, but for what other commands had to say.
+    path.write_text(text + "\n## Quantization\n\nRounded.\n\n## Other\n\nGone.\n", encoding="utf-8")
+    assert "## Quantization\n\nRounded." in card.make(folder, title="t")["README.md"].decode()
+    assert "Gone." not in card.make(folder, title="t")["README.md"].decode()
+    path.write_text(text, encoding="utf-8")
     card.write(folder, title="another")
     assert "moai-test" not in path.read_text(encoding="utf-8")
     storage.verify(folder)
