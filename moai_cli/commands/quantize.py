@@ -152,6 +152,8 @@ def _show(report: dict[str, Any]) -> None:
             (name, f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] / before[key] - 1:+.2%}")
             for name, key in (("loss", "loss"), ("perplexity", "perplexity"), ("bits per byte", "bits_per_byte"))
         ]
+        if "kl" in after:
+            rows.append(("predictions", "", f"{after['kl']:.2e} nats", "KL divergence a token"))
     rows += [
         (f"state after {entry['tokens']:,} tokens", "", f"{entry['mean']:.4f} off", f"at most {entry['max']:.4f}")
         for entry in report["drift"] or []

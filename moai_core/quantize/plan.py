@@ -134,4 +134,7 @@ def extras(settings: Settings) -> dict[str, Any]:
 def layer_options(settings: Settings, stored: torch.dtype) -> Options:
     """How a layer is quantized; stored: the type of what isn't."""
     own = settings.layout == layouts.MOAI  # of other layouts none has a place for that scale
-    return Options(rotate=("mamba.out_proj",) if settings.rotate else (), stored=stored, conv_scale=own)
+    # AWQ without it has nothing for out_proj that GPTQ doesn't do better.
+    other = {"mamba.out_proj": "gptq"} if settings.kind.layer == "awq" and not own else {}
+    rotate = ("mamba.out_proj",) if settings.rotate else ()
+    return Options(rotate=rotate, stored=stored, conv_scale=own, overrides=other)

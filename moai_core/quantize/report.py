@@ -24,6 +24,8 @@ from moai_core.quant.formats import Spec
 JSON, PNG = "quantization.json", "quantization.png"
 LENGTHS = (1024, 4096, 16384, 32768)
 CHUNK = 2048
+# Tokens over which predictions are compared.
+COMPARED = 8192
 # A model's activations, its reader and the rest, over its weights.
 _FACTOR, _REST = 1.3, 1 << 30
 
@@ -90,10 +92,13 @@ def measure(
     where: torch.device,
     on_event: OnEvent | None,
 ) -> None:
-    """Adds `quality` ({"before", "after"}: figures as of evaluate_file) and `drift` to the report; a note where the
-    model doesn't fit in memory. Raises DataError for the text."""
+    """Adds `quality` ({"before", "after"}: figures as of evaluate_file; after: `kl`, where both models fit in memory)
+    and `drift` to the report; a note where not even one does. Raises DataError for the text."""
     if evaluation is None:
         return
+    from moai_core.data.tokenize import load_tokenizer
+    from moai_core.evaluate import evaluate_file
+
     free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else device.memory()[1]
     need = int(report["bytes_before"] * _FACTOR) + _REST
     if need > free:
@@ -101,29 +106,40 @@ def measure(
             f"not measured: the model needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
         )
         return
-    results = []
+    both = need + int(report["bytes_after"] * _FACTOR) <= free
+    words = load_tokenizer(evaluation.tokenizer or source.path)
+    ids = _stream(words, evaluation.data, max(evaluation.lengths, default=0))
+    found, kept = [], None
     for what, folder in (("before", source.path), ("after", written)):
         if on_event is not None:
             on_event({"event": "evaluate", "what": what})
-        results.append(_figures(folder, source.path, evaluation, where, on_event))
-    (before, states), (after, others) = results
+        model = checkpoint.load_model(folder, device=where)
+        figures = evaluate_file(model, words, evaluation.data, limit=evaluation.limit, on_event=on_event)
+        found.append((figures, _states(model, ids, evaluation.lengths)))
+        if both and kept is not None:
+            figures["kl"] = divergence(kept, model, ids[:COMPARED])
+        kept = model if both else None
+        del model
+    (before, states), (after, others) = found
     report["quality"] = {"data": evaluation.data, "before": before, "after": after}
     report["drift"] = [
         {"tokens": length, **drift(states[length], others[length])} for length in states if length in others
     ]
 
 
-def _figures(
-    folder: Path, words: Path, evaluation: Evaluation, where: torch.device, on_event: OnEvent | None
-) -> tuple[dict[str, Any], dict[int, list[torch.Tensor]]]:
-    from moai_core.data.tokenize import load_tokenizer
-    from moai_core.evaluate import evaluate_file
-
-    model = checkpoint.load_model(folder, device=where)
-    tokenizer = load_tokenizer(evaluation.tokenizer or words)
-    found = evaluate_file(model, tokenizer, evaluation.data, limit=evaluation.limit, on_event=on_event)
-    ids = _stream(tokenizer, evaluation.data, max(evaluation.lengths, default=0))
-    return found, _states(model, ids, evaluation.lengths)
+@torch.no_grad()
+def divergence(before: Any, after: Any, ids: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence, nats a token, of the predictions of `after` from those of `before` over ids
+    (T,), read as one document. It tells methods apart where their perplexities differ by chance."""
+    state = other = None
+    total = torch.zeros((), dtype=torch.float64, device=before.device)
+    for begin in range(0, len(ids), CHUNK // 8):
+        chunk = torch.from_numpy(ids[None, begin : begin + CHUNK // 8]).to(before.device)
+        one, two = before(chunk, state=state, use_cache=True), after(chunk, state=other, use_cache=True)
+        state, other = one.state, two.state
+        wanted, got = one.logits.float().log_softmax(-1), two.logits.float().log_softmax(-1)
+        total += (wanted.exp() * (wanted - got)).sum(dtype=torch.float64)
+    return float(total) / max(len(ids), 1)
 
 
 def _stream(tokenizer: Any, data: str, length: int) -> np.ndarray:

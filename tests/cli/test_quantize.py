@@ -50,6 +50,7 @@ def test_a_table_a_report_and_a_model_that_talks(moai, folder, text, tmp_path, m
     report = json.loads((made / "quantization.json").read_text(encoding="utf-8"))
     assert report["method"] == method and report["bytes_after"] < report["bytes_before"] / 3
     assert {"mamba.in_proj", "feed_forward.down_proj"} <= report["layers"][0].keys()
+    assert 0 < report["quality"]["after"]["kl"] < 1 and [entry["tokens"] for entry in report["drift"]] == []
     assert (made / "quantization.png").read_bytes().startswith(b"\x89PNG") and (made / "manifest.json").exists()
     assert "## Quantization" in (made / "README.md").read_text(encoding="utf-8")
     assert not (tmp_path / "작은 것.partial").exists()
