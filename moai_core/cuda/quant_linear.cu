@@ -299,7 +299,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   else
     for (int m = 0; m < rows; m += 8)
       fetch_x<8, 1>(x, x_row, norm, x_s, squares, m, rows, (int)K, units, pass, warp, warps, lane);
-  __syncwarp();
 
   int x_lane[NT];  // where the lane's part of a row is in a unit of x; a row beyond the last is that, nobody reads its sum
 #pragma unroll
