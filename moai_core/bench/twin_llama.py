@@ -122,7 +122,7 @@ class Documents:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """(B, heads, L, D) each -> (B, L, heads, D); the products' type is value's."""
-        if not (value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)):
+        if not _flash(value):
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, scale=scale)
             return out.transpose(1, 2).contiguous()
         rows, length = self.shape
@@ -131,6 +131,11 @@ class Documents:
         cut = (self.borders, self.borders, length, length)
         out = torch.ops.aten._flash_attention_forward(*flat, *cut, 0.0, True, False, scale=scale)[0]
         return out.view(rows, length, *out.shape[1:])
+
+
+def _flash(value: Tensor) -> bool:
+    """Whether FlashAttention takes it."""
+    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def _attention(

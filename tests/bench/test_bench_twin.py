@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 from moai_core import config, footprint
 from moai_core import recipe as recipes
@@ -97,6 +99,31 @@ def test_documents_know_positions_and_borders():
     for row, one, other in ((0, 14, 15), (1, 34, 35)):
         assert not documents.mask[row, 0, other:, : one + 1].any()
     assert not documents.mask.triu(1).any() and bool(documents.mask.diagonal(dim1=2, dim2=3).all())
+
+
+def test_flash_attention_is_told_the_borders(monkeypatch):
+    """The kernel's place is taken by a loop over what it is told."""
+
+    def kernel(q, k, v, borders, same, longest, _, dropout, causal, debug, *, scale):
+        assert borders.dtype == torch.int32 and torch.equal(borders, same) and causal and not dropout and longest == 41
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+        parts = [[t[a:b].transpose(0, 1).float() for t in (q, k, v)] for a, b in pairwise(borders.tolist())]
+        done = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale) for part in parts]
+        return torch.cat([one.transpose(0, 1) for one in done]).to(q.dtype), *(torch.zeros(()),) * 4
+
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(2, 3, 41, 16) for _ in range(3))
+    seq_idx = packed()[2]
+    wanted = twin_llama.Documents(seq_idx).attend(q, k, v, 0.3)
+    monkeypatch.setattr(twin_llama, "_flash", lambda value: True)
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("_flash_attention_forward", kernel, "CPU")
+        found = twin_llama.Documents(seq_idx).attend(q, k, v.bfloat16(), 0.3)
+    finally:
+        library._destroy()
+    assert found.shape == wanted.shape == (2, 41, 3, 16)
+    assert (found.float() - wanted).norm() < 1e-2 * wanted.norm()
 
 
 def test_without_documents_it_is_transformers_own(pair, tmp_path):
