@@ -19,7 +19,7 @@ DEVICE int kept(int x) {
 }
 
 // The nibbles of a word, less 8, as numbers: pair i has those at bits 4 i and 16 + 4 i. A number whose exponent makes
-// its last place 1 and whose last bits are the integer's is the integer plus a constant, which a multiply-add takes off.
+// its last place 1 and whose last bits are an integer's is that plus a constant, which a multiply-add takes off.
 template <class Number>
 DEVICE void from_nibbles(uint32 word, uint32 (&a)[4]);
 template <>

@@ -57,7 +57,8 @@ DEVICE void store_numbers(T* to, const Vec<T, EIGHT>& y, int columns, bool whole
   constexpr int some = per_16_bytes<T>;
   if (whole) {
 #pragma unroll
-    for (int i = 0; i < EIGHT; i += some) *reinterpret_cast<Words*>(to + i) = reinterpret_cast<const Words*>(&y)[i / some];
+    for (int i = 0; i < EIGHT; i += some)
+      *reinterpret_cast<Words*>(to + i) = reinterpret_cast<const Words*>(&y)[i / some];
   } else {
 #pragma unroll
     for (int i = 0; i < EIGHT; i++)
@@ -67,8 +68,8 @@ DEVICE void store_numbers(T* to, const Vec<T, EIGHT>& y, int columns, bool whole
 
 // out (O, K), dense. Grid: a warp for each unit of each tile, tile by tile. With GLU out is gate's rows, then up's.
 extern "C" __global__ void __launch_bounds__(256)
-    quant_decode(const unsigned char* __restrict__ weights, const fp16* __restrict__ scales, T* __restrict__ out, int64 O,
-                 int64 K, int64 all_units, int64 parts) {
+    quant_decode(const unsigned char* __restrict__ weights, const fp16* __restrict__ scales, T* __restrict__ out,
+                 int64 O, int64 K, int64 all_units, int64 parts) {
   const uint32 p = blockIdx.x * 8 + threadIdx.x / 32, units = (uint32)all_units;
   if (p >= parts) return;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -93,11 +94,11 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// Rows ids[0 .. n - 1] of a matrix of O rows to out (n, K), dense. Grid: a block a row. An id that is no row is an error
-// that ends the program, as it does in PyTorch.
+// Rows ids[0 .. n - 1] of a matrix of O rows to out (n, K), dense. Grid: a block a row. An id that is no row ends the
+// program with an error, as it does in PyTorch.
 extern "C" __global__ void __launch_bounds__(256)
-    quant_gather(const unsigned char* __restrict__ weights, const fp16* __restrict__ scales, const int64* __restrict__ ids,
-                 T* __restrict__ out, int64 O, int64 K, int64 units) {
+    quant_gather(const unsigned char* __restrict__ weights, const fp16* __restrict__ scales,
+                 const int64* __restrict__ ids, T* __restrict__ out, int64 O, int64 K, int64 units) {
   const int64 o = ids[blockIdx.x];
   if (o < 0 || o >= O) __trap();
   const int64 tile = o / 16;
@@ -107,8 +108,8 @@ extern "C" __global__ void __launch_bounds__(256)
     const unsigned char* part = weights + (tile * units + k / UNIT) * PART_BYTES;
     const Words words = *reinterpret_cast<const Words*>(part + ((WIDTH == 4 ? half / 2 : half) * 32 + lane) * 16);
     const Scale s = scale_of(part, scales, tile, half, g, second);
-    const uint32 mine[4] = {words.at[WIDTH == 4 ? half % 2 * 2 : 0], words.at[WIDTH == 4 ? half % 2 * 2 + 1 : 1], words.at[2],
-                            words.at[3]};
+    const int first = WIDTH == 4 ? half % 2 * 2 : 0;
+    const uint32 mine[4] = {words.at[first], words.at[first + 1], words.at[2], words.at[3]};
     store_numbers(out + blockIdx.x * K + k, numbers(mine, second, s), (int)min((int64)EIGHT, K - k), K % EIGHT == 0);
   }
 }

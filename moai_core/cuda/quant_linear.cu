@@ -1,4 +1,5 @@
-// moai: kernels quant_linear; macros FROM=bf16 T=bf16 TO=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=1 NT=1 STAGES=4 GLU=0 NORM=0 WARPS=8 BLOCKS=4
+// moai: kernels quant_linear
+// moai: macros FROM=bf16 T=bf16 TO=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=1 NT=1 STAGES=4 GLU=0 NORM=0 WARPS=8 BLOCKS=4
 // moai: macros FROM=fp16 T=fp16 TO=fp16 WIDTH=4 GROUPS=4 ZEROS=1 MT=2 NT=2 STAGES=4 GLU=0 NORM=0 WARPS=16 BLOCKS=1
 // moai: macros FROM=float T=float TO=float WIDTH=4 GROUPS=2 ZEROS=1 MT=1 NT=1 STAGES=4 GLU=1 NORM=1 WARPS=8 BLOCKS=4
 // moai: macros FROM=float T=bf16 TO=bf16 WIDTH=4 GROUPS=1 ZEROS=1 MT=1 NT=1 STAGES=2 GLU=1 NORM=1 WARPS=8 BLOCKS=4
@@ -12,9 +13,9 @@
 // to do. On request x is normalized first (RMS), gate and up come as one product with silu(gate) up as its result, and
 // a residual is added.
 //
-// Tensor cores multiply even a single row, for they leave 1.5 instructions a weight: integers become 16-bit numbers in
-// pairs (quant.cuh), are summed exactly as they are, in fp32, and scaled group by group; weights are never rounded.
-// Where T is float, x is split into three bf16 that add up to it.
+// Tensor cores multiply even a single row, so that a weight of 4 bits costs 2.8 instructions a lane, all told: integers
+// become 16-bit numbers in pairs (quant.cuh), are summed exactly as they are, in fp32, and scaled group by group;
+// weights are never rounded. Where T is float, x is split into three bf16 that add up to it.
 //
 // A unit is 16 rows of W (a tile) by 128 columns. W lies unit by unit, so that a lane's 16 bytes hold what it needs of
 // a unit's columns for mma_16 (quant/cuda.py puts it there): with g = lane / 4, t = lane % 4 the lane has of rows g and
@@ -34,7 +35,7 @@
 
 constexpr int UNIT = 128;
 constexpr int PER = 16 / sizeof(T);        // numbers of x in 16 bytes of shared memory
-constexpr int SLOTS = UNIT / PER;          // such pieces in a unit
+constexpr int SLOTS = UNIT / PER;          // such pieces in a unit, 16 or 32
 constexpr int ROW_BYTES = UNIT * sizeof(T);
 constexpr int TILE_BYTES = 16 * UNIT * WIDTH / 8;
 constexpr int SCALE_BYTES = GROUPS * 32 * (1 + ZEROS);
@@ -43,7 +44,7 @@ constexpr int STAGE_BYTES = MT * PART_BYTES;
 constexpr int HALVES = GROUPS > 0 ? 4 / GROUPS : 4;  // times 32 columns share a scale
 constexpr int CHAINS = MT * NT == 1 ? 2 : 1;         // independent sums, where a warp has nothing else to overlap
 constexpr int TILE_OUT = GLU ? 8 : 16;
-static_assert(sizeof(FROM) >= sizeof(T) && SLOTS <= 32 && (WIDTH == 4 || WIDTH == 8) && (ZEROS == 0 || WIDTH == 4), "no such product");
+static_assert(sizeof(FROM) >= sizeof(T) && (WIDTH == 4 || WIDTH == 8) && (ZEROS == 0 || WIDTH == 4), "no such product");
 
 template <class A, class B>
 constexpr bool same = false;
@@ -99,8 +100,8 @@ DEVICE Words fetch_piece(const FROM* row, const T* norm, int k, int K, float& sq
 
 // The warp's units of ROWS rows from m0 on, PIECES pieces of each by a lane at once.
 template <int ROWS, int PIECES>
-DEVICE void fetch_x(const FROM* x, int64 x_row, const T* norm, unsigned char* x_s, float* squares, int m0, int rows, int K,
-                    int units, int pass, int warp, int warps, int lane) {
+DEVICE void fetch_x(const FROM* x, int64 x_row, const T* norm, unsigned char* x_s, float* squares, int m0, int rows,
+                    int K, int units, int pass, int warp, int warps, int lane) {
   const int slot = lane % SLOTS;
   constexpr int TURNS = 32 / SLOTS;  // units that a warp's lanes read at once
   float square[ROWS] = {};
@@ -242,14 +243,13 @@ struct Sums {
 
 // Grid: x blocks that take groups of MT tiles in turns, y passes over `pass` rows of x each; up to 16 warps. Dynamic
 // shared memory: x, units * pass * ROW_BYTES; then STAGES * STAGE_BYTES a warp; then, a warp, 16 MT * (pass | 1) sums
-// and `pass` more. x's rows are x_row apart and, like those of everything, begin at multiples of 16 bytes, K is a
-// multiple of PER. norm (K), the norm's weight; residual (M, O) may be null; out is
-// dense. x and residual may come from a kernel that still runs when this one begins (so they are not __restrict__: the
-// compiler would take them for constants); W and norm may not.
+// and `pass` more. x's rows are x_row apart and, like those of everything, begin at multiples of 16 bytes; K is a
+// multiple of 8. norm (K) is the norm's weight; residual (M, O) may be null; out is dense. x and residual may come from
+// a kernel that still runs when this one begins, W may not. So they are not __restrict__: the compiler would take them
+// for constants.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-    quant_linear(const FROM* x, const unsigned char* __restrict__ weights,
-                 const unsigned char* __restrict__ scales, const T* __restrict__ norm,
-                 const TO* residual, TO* out, int64 M, int64 K, int64 O, int64 x_row,
+    quant_linear(const FROM* x, const unsigned char* __restrict__ weights, const unsigned char* __restrict__ scales,
+                 const T* __restrict__ norm, const TO* residual, TO* out, int64 M, int64 K, int64 O, int64 x_row,
                  int64 all_tiles, int64 all_units, int64 all_turns, int64 rows_a_pass, float eps) {
   extern __shared__ __align__(16) unsigned char memory[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -259,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   const int rows = (int)min((int64)pass, M - first_row), stride = pass | 1;
   unsigned char* const x_s = memory;
   unsigned char* const stages = memory + units * pass * ROW_BYTES;
-    // The lane's place in the warp's stages, and that of its scales from there.
+  // The lane's place in the warp's stages, and that of its scales from there.
   const int mine = kept(units * pass * ROW_BYTES + warp * STAGES * STAGE_BYTES + lane * 16);
   const int scale_mine = kept(g * 4 * (1 + ZEROS) - lane * 16);
   float* const sums_s = reinterpret_cast<float*>(stages + warps * STAGES * STAGE_BYTES);
@@ -300,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     for (int m = 0; m < rows; m += 8)
       fetch_x<8, 1>(x, x_row, norm, x_s, squares, m, rows, (int)K, units, pass, warp, warps, lane);
 
-  int x_lane[NT];  // where the lane's part of a row is in a unit of x; a row beyond the last is that, nobody reads its sum
+  int x_lane[NT];  // where the lane's part of a row is in a unit of x; nobody reads the sums of rows beyond the last
 #pragma unroll
   for (int n = 0; n < NT; n++) x_lane[n] = kept(min(n * 8 + g, rows - 1) * ROW_BYTES + t * 8 * (int)sizeof(T));
   const int odd = kept(g % 2 * SWAPPED);
