@@ -70,6 +70,19 @@ def sampling(flags: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def compile_ahead(model: Path, device: str) -> None:
+    """Have a processor's kernels compiled while everything else is loaded, if it is the one that will answer and moai
+    runs there for the first time. To be called before anything that takes time."""
+    if device == "cpu" or (device == "auto" and not Path("/dev/nvidia0").exists()):
+        from moai_core.cpu import warm
+
+        try:
+            quantized = '"quantization": {' in (model / "config.json").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            quantized = False
+        warm.begin(quantized)
+
+
 def required_model(path: Path | None) -> Path:
     """The model named; if none was, an error that says how to get one."""
     if path is not None:

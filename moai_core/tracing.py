@@ -1,5 +1,5 @@
 """What `torch.compile` is to leave alone, said without importing it: `torch.compiler.disable` and its like load torch's
-compiler with sympy behind it, a second that every command would wait for (test_package.py)."""
+compiler with sympy behind it, which takes a second."""
 
 from __future__ import annotations
 

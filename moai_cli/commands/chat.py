@@ -46,6 +46,7 @@ def chat(
     """
     flags = locals()
     path = options.required_model(model)
+    options.compile_ahead(path, device)
     given = options.sampling(flags)
     from moai_cli.talk import Talk
     from moai_core import checkpoint

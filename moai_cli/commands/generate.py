@@ -69,6 +69,7 @@ def generate(
     """
     flags = locals()
     path = options.required_model(model)
+    options.compile_ahead(path, device)
     given = options.sampling(flags)
     if batch_size < 1:
         raise UsageError(f"--batch-size must be a whole number >= 1 (got {batch_size})")

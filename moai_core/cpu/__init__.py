@@ -25,12 +25,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from moai_core.paths import cache_dir
 
 # Elementary operations; below it a second thread costs more than it gives.
 SMALL = 1 << 16
+# Who compiles kernels beside this process (warm.Helper), if anybody does.
+helper: Any = None
 _forked = False
 
 
@@ -42,6 +42,8 @@ def run(module: str, name: str, items: int, work: int, *slots: int) -> None:
 
 def threads() -> int:
     """As many as torch uses."""
+    import torch  # not above: the process that compiles kernels (warm.py) has no use for it
+
     return 1 if _forked else torch.get_num_threads()
 
 
@@ -49,8 +51,8 @@ def start(kernel: Any, address: int, threads: int) -> None:
     """Calls a C function with an address in so many threads, and waits for them."""
     if threads <= 1:
         kernel(address)
-    elif team := _team():
-        team(kernel, address, threads, 0)
+    elif found := team():
+        found(kernel, address, threads, 0)
     else:
         others = [_pool(threads - 1).submit(kernel, address) for _ in range(threads - 1)]
         kernel(address)
@@ -61,6 +63,8 @@ def start(kernel: Any, address: int, threads: int) -> None:
 @cache
 def entry(module: str, name: str) -> Any:
     """The C function of a kernel: compiled, or read from disk, at first use."""
+    if helper is not None:
+        helper.wait(module, name)
     compiled = getattr(load(module), name)()
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
 
@@ -88,7 +92,7 @@ def settings() -> None:
     from numba.core import codegen, config
 
     values: Any = config
-    folder = Path(values.CACHE_DIR or cache_dir() / "kernels") / _sources()
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         values.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
@@ -101,15 +105,20 @@ def settings() -> None:
         values.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 
-def _sources() -> str:
-    """A name that changes with the instructions that kernels are made of: numba looks at a kernel's own file only."""
+@cache
+def cache_folder() -> Path:
+    """Where compiled kernels lie. Its name changes with the instructions that they are made of: numba looks at a
+    kernel's own file only."""
     own = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:16]
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:16]
+    return Path(os.environ.get("NUMBA_CACHE_DIR") or cache_dir() / "kernels") / sources
 
 
 @cache
 def openmp() -> Any:
     """The OpenMP library that torch itself uses, or None where its functions are out of reach."""
+    import torch
+
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         library.GOMP_parallel, library.omp_get_num_threads  # noqa: B018 (looked up)
@@ -119,7 +128,7 @@ def openmp() -> Any:
 
 
 @cache
-def _team() -> Any:
+def team() -> Any:
     """`GOMP_parallel(function, data, threads, flags)`, or None."""
     if (library := openmp()) is None:
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ class Program:
         self.small = sum(operation.work for operation in operations) < 16 * cpu.SMALL
         self.entry = cpu.entry(_KERNEL, "run_all")
         self.head = np.zeros(16, np.int64)
-        self.head[8:14] = (len(operations), self.table.ctypes.data, *_helpers(), 0, 0)
+        self.head[8:10] = len(operations), self.table.ctypes.data
 
     def slot(self, operation: int, number: int) -> int:
         """Where in `slots` an operation has its number: 0 is the first after the items."""
@@ -63,6 +64,7 @@ class Program:
         self.slots[self.starts] = 0
         threads = 1 if self.small else cpu.threads()
         self.head[1], self.head[2] = threads, 0
+        self.head[10:12] = _helpers()
         cpu.start(self.entry, self.head.ctypes.data, threads)
 
 
@@ -71,11 +73,19 @@ def _address(function: Any) -> int:
 
 
 def _helpers() -> tuple[int, int]:
-    """Addresses of `omp_get_num_threads` (how many threads OpenMP really gave) and of `sched_yield`, 0 without."""
-    library = cpu.openmp()
-    count = 0 if library is None else _address(library.omp_get_num_threads)
+    """Addresses of `omp_get_num_threads` (how many threads OpenMP really gave; 0 where Python's threads work) and of
+    `sched_yield` (0 on systems without)."""
+    return _count() if cpu.team() is not None else 0, _give_way()
+
+
+@cache
+def _count() -> int:
+    return _address(cpu.openmp().omp_get_num_threads)
+
+
+@cache
+def _give_way() -> int:
     try:
-        give_way = _address(ctypes.CDLL(None).sched_yield) if os.name == "posix" else 0
+        return _address(ctypes.CDLL(None).sched_yield) if os.name == "posix" else 0
     except (OSError, AttributeError):
-        give_way = 0
-    return count, give_way
+        return 0

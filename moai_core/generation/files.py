@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from moai_core.generation.engine import Completion
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Bytes of weights up to which a model becomes fp32 on a CPU.
+SMALL = 1 << 29
 _KEYS = ("prompt", "messages", "id", *SETTINGS)
 # Controls (but newline, tab), and what reorders a line; they stay legible in JSON and can't steer a terminal that
 # shows the file.
@@ -48,6 +50,18 @@ _JSON_LIMIT = 256 << 20
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
+def _dtype(folder: Path, device: str | torch.device) -> torch.dtype | None:
+    """What `auto` means for a model's folder; None: as stored."""
+    if torch.device(device).type != "cpu":
+        return None
+    try:
+        quantized = bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization"))
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever loads it says what is wrong
+    return torch.float32 if quantized or 0 < size <= SMALL else None
+
+
 def open_model(
     path: str | Path,
     *,
@@ -60,7 +74,8 @@ def open_model(
     """Model, tokenizer and the folder they came from: `path` itself or the latest checkpoint of the run folder `path`.
 
     tokenizer: a folder or name, if not the model's own. device: auto (CUDA if there is one), cpu, cuda, cuda:N.
-    dtype: one of DTYPES; auto keeps what is stored. Raises UsageError for a device or dtype that can't be,
+    dtype: one of DTYPES; auto keeps what is stored, but on a CPU a small model and what isn't quantized of a quantized
+    one become fp32, with which processors are faster. Raises UsageError for a device or dtype that can't be,
     CheckpointError for the rest.
     """
     from moai_core import checkpoint
@@ -73,7 +88,7 @@ def open_model(
     if folder.is_dir() and not (folder / "config.json").exists():
         folder = checkpoint.latest(folder, on_event=on_event or (lambda event: None)) or folder
     model = checkpoint.load_model(
-        folder, dtype=None if dtype == "auto" else getattr(torch, dtype), device=where, scan=scan
+        folder, dtype=_dtype(folder, where) if dtype == "auto" else getattr(torch, dtype), device=where, scan=scan
     )
     if tokenizer is None and not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder}: has no tokenizer.json", hint="name its tokenizer with --tokenizer")

@@ -48,7 +48,7 @@ def test_python_threads_do_the_work_where_openmp_is_out_of_reach(oracle, threads
     threads(1)
     wanted = everything(given)
     threads(3)
-    monkeypatch.setattr(machine, "_team", lambda: None)
+    monkeypatch.setattr(machine, "team", lambda: None)
     assert all(torch.equal(a, b) for a, b in zip(everything(given), wanted, strict=True))
     assert machine._pool.cache_info().currsize == 1
 
@@ -62,7 +62,7 @@ import os, torch
 from moai_core import cpu
 from moai_core.scan import scan
 if not {team}:
-    cpu._team = lambda: None
+    cpu.team = lambda: None
 torch.set_num_threads(2)
 torch.manual_seed(0)
 u = torch.randn(2, 64, 300, requires_grad=True)

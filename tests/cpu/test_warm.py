@@ -1,0 +1,89 @@
+"""Kernels compiled by another process, and programs of kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moai_core import cpu
+from moai_core.cpu import warm
+
+
+def test_every_kernel_of_an_answer_is_known():
+    for module, kernel in warm.kernels(quantized=True):
+        assert callable(getattr(cpu.load(module), kernel))
+
+
+def test_it_waits_for_names_and_not_for_a_process_that_died(monkeypatch):
+    said = "print('moai_core.scan.cpu_kernels conv_forward')\n"
+    helper = warm.Helper.__new__(warm.Helper)
+    helper.known = set(warm.kernels(quantized=False))
+    helper.process = subprocess.Popen([sys.executable, "-c", said], stdout=subprocess.PIPE, text=True)
+    helper.wait("moai_core.scan.cpu_kernels", "conv_forward")
+    assert ("moai_core.scan.cpu_kernels", "conv_forward") not in helper.known
+    helper.wait("moai_core.scan.cpu_kernels", "scan_forward")
+    assert not helper.known
+    helper.process.wait()
+
+
+def test_nothing_is_started_where_the_cache_is_full_or_there_is_one_core(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cpu, "helper", None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    warm.begin()
+    assert cpu.helper is None
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    warm._mark(False).touch()
+    warm.begin()
+    assert cpu.helper is None
+
+
+@pytest.mark.slow
+def test_the_other_process_needs_no_torch_and_fills_the_cache(tmp_path):
+    program = """
+import sys
+from moai_core.cpu import warm
+warm.main(False)
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert [tuple(line.split()) for line in done.stdout.splitlines()] == warm.kernels(quantized=False)
+    assert len(list(tmp_path.glob("*/all-plain-*"))) == 1
+
+
+@pytest.mark.parametrize("team", [True, False], ids=["openmp", "python-threads"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_operations_of_a_program_wait_for_one_another(team, threads, monkeypatch):
+    """A chain of sums, each of all that the one before it made, a hundred times."""
+    import torch
+
+    from moai_core.cpu.program import Operation, Program
+
+    if not team:
+        monkeypatch.setattr(cpu, "team", lambda: None)
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    rows, width = 40, 64
+    x = torch.ones(1, width)
+    weight = torch.ones(rows, width) / width
+    back = torch.ones(width, rows) / rows
+    y = torch.empty(1, rows)
+    there = (1, rows, width, 1, weight.data_ptr(), x.data_ptr(), 0, y.data_ptr(), 0)
+    here = (1, width, rows, 1, back.data_ptr(), y.data_ptr(), 0, x.data_ptr(), 0)
+    one = Operation("moai_core.model.step_kernels", "dense", rows, 1, there)
+    other = Operation("moai_core.model.step_kernels", "dense", width, 1, here)
+    program = Program([one, other] * 100)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for start in (1.0, 3.0):
+            x.fill_(start)
+            y.fill_(float("nan"))
+            program.run()
+            torch.testing.assert_close(x, torch.full_like(x, start))
+            torch.testing.assert_close(y, torch.full_like(y, start))
+    finally:
+        torch.set_num_threads(before)
