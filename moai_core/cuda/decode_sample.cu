@@ -238,6 +238,7 @@ struct Picker {
   template <class F>
   DEVICE void each(int bin, F f) {
     const int count = counts[bin];
+    if (count == 0) return;
     if (count > LIST) return scan_row(bin, f);
     if (w.bin != bin) {  // the same for all threads: it changes between barriers only
       __syncthreads();
@@ -268,10 +269,11 @@ struct Picker {
 
   // The mass of all bins before `last` and of bin `last` by `value`.
   DEVICE uint64 total(int last, Value value) {
+    const bool all = value.least == 0 && value.floor == 0.0f;
     uint64 before;
-    beyond(BINS, ~0ull, before, [&](int b) { return b < last ? masses[b] : 0; });
+    beyond(BINS, ~0ull, before, [&](int b) { return b < last || (all && b == last) ? masses[b] : 0; });
     const uint64 whole = before;
-    return whole + sum(last, value);
+    return all ? whole : whole + sum(last, value);
   }
 
   // Tokens of a bin from the largest key down: the key of the first whose value takes the sum beyond `target`, digit by
