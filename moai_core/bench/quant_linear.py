@@ -130,8 +130,8 @@ def rivals(case: Case, m: int, device: torch.device) -> list[Rival]:
 
 
 def can_overlap(device: torch.device) -> bool:
-    """Whether launches may overlap on this GPU."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether launches may overlap on this GPU, and its driver can record them."""
+    return cuda.driver.version() >= (12, 4) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launching(case: Case, plan: Plan | None, overlap: bool) -> Call:

@@ -266,6 +266,38 @@ def test_a_cuda_graph_holds_it(device):
         judge(y, x.double() @ values.double().t(), factor=1.5)
 
 
+@pytest.mark.parametrize("out", [1024, 8192])
+def test_launches_that_overlap_see_what_the_one_before_wrote(device, out):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    spec = Spec("int4", 128)
+    prepared = [kernel.prepare(spec, matrix(device, spec, out, 1024, seed)[0]) for seed in range(8)]
+    norm, x = torch.ones(1024, device=device, dtype=B), draw(device, 2, 1024, dtype=B)
+    torch.cuda.synchronize()
+
+    def chain(overlap):
+        found = []
+        y = x
+        for i in range(64):  # each reads what the one before wrote
+            y = cuda_ops.launch(
+                y[:, -1024:], *prepared[i % 8], norm, None, out, kernel.layout(spec), 1e-5, overlap=overlap
+            )
+            found.append(y)
+        return torch.stack(found)
+
+    wanted = chain(False)
+    assert wanted.isfinite().all() and wanted[-1].unique().numel() > 32
+    for _ in range(20):
+        assert torch.equal(chain(True), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(True)
+    for _ in range(20):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, wanted)
+
+
 def test_operators_under_tracing(device):
     spec = Spec("int4", 128)
     stored, _ = matrix(device, spec, 40, 128)
