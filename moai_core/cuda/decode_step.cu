@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 decode_embed(const int64* tokens, const unsigned char* weight, const S* scales, const fp16* zeros, R* residual,
              int64 row_bytes, int64 H, int64 group, int64 groups) {
   let_next_begin();
-  const int64 token = tokens[blockIdx.x];
+  const int64 token = tokens[blockIdx.x] < 0 ? 0 : tokens[blockIdx.x];  // -1: a row whose logits weren't finite
   const unsigned char* row = weight + token * row_bytes;
   for (int64 c = threadIdx.x; c < H; c += THREADS) {
     float value;

@@ -94,6 +94,7 @@ class Decoder:
             make(4, self.capacity, dtype=torch.float64),
             make(4, self.capacity, dtype=torch.int64),
         )
+        self.numbers[1], self.numbers[3] = 1, 1
         self.seen = make(self.capacity, c.vocab_size, dtype=torch.uint8)
         self.host = torch.zeros(2, self.capacity, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         if before:

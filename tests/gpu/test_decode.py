@@ -269,6 +269,23 @@ def test_logits_that_are_not_finite_stop_a_row(device, bad):
     ] == [-1]
 
 
+def test_a_row_that_is_not_finite_does_no_harm_a_step_later(device):
+    """The GPU is a step ahead when the host learns of it."""
+    model = make(device, torch.bfloat16)
+    made = decode.Decoder(model, 400)
+    made.reserve(2)
+    with torch.no_grad():
+        state = model(ids_of(model, 1, 4), use_cache=True).state
+    for row in range(2):
+        made.put(row, state, 7, Settings(temperature=0), 1, 0)
+    made.ssm[made.turn, :, 1] = float("nan")
+    turns = [made.step(2), made.step(2)]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert [made.host[turn, 1].item() for turn in turns] == [-1, -1]
+    assert all(made.host[turn, 0].item() >= 0 for turn in turns)
+
+
 # ---- whole answers ----------------------------------------------------------------------------------------------------
 
 PROMPTS = ["hello", "The quick brown fox jumps", "", "한국어 문장은 여러", "素早い茶"]
