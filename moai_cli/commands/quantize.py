@@ -127,9 +127,12 @@ def _words(source: Path) -> Path:
 
 def _evaluation(data: str, tokenizer: str | None, limit: int | None) -> Any:
     from moai_core.data.read import find_files
+    from moai_core.errors import UsageError
     from moai_core.paths import RECIPES
     from moai_core.quantize.report import Evaluation
 
+    if limit is not None and limit < 1:
+        raise UsageError(f"--eval-limit must be at least 1 (got {limit})", hint="leave it out to measure on all")
     if data == "none":
         return None
     chosen = data or str(RECIPES / "corpus" / "valid")

@@ -51,7 +51,7 @@ class Spec:
         if not isinstance(values, Mapping) or not set(values) <= known or "format" not in values:
             raise UsageError(f"a quantized module needs format, group_size and symmetric (got {str(values)[:80]})")
         spec = Spec(**values)
-        if spec.format not in FORMATS:
+        if not isinstance(spec.format, str) or spec.format not in FORMATS:
             raise UsageError(f"unknown format {str(spec.format)[:40]!r}", hint=f"formats: {', '.join(FORMATS)}")
         if not isinstance(spec.group_size, int) or isinstance(spec.group_size, bool) or spec.group_size < 0:
             raise UsageError(f"group_size must be an integer >= 0 (got {str(spec.group_size)[:40]})")

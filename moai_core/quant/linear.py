@@ -235,7 +235,13 @@ def rotated(quantization: Any, names: Iterable[str]) -> list[str]:
 def _rotate(model: nn.Module, quantization: Any, prefix: str) -> None:
     """Give the quantized layers that `quantization.rotate` names their rotation."""
     layers = {prefix + name: layer for name, layer in quantized(model).items() if not isinstance(layer, QuantEmbedding)}
-    for name in rotated(quantization, layers):
+    turned = rotated(quantization, layers)
+    keys = [] if prefix else quantization.get("rotate", [])
+    if idle := [key for key in keys if not any(_fits(key, name) for name in turned)]:
+        raise UsageError(
+            f"model field quantization: rotate names {idle[0][:80]!r}, which is no quantized matrix product"
+        )
+    for name in turned:
         if reason := why_not(layers[name].in_features):
             raise UsageError(f"{name}: its inputs can't be rotated: {reason}")
         layers[name].rotation = OnlineHadamard(layers[name].in_features)

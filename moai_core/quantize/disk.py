@@ -99,11 +99,11 @@ def _source(path: Path) -> Source:
     """The model. Raises CheckpointError for what is no moai model, or quantized already."""
     folder = checkpoint.find(path)
     values = hf.read_config(folder).values
-    if method := (values.get("quantization") or {}).get(
-        "method", "some method" if values.get("quantization") else None
-    ):
+    if found := values.get("quantization"):
+        method = found.get("method") if isinstance(found, Mapping) else None
         raise CheckpointError(
-            f"{folder}: is quantized already ({str(method)[:40]})", hint="quantize the model that it was made of"
+            f"{folder}: is quantized already ({str(method or 'some method')[:40]})",
+            hint="quantize the model that it was made of",
         )
     if moai.detect(folder) is None:
         raise CheckpointError(
@@ -243,7 +243,10 @@ class Job:
     # ---- embedding and head
 
     def vocabulary(self, work: Path) -> None:
-        """Quantizes embedding and head into `work`."""
+        """Quantizes embedding and head into `work`; what else lies outside the layers is looked at, too."""
+        for name in self.source.tensors:
+            if not name.startswith("model.layers.") and name.removesuffix(".weight") not in self.specs:
+                self.load(name)  # raises for NaN, as the layers' tensors did
         for name in (EMBEDDING, HEAD):
             file = work / f"{name}.safetensors"
             if (spec := self.specs.get(name)) is not None and not file.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def test_formats_of_others_as_json(moai, wide, method):
         (["--method", "gptq", "--group-size", "32", "--calib", "SHORT", "--eval", "none"], 2, "calibration"),
         (["--group-size", "32", "-o", "FOLDER"], 2, "already exists and is no saved model"),
         (["--device", "cuda", "--group-size", "32"], 2, "this machine has no CUDA GPU"),
+        (["--eval-limit", "0", "--group-size", "32"], 2, "--eval-limit must be at least 1 (got 0)"),
     ],
 )
 def test_errors_are_one_line_and_a_hint(arguments, code, line, moai, folder, text, tmp_path):
@@ -103,6 +105,29 @@ def test_quantized_already(moai, folder):
     code, _, err = moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one")
     assert code == 2 and "already exists" in err and "--force" in err
     assert moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one", "--force")[0] == 0
+
+
+@pytest.mark.parametrize("value", ["x", [1], True, {"method": 5}])
+def test_a_strange_quantization_is_no_traceback(value, moai, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "strange")
+    file = tmp_path / "strange" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization": value}))
+    code, out, err = moai("quantize", "-m", tmp_path / "strange", "--group-size", "32", "--eval", "none", "-o", "two")
+    assert (code, out) == (3, "") and "is quantized already" in err and "hint: " in err
+
+
+def test_nan_outside_the_layers(moai, folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "nan")
+    (tmp_path / "nan" / "manifest.json").unlink(missing_ok=True)
+    file = tmp_path / "nan" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.final_layernorm.weight"][3] = float("inf")
+    save_file(tensors, file)
+    code, _, err = moai("quantize", "-m", tmp_path / "nan", "--group-size", "32", "--eval", "none", "-o", "two")
+    assert code == 3 and "model.final_layernorm.weight holds NaN or infinite numbers" in err
+    assert not (tmp_path / "two").exists()
 
 
 def test_interrupted_and_gone_on_with(wide, tmp_path, text):

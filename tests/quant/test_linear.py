@@ -130,6 +130,10 @@ def test_folders_that_lie(tiny_model, tmp_path):
 
     assert "no module 'q_proj'" in broken(folder("a"), modules={**modules, "q_proj": INT4})
     assert "unknown format 'int3'" in broken(folder("b"), modules={**modules, "in_proj": {"format": "int3"}})
+    assert "unknown format" in broken(folder("g"), modules={**modules, "in_proj": {"format": {"a": 1}}})
+    for number, name in enumerate(("nix", "embed_tokens", "conv1d")):
+        said = broken(folder(f"rotate {number}"), rotate=["out_proj", name])
+        assert f"rotate names '{name}', which is no quantized matrix product" in said
     assert "doesn't divide" in broken(
         folder("c"), modules={**modules, "in_proj": {"format": "int4", "group_size": 128}}
     )
