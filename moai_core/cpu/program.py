@@ -2,7 +2,8 @@
 
 Why: between two kernels called from Python lie ten to twenty microseconds, and a token of a model takes hundreds of
 kernels. Here it is one call whose threads wait for one another at a counter; a wait is under a microsecond, and a
-thread that waits long lets others run (programs compete for cores on a busy machine).
+thread that waits long lets others run. On a busy machine, where threads wait for one another longer than they work, a
+program finds out that one thread is faster; results are the same bits for any number.
 
 A kernel gets the addresses that the list has: whoever builds one keeps the tensors alive, and `slot` says where
 an address stands that changes from call to call.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,6 +22,10 @@ import numpy as np
 from moai_core import cpu
 
 _KERNEL = "moai_core.cpu.program_kernel"
+# Looks at the counter before a thread lets others run: some ten microseconds.
+PATIENCE = 4000
+# One run in so many goes the other way, with one thread or with several.
+EXPLORE = 48
 
 
 class Operation(NamedTuple):
@@ -54,18 +60,32 @@ class Program:
         self.entry = cpu.entry(_KERNEL, "run_all")
         self.head = np.zeros(16, np.int64)
         self.head[8:10] = len(operations), self.table.ctypes.data
+        self.head[12] = PATIENCE
+        self.runs, self.slow, self.seconds = 0, False, {False: 0.0, True: 0.0}
 
     def slot(self, operation: int, number: int) -> int:
         """Where in `slots` an operation has its number: 0 is the first after the items."""
         return int(self.starts[operation]) + 2 + number
 
     def run(self) -> None:
-        """Goes through all operations."""
-        self.slots[self.starts] = 0
+        """Goes through all operations, in as many threads as torch has or, where that has been faster, in one."""
         threads = 1 if self.small else cpu.threads()
+        if threads > 1 and (self.slow or self.runs % EXPLORE == EXPLORE - 1):
+            # The other choice is tried now and then, since other programs come and go.
+            threads = 1 if self.slow != (self.runs % EXPLORE == EXPLORE - 1) else threads
+        self.slots[self.starts] = 0
         self.head[1], self.head[2] = threads, 0
         self.head[10:12] = _helpers()
+        begin = time.perf_counter()
         cpu.start(self.entry, self.head.ctypes.data, threads)
+        self._learn(threads > 1, time.perf_counter() - begin)
+
+    def _learn(self, several: bool, seconds: float) -> None:
+        """Threads that wait for one another lose to a single one where other programs keep the cores busy."""
+        self.runs += 1
+        known = self.seconds[several]
+        self.seconds[several] = seconds if known == 0 else 0.8 * known + 0.2 * seconds
+        self.slow = 0 < self.seconds[False] < self.seconds[True]
 
 
 def _address(function: Any) -> int:

@@ -9,8 +9,6 @@ from numba import carray, types
 
 from moai_core.cpu.instructions import i32, i64, intrinsic, kernel
 
-PATIENCE = 4000  # looks at the counter before a thread lets others run
-
 
 @intrinsic
 def call(typing: Any, function: Any, slots: Any) -> Any:
@@ -54,9 +52,9 @@ def look(typing: Any, address: Any) -> Any:
 @kernel
 def run_all(slots):
     """Slots: 0 unused, 1 threads, 2 (in a cache line of its own) the threads that arrived, 8 how many operations, 9
-    their table of (kernel, slots), 10 and 11 helpers."""
+    their table of (kernel, slots), 10 and 11 helpers, 12 how often a thread looks before it lets others run."""
     s = carray(slots, (16,))
-    count, table, how_many, give_way = s[8], s[9], s[10], s[11]
+    count, table, how_many, give_way, patience = s[8], s[9], s[10], s[11], s[12]
     threads = s[1]
     if how_many and threads > 1:
         threads = ask(how_many)
@@ -69,7 +67,7 @@ def run_all(slots):
             waited = 0
             while look(at) < (i + 1) * threads:
                 waited += 1
-                if waited > PATIENCE and give_way:
+                if waited > patience and give_way:
                     ask(give_way)
                     waited = 0
 
