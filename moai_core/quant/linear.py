@@ -91,6 +91,10 @@ class QuantLinear(nn.Module):
         self._prepared = {}
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy (deepcopy, pickle) prepares for itself: what kernels made knows addresses and modules."""
+        return self.__dict__ | {"_prepared": {}}
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, tensor in self.tensors().items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -101,6 +102,14 @@ def test_release_keeps_answers_and_refuses_to_save(tiny_model, monkeypatch):
     quantized, _ = pair(tiny_model, tied=True)
     want = quantized(IDS).logits
     linear.release(quantized, torch.float32)
+    assert torch.equal(quantized(IDS).logits, want)
+
+
+def test_a_copy_of_a_model_in_use(tiny_model):
+    quantized, _ = pair(tiny_model, tied=True)
+    want = quantized(IDS).logits
+    again = copy.deepcopy(quantized)
+    assert torch.equal(again(IDS).logits, want) and again.to(torch.bfloat16)(IDS).logits.dtype == torch.bfloat16
     assert torch.equal(quantized(IDS).logits, want)
 
 
