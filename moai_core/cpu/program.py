@@ -25,7 +25,7 @@ _KERNEL = "moai_core.cpu.program_kernel"
 # Looks at the counter before a thread lets others run: some ten microseconds.
 PATIENCE = 4000
 # One run in so many goes the other way, with one thread or with several.
-EXPLORE = 48
+EXPLORE, WARM = 48, 3
 
 
 class Operation(NamedTuple):
@@ -70,9 +70,9 @@ class Program:
     def run(self) -> None:
         """Goes through all operations, in as many threads as torch has or, where that has been faster, in one."""
         threads = 1 if self.small else cpu.threads()
-        if threads > 1 and (self.slow or self.runs % EXPLORE == EXPLORE - 1):
-            # The other choice is tried now and then, since other programs come and go.
-            threads = 1 if self.slow != (self.runs % EXPLORE == EXPLORE - 1) else threads
+        # The other choice is tried now and then, since other programs come and go.
+        if threads > 1 and self.slow != (self.runs % EXPLORE == WARM):
+            threads = 1
         self.slots[self.starts] = 0
         self.head[1], self.head[2] = threads, 0
         self.head[10:12] = _helpers()
@@ -83,8 +83,10 @@ class Program:
     def _learn(self, several: bool, seconds: float) -> None:
         """Threads that wait for one another lose to a single one where other programs keep the cores busy."""
         self.runs += 1
-        known = self.seconds[several]
-        self.seconds[several] = seconds if known == 0 else 0.8 * known + 0.2 * seconds
+        if self.runs <= WARM:
+            return  # memory that is touched for the first time
+        known, tried = self.seconds[several], several == self.slow
+        self.seconds[several] = seconds if known == 0 or tried else 0.8 * known + 0.2 * seconds
         self.slow = 0 < self.seconds[False] < self.seconds[True]
 
 

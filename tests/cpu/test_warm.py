@@ -87,3 +87,26 @@ def test_operations_of_a_program_wait_for_one_another(team, threads, monkeypatch
             torch.testing.assert_close(y, torch.full_like(y, start))
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_program_finds_out_how_many_threads_are_faster(monkeypatch):
+    from moai_core.cpu import program as programs
+
+    clock, cost, seen = [0.0], {1: 1.0, 2: 2.0}, []
+
+    def start(entry, address, threads):
+        seen.append(threads)
+        clock[0] += cost[threads]
+
+    monkeypatch.setattr(cpu, "threads", lambda: 2)
+    monkeypatch.setattr(cpu, "start", start)
+    monkeypatch.setattr(programs.time, "perf_counter", lambda: clock[0])
+    slots = (1, 1, 1, 1, 0, 0, 0, 0, 0)
+    program = programs.Program([programs.Operation("moai_core.model.step_kernels", "dense", 1, 1 << 30, slots)])
+    for _ in range(40):
+        program.run()
+    assert seen[0] == 2 and set(seen[10:]) == {1}
+    cost[2] = 0.5
+    for _ in range(60):
+        program.run()
+    assert set(seen[-5:]) == {2}
