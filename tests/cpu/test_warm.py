@@ -107,6 +107,6 @@ def test_a_program_finds_out_how_many_threads_are_faster(monkeypatch):
         program.run()
     assert seen[0] == 2 and set(seen[10:]) == {1}
     cost[2] = 0.5
-    for _ in range(60):
+    for _ in range(50):
         program.run()
     assert set(seen[-5:]) == {2}
