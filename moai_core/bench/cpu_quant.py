@@ -209,7 +209,7 @@ def _result(
 
 def tables(found: dict[str, Any]) -> list[report.Table]:
     """One line a runner and work."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in found["results"]:
         ratio = f"{one['ratio']:.2f} ({one['ratio_low']:.2f} - {one['ratio_high']:.2f})" if "ratio" in one else ""
         share = f"{one['share']:.0%}" if "share" in one else ""

@@ -62,7 +62,7 @@ class Step:
         self._remember(model)
         self.operations: list[Operation] = []
         self.kept: list[Any] = []
-        self.places: list[int] = []
+        self.places: list[tuple[int, int]] = []
         self.program: Program | None = None
         if self.backend in ("auto", "cpu") and _plain(model):
             self._build(model)
@@ -106,7 +106,7 @@ class Step:
         mixed, A = self._room(rank + 2 * states), torch.empty(inner, states)
         self.kept.append(A)
         blocks = next(count for count in (64, 8, 4, 2, 1) if inner % count == 0)
-        gate, up, product = (self._room(ffn) for _ in range(3)) if config.ffn != "none" else (None, None, None)
+        gate, up, product = (self._room(ffn if config.ffn != "none" else 0) for _ in range(3))
         tiles = rows * -(-inner // cpu.load(_SCAN).W)
         x = None
         for layer in model.layers:
