@@ -95,6 +95,10 @@ class QuantLinear(nn.Module):
         """A copy (deepcopy, pickle) prepares for itself: what kernels made knows addresses and modules."""
         return self.__dict__ | {"_prepared": {}}
 
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._prepared = {}  # the numbers are copied into the same tensors
+        super()._load_from_state_dict(*args, **options)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, tensor in self.tensors().items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moai_core import cpu as machine
-from moai_core.quant import cpu, kernels
+from moai_core.quant import cpu, kernels, linear
 from moai_core.quant.formats import FORMATS, Spec
 
 CPU = torch.device("cpu")
@@ -138,6 +138,17 @@ def test_refusals_are_sentences():
     assert "float64" in cpu.why_not(Spec("int8"), CPU, torch.float64)
     assert kernels.pick(Spec("int4"), CPU, torch.bfloat16) is cpu
     assert "16-bit integers" in kernels.describe(Spec("int4"), CPU, torch.float32)
+
+
+def test_loaded_numbers_are_those_that_multiply():
+    """A layer that has multiplied already gets others."""
+    layer = linear.QuantLinear(64, 8, Spec("int4", 32))
+    x = torch.randn(3, 64)
+    for seed in (0, 1):
+        stored, _, _ = problem(layer.spec, 8, 64, 1, seed)
+        layer.load_state_dict(stored)
+        wanted = x.double() @ FORMATS["int4"].decode(layer.spec, stored).double().T
+        assert apart(layer(x), wanted) < 5e-5
 
 
 PROGRAM = """
