@@ -63,6 +63,9 @@ def quantize_folder(
     begun = time.perf_counter()
     target = _target(Path(dst), force)
     source = _source(Path(src))
+    kept = source.path.resolve()
+    if target == kept or target in kept.parents:
+        raise UsageError(f"{dst}: would replace the source", hint="choose another folder with -o")
     layouts.fits(source, settings.layout)
     job = Job(source, settings, torch.device(device), on_event)
     data = _calibration(settings, calibration)

@@ -15,6 +15,7 @@ metrics and signals are the loop's (moai_core/training).
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,14 @@ class Options:
             raise UsageError(
                 f"--distill-weight must lie between 0 and 1 (got {self.weight})", hint="1 learns from the teacher alone"
             )
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise UsageError(
-                f"--temperature must be > 0 (got {self.temperature})", hint="1 takes predictions as they are"
+                f"--temperature must be a number > 0 (got {self.temperature})", hint="1 takes predictions as they are"
             )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout must be at least 0 and below 1 (got {self.dropout})", hint="0 drops nothing")
+        if not math.isfinite(self.alpha):
+            raise UsageError(f"--alpha must be a number (got {self.alpha})", hint="twice the rank is usual")
         if self.rank < 1:
             raise UsageError(f"--rank must be >= 1 (got {self.rank})", hint="16 is usual")
         if self.mode == "qlora":

@@ -116,6 +116,16 @@ def test_a_strange_quantization_is_no_traceback(value, moai, folder, tmp_path):
     assert (code, out) == (3, "") and "is quantized already" in err and "hint: " in err
 
 
+def test_the_source_is_never_replaced(moai, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run" / "step")
+    for target in ("run", "run/step"):
+        (tmp_path / target / "manifest.json").write_text('{"format": 1, "files": {}}')
+        code, _, err = moai(
+            "quantize", "-m", tmp_path / "run" / "step", "--group-size", "32", "-o", tmp_path / target, "--force"
+        )
+        assert code == 2 and "would replace the source" in err and "hint: " in err
+
+
 def test_nan_outside_the_layers(moai, folder, tmp_path):
     from safetensors.torch import load_file, save_file
 

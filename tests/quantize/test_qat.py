@@ -109,6 +109,8 @@ def test_from_scratch_from_a_quantized_one_and_refusals(start, tmp_path):
         {"mode": "half"},
         {"weight": 2.0},
         {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"alpha": float("inf")},
         {"dropout": 1.0},
         {"settings": Settings("fp8")},
     ):
