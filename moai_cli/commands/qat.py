@@ -26,7 +26,12 @@ def qat(
         str, typer.Option("--method", help="How a plain model is quantized first: int4, or bnb4 for qlora.")
     ] = "int4",
     bits: Annotated[int | None, typer.Option("--bits", help="4 or 8.", show_default="4")] = None,
-    group_size: Annotated[int, typer.Option("--group-size", help="Columns that share a scale.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size", help="Columns that share a scale: 32, 64, 128, 256; 0: a row.", show_default="128"
+        ),
+    ] = None,
     symmetric: Annotated[
         bool | None,
         typer.Option("--symmetric/--asymmetric", help="Without or with zeros.", show_default="scales: without"),

@@ -19,8 +19,11 @@ def quantize(
     ] = None,
     bits: Annotated[int | None, typer.Option("--bits", help="4 or 8, for int4 and gptq.", show_default="4")] = None,
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, 256; 0: the whole row.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            "--group-size", help="Columns that share a scale: 32, 64, 128, 256; 0: a row.", show_default="128"
+        ),
+    ] = None,
     symmetric: Annotated[
         bool | None,
         typer.Option("--symmetric/--asymmetric", help="Zero in the middle, or where it fits.", show_default="awq: no"),
@@ -68,6 +71,7 @@ def quantize(
     run goes on where it was when started again.
     """
     from moai_core.bench.report import place
+    from moai_core.errors import UsageError
     from moai_core.quantize.disk import quantize_folder
     from moai_core.quantize.plan import Settings
     from moai_core.training.stop import StopFlag
@@ -76,6 +80,8 @@ def quantize(
     target = output or Path("runs") / f"{source.resolve().name}-{method}"
     settings = Settings(method, bits, group_size, symmetric, embeddings, small, rotate, layout)
     settings.spec()  # a wrong flag is told before anything is read
+    if calib is not None and not settings.kind.calibrated:
+        raise UsageError(f"--calib: --method {method} looks at no text", hint="gptq and awq do")
     held_out = _evaluation(evaluate, tokenizer, limit)
     flag = StopFlag()
     bar = console.progress()
@@ -126,7 +132,7 @@ def _words(source: Path) -> Path:
 
 
 def _evaluation(data: str, tokenizer: str | None, limit: int | None) -> Any:
-    from moai_core.data.read import find_files
+    from moai_core.data.read import find_files, read_documents
     from moai_core.errors import UsageError
     from moai_core.paths import RECIPES
     from moai_core.quantize.report import Evaluation
@@ -136,7 +142,8 @@ def _evaluation(data: str, tokenizer: str | None, limit: int | None) -> Any:
     if data == "none":
         return None
     chosen = data or str(RECIPES / "corpus" / "valid")
-    find_files(chosen)
+    files, _ = find_files(chosen)
+    next(iter(read_documents(files)), None)  # what can't be read is told before the work
     return Evaluation(chosen, tokenizer, limit)
 
 

@@ -240,7 +240,7 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoaiMambaModel(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # What is trained for in place of the cross-entropy (distillation): (hidden (B, L, H), targets (B, L), num_items,
+        # What is trained for in place of the cross-entropy (distillation): (hidden (B, L, H), targets (B, L), count,
         # the call's inputs) -> loss.
         self.objective: Callable[..., Tensor] | None = None
         if config.quantization is not None:

@@ -237,7 +237,10 @@ def trainable(model: nn.Module, mode: str, masters: Mapping[str, Tensor] | None 
         found = {name: layer for name, layer in found.items() if layer.spec.format == "int4"}
         model.requires_grad_(False)
         if not any(not isinstance(layer, QuantEmbedding) for layer in found.values()):
-            raise UsageError("the model has no int4 matrix, whose scales could be trained")
+            raise UsageError(
+                "the model has no int4 matrix, whose scales could be trained",
+                hint="moai quantize --method int4 makes them",
+            )
     for name, layer in found.items():
         if mode == "full":
             replace(model, name, _faked(layer, (masters or {}).get(name)))

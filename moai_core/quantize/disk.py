@@ -132,6 +132,10 @@ def _workplace(target: Path, key: str, on_event: OnEvent | None) -> Path:
             if on_event is not None and (done := len(list(work.glob("layer-*.safetensors")))):
                 on_event({"event": "note", "message": f"going on after {done} finished layers in {work.name}"})
             return work
+    if work.is_dir() and any(work.iterdir()) and not (work / KEY).is_file():
+        raise UsageError(
+            f"{work}: is in the way, and nothing that moai wrote", hint="move it, or choose another folder with -o"
+        )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     storage.write_file(work / KEY, storage.json_bytes({"key": key}))

@@ -54,7 +54,7 @@ class Settings:
 
     method: str = "int4"
     bits: int | None = None
-    group_size: int = 128
+    group_size: int | None = None  # 128, of formats that have groups
     symmetric: bool | None = None
     embeddings: str | None = None
     small: bool = False  # x_proj and dt_proj in int8
@@ -69,6 +69,11 @@ class Settings:
         return METHODS[self.method]
 
     @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return 128 if self.group_size is None else self.group_size
+
+    @property
     def width(self) -> int:
         """Bits of a number. Raises UsageError for a width that the method doesn't have."""
         known = list(self.kind.formats)
@@ -76,7 +81,7 @@ class Settings:
         if bits not in known:
             raise UsageError(
                 f"--bits {bits}: {self.method} has {' and '.join(map(str, known))}",
-                hint="--method int4 --bits 8 and --method gptq --bits 8 give 8 bits" if bits == 8 else None,
+                hint="int4 and gptq have 8 bits, too" if bits == 8 else "leave it out for the method's own",
             )
         return bits
 
@@ -87,7 +92,13 @@ class Settings:
         if name not in FORMATS:
             raise UsageError(f"--method {self.method}: the format {name} isn't there")
         symmetric = (kind.symmetric if self.symmetric is None else self.symmetric) or name != "int4"
-        spec = Spec(name, self.group_size if kind.grouped else 0, symmetric)
+        if self.symmetric is not None and name != "int4":
+            raise UsageError(
+                f"--symmetric and --asymmetric are for 4-bit integers, not for {name}", hint="leave it out"
+            )
+        if self.group_size is not None and not kind.grouped:
+            raise UsageError(f"--group-size: {self.method} has no groups to choose", hint="leave it out")
+        spec = Spec(name, self.group if kind.grouped else 0, symmetric)
         layouts.check(self.layout, spec, rotate=self.rotate, embeddings=self.embeddings)
         return spec
 
@@ -108,7 +119,7 @@ def modules(settings: Settings, shapes: Mapping[str, tuple[int, ...]], *, tied: 
     if embeddings not in EMBEDDINGS:
         raise UsageError(f"--embeddings can't be {embeddings!r}", hint=f"choose one of: {', '.join(EMBEDDINGS)}")
     if embeddings != "bf16":
-        rows = Spec("int8", 0) if embeddings == "int8" else Spec("int4", settings.group_size)
+        rows = Spec("int8", 0) if embeddings == "int8" else Spec("int4", settings.group)
         chosen |= {name: rows for name in (["embed_tokens"] if tied else ["embed_tokens", "lm_head"])}
     for name, (out, columns) in ((n, s) for n, s in shapes.items() if len(s) == 2):
         key = name.removesuffix(".weight").rpartition(".")[2]

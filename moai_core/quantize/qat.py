@@ -64,7 +64,7 @@ class Options:
     def label(self) -> str:
         """What a resumed run must agree in."""
         one = self.settings
-        words = [f"qat {self.mode}", one.method, f"{one.width} bits", f"group {one.group_size}"]
+        words = [f"qat {self.mode}", one.method, f"{one.width} bits", f"group {one.group}"]
         words += [f"rank {self.rank}", f"alpha {self.alpha:g}"] if self.mode == "qlora" else []
         words += [f"teacher's weight {self.weight:g}, temperature {self.temperature:g}"] if self.teacher else []
         return ", ".join(words)
@@ -262,7 +262,8 @@ class Teacher:
             if found.config.vocab_size != student.config.vocab_size:
                 raise UsageError(
                     f"--distill {self.options.teacher}: its vocabulary has {found.config.vocab_size} entries, the "
-                    f"student's {student.config.vocab_size}"
+                    f"student's {student.config.vocab_size}",
+                    hint="the teacher must have the student's tokenizer",
                 )
             self._model = found.requires_grad_(False)
         return self._model

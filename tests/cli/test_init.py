@@ -112,7 +112,7 @@ def test_the_recipe_fits_the_gpu_found(moai, tmp_path, monkeypatch, kind):
         (("file",), "file is a file", "name a folder"),
         (("new", "--recipe", "cpu-tin"), "no recipe 'cpu-tin'", "did you mean cpu-tiny"),
         (("new", "--recipe", "bad.yaml"), "bad.yaml:1: unknown key 'tarin'", None),
-        (("new", "--tokenizer", "moai"), "no tokenizer 'moai'", "moai_tiny"),
+        (("new", "--tokenizer", "moa"), "no tokenizer 'moa'", "moai_tiny"),
         (("new", "--name", "a/b"), "--name must be usable as a folder's name", None),
         (("new", "--name", "a|b"), "--name must be usable as a folder's name", None),
         (("new", "--name", "a\x1b[2J"), "--name must be usable as a folder's name", None),
