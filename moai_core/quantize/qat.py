@@ -136,7 +136,10 @@ def _needs_model(recipe: Recipe, options: Options, output: Path | None, resume: 
 
 
 def learning_rate(mode: str, hidden: int) -> float:
-    """The peak learning rate that suits the mode; of full, that of the nearest of the three sizes."""
+    """The peak learning rate that suits the mode; of full, that of the nearest of the three sizes, and for narrower
+    models the more the narrower they are, as between 2b and 8b."""
+    if mode == "full" and hidden < min(FULL_RATES):
+        return FULL_RATES[min(FULL_RATES)] * min(FULL_RATES) / hidden
     return RATES.get(mode) or FULL_RATES[min(FULL_RATES, key=lambda size: abs(size - hidden))]
 
 

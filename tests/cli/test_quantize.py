@@ -195,7 +195,7 @@ SMALL = [
 def test_qat_trains_and_its_run_talks(moai, folder, text):
     data = [f"data.train={text / 'calib.txt'}", "~data.valid"]
     code, out, err = moai("qat", "-r", "cpu-tiny", "-m", folder, "--group-size", "32", "-o", "run 1", *SMALL, *data)
-    assert code == 0 and "learning rate 1e-05, that of mode full" in err, err
+    assert code == 0 and "learning rate 0.00016, that of mode full" in err, err
     code, out, _ = moai("generate", "-m", "run 1", "--prompt", "안녕", "-n", 3)
     assert code == 0 and out.strip()
     code, out, err = moai("qat", "-r", "cpu-tiny", "-m", folder, "--group-size", "32", "--mode", "qlora", "--merge", "bf16",

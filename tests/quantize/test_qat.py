@@ -118,6 +118,13 @@ def test_from_scratch_from_a_quantized_one_and_refusals(start, tmp_path):
             qat.Options(**wrong).check()
 
 
+def test_learning_rates():
+    """The specification's for its three sizes; what lies below goes on with its slope."""
+    assert [qat.learning_rate("full", hidden) for hidden in (2048, 4096, 5120)] == [1e-5, 5e-6, 3e-6]
+    assert qat.learning_rate("full", 1024) == pytest.approx(2e-5)
+    assert (qat.learning_rate("scales", 2048), qat.learning_rate("qlora", 64)) == (1e-4, 2e-4)
+
+
 @pytest.mark.parametrize(("weight", "heat"), [(0.5, 1.0), (1.0, 2.0), (0.0, 1.0)])
 def test_distillation(start, weight, heat):
     """Loss and gradient against the formula in float64 over whole logits."""
