@@ -21,9 +21,22 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Recipe = Annotated[
+    str, typer.Option("--recipe", "-r", help="Name of a recipe (`moai recipes ls`) or a YAML file.", show_default=False)
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.")]
 Scan = Annotated[str, typer.Option("--scan", help="Scan backend; `moai doctor` lists them.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the random numbers.")]
+
+# ---- quantize and qat
+
+GroupSize = Annotated[
+    int | None,
+    typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, 256; 0: a row.", show_default="128"),
+]
+Embeddings = Annotated[
+    str | None, typer.Option("--embeddings", help="bf16 (as stored), int8, int4.", show_default="int8")
+]
 
 # ---- generate and chat
 

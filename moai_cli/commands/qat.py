@@ -10,15 +10,12 @@ import typer
 from moai_cli import launch
 from moai_cli.commands.train import Arguments, show_result
 from moai_cli.console import note, print_json, table
-from moai_cli.options import Json, Model
+from moai_cli.options import Embeddings, GroupSize, Json, Model, Recipe
 from moai_cli.watch import Watch
 
 
 def qat(
-    recipe: Annotated[
-        str,
-        typer.Option("--recipe", "-r", help="Name of a recipe (`moai recipes ls`) or a YAML file.", show_default=False),
-    ],
+    recipe: Recipe,
     arguments: Arguments = None,
     model: Model = None,
     mode: Annotated[str, typer.Option("--mode", help="full, scales or qlora.")] = "full",
@@ -26,19 +23,12 @@ def qat(
         str, typer.Option("--method", help="How a plain model is quantized first: int4, or bnb4 for qlora.")
     ] = "int4",
     bits: Annotated[int | None, typer.Option("--bits", help="4 or 8.", show_default="4")] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            "--group-size", help="Columns that share a scale: 32, 64, 128, 256; 0: a row.", show_default="128"
-        ),
-    ] = None,
+    group_size: GroupSize = None,
     symmetric: Annotated[
         bool | None,
-        typer.Option("--symmetric/--asymmetric", help="Without or with zeros.", show_default="scales: without"),
+        typer.Option("--symmetric/--asymmetric", help="Without zeros, or with.", show_default="scales: with"),
     ] = None,
-    embeddings: Annotated[
-        str | None, typer.Option("--embeddings", help="bf16 (as stored), int8, int4.", show_default="int8")
-    ] = None,
+    embeddings: Embeddings = None,
     distill: Annotated[
         Path | None, typer.Option("--distill", help="A teacher, mostly the model before quantization.")
     ] = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moai_cli import console
-from moai_cli.options import Device, Force, Json, Model, required_model
+from moai_cli.options import Device, Embeddings, Force, GroupSize, Json, Model, required_model
 
 
 def quantize(
@@ -18,19 +18,12 @@ def quantize(
         Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default="runs/MODEL-METHOD")
     ] = None,
     bits: Annotated[int | None, typer.Option("--bits", help="4 or 8, for int4 and gptq.", show_default="4")] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            "--group-size", help="Columns that share a scale: 32, 64, 128, 256; 0: a row.", show_default="128"
-        ),
-    ] = None,
+    group_size: GroupSize = None,
     symmetric: Annotated[
         bool | None,
         typer.Option("--symmetric/--asymmetric", help="Zero in the middle, or where it fits.", show_default="awq: no"),
     ] = None,
-    embeddings: Annotated[
-        str | None, typer.Option("--embeddings", help="bf16 (as stored), int8, int4.", show_default="int8")
-    ] = None,
+    embeddings: Embeddings = None,
     small: Annotated[bool, typer.Option("--small-int8", help="x_proj and dt_proj in int8, too.")] = False,
     rotate: Annotated[bool, typer.Option("--rotate", help="Hadamard rotation of out_proj's input.")] = False,
     calib: Annotated[

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from moai_cli import launch
 from moai_cli.console import clean, console, print_json, table
-from moai_cli.options import Json, Model
+from moai_cli.options import Json, Model, Recipe
 from moai_cli.watch import Watch, clock
 
 Arguments = Annotated[
@@ -24,10 +24,7 @@ Arguments = Annotated[
 
 
 def train(
-    recipe: Annotated[
-        str,
-        typer.Option("--recipe", "-r", help="Name of a recipe (`moai recipes ls`) or a YAML file.", show_default=False),
-    ],
+    recipe: Recipe,
     arguments: Arguments = None,
     model: Model = None,
     resume: Annotated[

@@ -20,7 +20,7 @@ from moai_core import storage, tensors
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.quant import hadamard
 from moai_core.quant.formats import FORMATS
-from moai_core.quant.linear import QuantLinear
+from moai_core.quant.linear import QuantLinear, replace
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 TARGETS = ("in_proj", "x_proj", "dt_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
@@ -153,6 +153,5 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None) -> None:
             plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(weight.to(dtype or base.weight.dtype), requires_grad=True)
             base = plain
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, base)
+        replace(model, name, base)
     del model.adapters

@@ -33,10 +33,10 @@ from moai_core.quant import linear
 from moai_core.quant.formats import FORMATS, Spec
 from moai_core.quantize import layerwise, layouts, plan, report, search
 from moai_core.quantize.calibrate import Calibration, Runner
+from moai_core.quantize.plan import EMBEDDING, HEAD
 
 VERSION = 1
 KEY = "key.json"
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 def quantize_folder(
@@ -53,9 +53,9 @@ def quantize_folder(
     """Quantizes the moai model `src` (a run, a step or a folder) into the folder `dst`.
 
     calibration: gives the sequences, for methods that look at data. evaluation: text on which the model is measured
-    before and after, None to leave that out. force replaces an earlier
-    result. Events: {"event": "layer", "name", "done", "total"}, tensor, evaluate. Returns the report (report.py), which
-    also lies in the folder as quantization.json, with the errors by layer as quantization.png.
+    before and after, None to leave that out. force replaces an earlier result. Events: {"event": "layer", "name",
+    "done", "total"}, tensor, evaluate. Returns the report (report.py), which also lies in the folder as
+    quantization.json, with the errors by layer as quantization.png.
 
     Raises UsageError (settings, a matrix that doesn't fit the format, a target that exists), CheckpointError (the
     source is damaged, quantized already, or holds NaN), DataError (calibration), StorageError.
@@ -150,13 +150,8 @@ class Job:
     ) -> None:
         """Raises UsageError where settings and model don't fit."""
         self.source, self.settings, self.device, self.on_event = source, settings, device, on_event
-        self.tied = bool(source.config["tie_word_embeddings"])
         shapes = {name: lazy.shape for name, lazy in source.tensors.items()}
-        self.quantization: dict[str, Any] = {
-            "method": settings.method,
-            "modules": plan.modules(settings, shapes, tied=self.tied),
-            **plan.extras(settings),
-        }
+        self.quantization = plan.quantization(settings, shapes, tied=bool(source.config["tie_word_embeddings"]))
         self.config: Any = MoaiMambaConfig(
             **source.config | {"use_quantization": True, "quantization_bits": settings.width},
             quantization=self.quantization,

@@ -14,8 +14,7 @@ from moai_core.errors import CheckpointError, UsageError
 from moai_core.quant import fake, linear
 from moai_core.quantize import layerwise, plan, search
 from moai_core.quantize.calibrate import Runner, from_tokens
-
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+from moai_core.quantize.plan import EMBEDDING, HEAD
 
 
 def quantize(model: Any, settings: plan.Settings, calib_data: Any = None) -> Any:
@@ -35,11 +34,7 @@ def quantize(model: Any, settings: plan.Settings, calib_data: Any = None) -> Any
         raise UsageError(f"{settings.method} needs calib_data", hint="token ids of the shape (sequences, tokens)")
     tied = model.config.tie_word_embeddings
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    quantization = {
-        "method": settings.method,
-        "modules": plan.modules(settings, shapes, tied=tied),
-        **plan.extras(settings),
-    }
+    quantization = plan.quantization(settings, shapes, tied=tied)
     specs = linear.plan(quantization, list(linear.matrices(model)))
     model.eval()
     found = _layers(model, settings, specs, calib_data)

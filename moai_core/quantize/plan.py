@@ -22,6 +22,7 @@ from moai_core.quantize.layerwise import Options
 LARGE = ("mamba.in_proj", "mamba.out_proj", "feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")
 SMALL = ("mamba.x_proj", "mamba.dt_proj")
 EMBEDDINGS = ("bf16", "int8", "int4")
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def modules(settings: Settings, shapes: Mapping[str, tuple[int, ...]], *, tied: 
 
 def _there(shapes: Mapping[str, Any], name: str) -> bool:
     return f"model.layers.0.{name}.weight" in shapes
+
+
+def quantization(settings: Settings, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> dict[str, Any]:
+    """The whole `quantization` of config.json; raises as `modules`."""
+    return {"method": settings.method, "modules": modules(settings, shapes, tied=tied), **extras(settings)}
 
 
 def extras(settings: Settings) -> dict[str, Any]:

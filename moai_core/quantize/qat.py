@@ -310,14 +310,13 @@ def merge(run: Path, target: Path, *, dtype: torch.dtype | None, tokenizer: Any 
 def _plain(model: Any, dtype: torch.dtype) -> None:
     """Nothing quantized is left: embedding and head as plain modules too."""
     for name, layer in linear.quantized(model).items():
-        parent, _, leaf = name.rpartition(".")
         weight = torch.nn.Parameter(lora.plain_weight(layer).to(dtype))
         if isinstance(layer, linear.QuantEmbedding):
             new: Any = torch.nn.Embedding(layer.out_features, layer.in_features, device="meta")
         else:
             new = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         new.weight = weight
-        setattr(model.get_submodule(parent), leaf, new)
+        linear.replace(model, name, new)
     for layer in model.model.layers:
         if (scale := layer.mamba.conv_scale) is not None:
             # AWQ's vector goes back into the columns of the two that read what it scales.
