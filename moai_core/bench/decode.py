@@ -16,69 +16,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from moai_core import config as sizes
 from moai_core.bench import report, timing
+from moai_core.bench.quantized import FORMATS, model
 from moai_core.bench.report import Table
 from moai_core.errors import UsageError
 from moai_core.generation import decode
 from moai_core.generation.sampling import Settings
-from moai_core.quant.linear import QuantLinear, TiedHead, quantized
 
 PRESETS = ("2b", "8b", "16b")
 # Without a preset on a CPU: seconds, not minutes.
 _SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 8192}
 ENGINES = ("graph", "plain")
-_INT8 = {"format": "int8", "group_size": 0, "symmetric": True}
-_LAYER = ("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
-# Formats by name: of a layer's large matrices; head and embedding beside them are int8. none: as the model computes.
-FORMATS: dict[str, dict[str, Any] | None] = {
-    "none": None,
-    "int4": {"format": "int4", "group_size": 128, "symmetric": True},
-    "int8": _INT8,
-    "fp8": {"format": "fp8", "group_size": 0, "symmetric": True},
-}
 _STEPS = 16
-_SPREAD = 4
 # What was asked of the 2b shape on one H100 80GB (tokens/s), and what mamba_ssm 2.3.2 with CUDA graphs reached there.
 GOALS = {("none", 1): 740, ("none", 64): 40_000, ("int4", 1): 1700}
 RECORDED = {("none", 1): 431, ("none", 64): 22_676}
-
-
-def model(numbers: dict[str, Any], form: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """moai's model of this size with random weights, quantized as `form` says."""
-    from moai_core.model import MoaiMambaConfig, MoaiMambaForCausalLM
-
-    chosen = dict(numbers)
-    if FORMATS[form] is not None:
-        names = _LAYER if numbers["ffn"] != "none" else _LAYER[:2]
-        modules = dict.fromkeys(names, FORMATS[form])
-        head = ("embed_tokens",) if numbers["tie_word_embeddings"] else ("embed_tokens", "lm_head")
-        chosen["quantization"] = {"method": "random", "modules": modules | dict.fromkeys(head, _INT8)}
-    with torch.device(device):
-        made = MoaiMambaForCausalLM(MoaiMambaConfig(**chosen))
-    made.requires_grad_(False)
-    for module in quantized(made).values():
-        _fill(module)
-    # Logits as far apart as a trained model's: how long a token's choice takes depends on how many are in question.
-    last: Any = made.lm_head._embedding[0] if isinstance(made.lm_head, TiedHead) else made.lm_head
-    size_of_logits: Any = last.scales if isinstance(last, QuantLinear) else last.weight
-    size_of_logits.mul_(_SPREAD)
-    return nn.Module.to(made, dtype).eval()
-
-
-def _fill(module: QuantLinear) -> None:
-    """Random numbers of about the size that a model has."""
-    codes = module.qweight
-    if codes.dtype == torch.float8_e4m3fn:
-        codes.copy_(torch.randn(codes.shape, device=codes.device))
-    else:
-        low, high = (0, 256) if codes.dtype == torch.uint8 else (-127, 128)
-        codes.copy_(torch.randint(low, high, codes.shape, device=codes.device, dtype=torch.int16).to(codes.dtype))
-    width = {"int4": 4.6, "int8": 73.0}.get(module.spec.format, 1.0)
-    scales = module.tensors()["scales"]
-    module.scales = torch.full_like(scales, 1 / (width * module.in_features**0.5))
 
 
 def weight_bytes(one: Any) -> int:
