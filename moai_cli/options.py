@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moai_cli import console
+from moai_core import paths
 from moai_core.errors import UsageError
+
+
+def by_name(model: Any) -> Any:
+    """The folder of a model that comes with moai, for its name; any other path (or None), and one that exists, as it
+    is."""
+    return model if model is None or Path(model).exists() else paths.pretrained(str(model)) or model
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is already there.")]
@@ -17,8 +30,9 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Run folder, step-N checkpoint, or Hugging Face folder of a moai model.",
+        help="Run folder, step-N checkpoint, Hugging Face folder of a moai model, or moai-30m, which comes with moai.",
         show_default=False,
+        callback=by_name,
     ),
 ]
 Recipe = Annotated[
@@ -83,24 +97,53 @@ def sampling(flags: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def compile_ahead(model: Path, device: str) -> None:
-    """Have a processor's kernels compiled while everything else is loaded, if it is the one that will answer and moai
-    runs there for the first time. To be called before anything that takes time."""
+@contextmanager
+def loading(model: Path, device: str) -> Iterator[None]:
+    """Around the imports of torch and transformers, before anything else that takes time. Meanwhile a processor's
+    kernels are compiled, if it is the one that will answer and moai runs there for the first time. What is imported
+    stays: searching it for garbage, while it is made and at the exit, took a third of a short command's time.
+    """
     if device == "cpu" or (device == "auto" and not Path("/dev/nvidia0").exists()):
         from moai_core.cpu import warm
 
-        try:
-            quantized = '"quantization": {' in (model / "config.json").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            quantized = False
-        warm.begin(quantized)
+        warm.begin(_method(model) is not None)
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _method(model: Path) -> str | None:
+    """How a model is quantized, as far as its config.json says it legibly; whoever loads it says what is wrong."""
+    try:
+        found = json.loads((model / "config.json").read_text(encoding="utf-8")).get("quantization")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(found.get("method")) if isinstance(found, dict) else None
 
 
 def required_model(path: Path | None) -> Path:
-    """The model named; if none was, an error that says how to get one."""
+    """The model named; if none was, the one that comes with moai, with a line that says so. Raises UsageError where
+    there is none."""
     if path is not None:
         return path
+    if (folder := paths.pretrained()) is not None:
+        console.note(f"using {folder.name}, the model that comes with moai ({_about(folder)}); --model takes another")
+        return folder
     runs = sorted(Path("runs").glob("*/step-*/manifest.json"), key=lambda file: file.stat().st_mtime)
     if runs:
         raise UsageError("no model given", hint=f"the newest one here: --model {runs[-1].parent.parent}")
     raise UsageError("no model given", hint="train one with `moai train --recipe cpu-tiny`, then --model runs/cpu-tiny")
+
+
+def _about(folder: Path) -> str:
+    from moai_core import config, footprint
+
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    numbers = config.fields(**{name: values[name] for name in config.DEFAULTS if name in values})
+    return f"{footprint.parameters(numbers)['total'] / 1e6:.1f}M parameters, {_method(folder) or values.get('dtype')}"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moai_cli.figures import show
-from moai_cli.options import Device, Json, Model, Scan, Seed, required_model
+from moai_cli.options import Device, Json, Model, Scan, Seed, by_name, required_model
 from moai_core.errors import UsageError
 
 Words = list[str] | None
@@ -19,7 +19,11 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Draw into this PNG.",
 Models = Annotated[
     list[Path] | None,
     typer.Option(
-        "--model", "-m", help="Run, step or model folder, of a twin too; several are compared.", show_default=False
+        "--model",
+        "-m",
+        help="Run, step or model folder, of a twin too; several are compared.",
+        show_default=False,
+        callback=lambda models: [by_name(model) for model in models] if models else models,
     ),
 ]
 Data = Annotated[

@@ -1,5 +1,5 @@
-"""Where the data that travels with moai lies: recipes and tokenizers, from a checkout or an installed wheel; and the
-cache.
+"""Where the data that travels with moai lies: recipes, tokenizers and a trained model, from a checkout or an installed
+wheel; and the cache.
  An editable install runs from the checkout, where `recipes/` and `tokenizers/` stand beside the packages; a wheel
 carries them inside `moai_core/_share` (an installed top-level `tokenizers/` would shadow the library of that name).
 """
@@ -19,6 +19,15 @@ def _share(kind: str) -> Path:
 
 RECIPES = _share("recipes")
 TOKENIZERS = _share("tokenizers")
+# Folders of models, by name; the first is what commands use that are given none.
+PRETRAINED = _PACKAGE / "pretrained"
+MODELS = ("moai-30m",)
+
+
+def pretrained(name: str = MODELS[0]) -> Path | None:
+    """The folder of a model that comes with moai, or None where there is none of that name."""
+    folder = PRETRAINED / name
+    return folder if name in MODELS and (folder / "config.json").is_file() else None
 
 
 def cache_dir() -> Path:

@@ -46,11 +46,11 @@ def chat(
     """
     flags = locals()
     path = options.required_model(model)
-    options.compile_ahead(path, device)
-    given = options.sampling(flags)
-    from moai_cli.talk import Talk
-    from moai_core import checkpoint
-    from moai_core.generation import Session, Settings, files
+    with options.loading(path, device):
+        given = options.sampling(flags)
+        from moai_cli.talk import Talk
+        from moai_core import checkpoint
+        from moai_core.generation import Session, Settings, files
 
     if session is not None:
         files.check_output(session, "--session", force=True)

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from moai_cli import console
-from moai_cli.options import Force, Json
+from moai_cli.options import Force, Json, by_name
 
 
 def convert(
-    src: Annotated[str, typer.Argument(help="Folder, run, .gguf file, or a name of the Hugging Face hub.")],
+    src: Annotated[str, typer.Argument(help="Folder, run, .gguf file, moai-30m, or a name of the Hugging Face hub.")],
     dst: Annotated[Path, typer.Argument(help="Folder to write; for gguf a file.")],
     to: Annotated[
         str,
@@ -39,6 +39,8 @@ def convert(
     Examples:
 
     - `moai convert runs/cpu-tiny tiny-jamba --to jamba` (transformers)
+
+    - `moai convert moai-30m moai-30m.gguf --to gguf` (the model that comes with moai, for llama.cpp)
 
     - `moai convert runs/cpu-tiny tiny.gguf --to gguf --outtype q8_0` (llama.cpp)
 
@@ -74,7 +76,9 @@ def convert(
 
     # Nothing is worth saving half-way: a signal ends it at once, and what is half written goes.
     with flag.catching(), flag.at_once(), bar:
-        report = run(src, dst, to, outtype=outtype, trim_vocab=trim_vocab, check=check, force=force, on_event=on_event)
+        report = run(
+            by_name(src), dst, to, outtype=outtype, trim_vocab=trim_vocab, check=check, force=force, on_event=on_event
+        )
     if json:
         console.print_json(report)
         return

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moai_cli.console import clean, note, print_json, progress, table, warn
-from moai_cli.options import Device, Json, Model, Scan
+from moai_cli.options import Device, Json, Model, Scan, loading, required_model
 
 
 def evaluate(
@@ -51,17 +52,12 @@ def evaluate(
 
     Examples:
 
-        moai eval --model runs/cpu-tiny --data book.txt
+        moai eval --data book.txt
 
         moai eval -m runs/cpu-tiny/step-300 -d 'chats/**/*.jsonl' --limit 500 --json
     """
     from moai_core.errors import UsageError
 
-    if model is None:
-        raise UsageError(
-            "--model is missing",
-            hint="a run folder, a step-N checkpoint or a Hugging Face folder: --model runs/cpu-tiny",
-        )
     if not data:
         raise UsageError("--data is missing", hint="a file, a folder or a glob: --data book.txt")
     for name, value, allowed in (
@@ -71,7 +67,7 @@ def evaluate(
         if value not in allowed:
             raise UsageError(f"{name} must be {' or '.join(allowed)} (got {value!r})")
     result = _run(
-        model,
+        required_model(model),
         data,
         tokenizer,
         device,
@@ -98,14 +94,15 @@ def evaluate(
     table(["measure", "value"], rows, title=clean(f"{result['model']} on {data}"), right=[1])
 
 
-def _run(model: Any, data: str, tokenizer: str | None, device: str, scan: str, **options: Any) -> dict[str, Any]:
-    import torch
+def _run(model: Path, data: str, tokenizer: str | None, device: str, scan: str, **options: Any) -> dict[str, Any]:
+    with loading(model, device):
+        import torch
 
-    from moai_core.checkpoint import latest, load_model
-    from moai_core.data.read import find_files
-    from moai_core.data.tokenize import load_tokenizer
-    from moai_core.errors import UsageError
-    from moai_core.evaluate import evaluate_file
+        from moai_core.checkpoint import latest, load_model
+        from moai_core.data.read import find_files
+        from moai_core.data.tokenize import load_tokenizer
+        from moai_core.errors import UsageError
+        from moai_core.evaluate import evaluate_file
 
     bar = progress("tokens")
     task = bar.add_task("evaluating", total=None, tokens="")

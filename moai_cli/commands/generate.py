@@ -58,7 +58,7 @@ def generate(
 
     Examples:
 
-    - `moai generate --model runs/cpu-tiny --prompt "옛날 옛적에" -n 64 --seed 1`
+    - `moai generate --prompt "옛날 옛적에" -n 64 --seed 1` (with the model that comes with moai)
 
     - `echo "Once upon a time" | moai generate --model runs/cpu-tiny --temperature 0`
 
@@ -69,12 +69,12 @@ def generate(
     """
     flags = locals()
     path = options.required_model(model)
-    options.compile_ahead(path, device)
-    given = options.sampling(flags)
-    if batch_size < 1:
-        raise UsageError(f"--batch-size must be a whole number >= 1 (got {batch_size})")
-    from moai_core.generation import Settings, decode_batch, files
-    from moai_core.training.stop import StopFlag
+    with options.loading(path, device):
+        given = options.sampling(flags)
+        if batch_size < 1:
+            raise UsageError(f"--batch-size must be a whole number >= 1 (got {batch_size})")
+        from moai_core.generation import Settings, decode_batch, files
+        from moai_core.training.stop import StopFlag
 
     if output_file is not None:
         files.check_output(output_file, "--output-file", force=force)

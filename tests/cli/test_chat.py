@@ -132,7 +132,6 @@ def test_a_pipe_ends_at_the_first_error(lines, code, message, moai, folder, tmp_
     ("flags", "code", "message"),
     [
         (["-m", "nowhere"], 3, "nowhere: doesn't exist"),
-        ([], 2, "no model given"),
         (["-m", "MODEL", "--top-p", "2"], 2, "--top-p must be"),
         (["-m", "MODEL", "--session", "no/folder/x"], 2, "the folder no/folder doesn't exist"),
         (["-m", "MODEL", "--session", "."], 2, "--session .: is a folder"),

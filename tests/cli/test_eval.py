@@ -80,7 +80,6 @@ def test_skipped_lines_are_told(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--data", "DATA"], 2, "--model is missing"),
         (["--model", "MODEL"], 2, "--data is missing"),
         (["--model", "MODEL", "--data", "missing.txt"], 2, "missing.txt: no such file or folder"),
         (["--model", "nowhere", "--data", "DATA"], 3, "nowhere"),

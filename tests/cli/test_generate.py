@@ -110,7 +110,6 @@ def test_no_control_character_reaches_the_terminal(moai, folder, tmp_path, monke
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["-p", "x"], 2, "error: no model given\nhint: train one with `moai train --recipe cpu-tiny`"),
         (["-m", "nowhere", "-p", "x"], 3, "error: nowhere: doesn't exist"),
         (["-m", "MODEL"], 2, "error: stdin: no prompt in it"),
         (["-m", "MODEL", "-p", "x", "-i", "y"], 2, "--prompt or --input-file, not both"),
