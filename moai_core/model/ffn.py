@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moai_core.model import fused
+from moai_core.model import fused, fused_fp8
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.recompute import Recomputed, call, tensor_of
+from moai_core.quant.scaled_mm import Quantized
 
 
 class SwiGLU(nn.Module):
@@ -21,9 +22,11 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.down_proj.writes_residual = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor | Recomputed) -> Tensor:
+    def forward(self, x: Tensor | Recomputed | Quantized) -> Tensor:
         """x (B, L, H) -> (B, L, H). Given a `Recomputed`, keeps only gate and up for the backward pass."""
         gate, up = call(self.gate_proj, x), call(self.up_proj, x)
+        if fused_fp8.ready((self.down_proj,), gate, up):
+            return self.down_proj(fused_fp8.swiglu(gate, up))
         product: Tensor | Recomputed = fused.swiglu(gate, up)
         if isinstance(x, Recomputed):
             gate, up = gate.detach(), up.detach()

@@ -20,6 +20,7 @@ from moai_core.model import fused
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.norm import RMSNorm
 from moai_core.model.recompute import Recomputed, call, repeatable, split_halves, tensor_of
+from moai_core.quant.scaled_mm import Quantized
 
 LayerState = tuple[Tensor, Tensor]
 
@@ -61,7 +62,7 @@ class MambaMixer(nn.Module):
         self.out_proj.writes_residual = True  # type: ignore[assignment]
 
     def forward(
-        self, x: Tensor | Recomputed, state: LayerState | None, seq_idx: Tensor | None, backend: str
+        self, x: Tensor | Recomputed | Quantized, state: LayerState | None, seq_idx: Tensor | None, backend: str
     ) -> tuple[Tensor, LayerState]:
         """x (B, L, H), state as in MoaiState.layers, seq_idx (B, L) int32 with padding (-1) only at the end of a row.
 

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from moai_core import scan as kernels
 from moai_core.errors import UsageError
-from moai_core.model import fused, padding, step
+from moai_core.model import fused, fused_fp8, padding, step
 from moai_core.model import loss as losses
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.ffn import SwiGLU
@@ -33,6 +33,7 @@ from moai_core.model.norm import RMSNorm
 from moai_core.model.recompute import Recomputed
 from moai_core.model.state import MoaiState
 from moai_core.quant import linear as quant
+from moai_core.quant.scaled_mm import Quantized
 
 CHECKPOINTING = ("none", "selective", "full")
 
@@ -81,15 +82,21 @@ class MoaiMambaLayer(nn.Module):
         A block's result is added in the norm of the next, which reads both anyway. selective: keep for the backward
         pass only what takes a large matrix product or the scan to compute (recompute.py).
         """
-        residual, h = _add_norm(residual, x, self.input_layernorm, selective)
+        residual, h = _add_norm(residual, x, self.input_layernorm, selective, self.mamba.in_proj)
         x, state = self.mamba(h, state, seq_idx, backend)
         if self.feed_forward is not None and self.pre_ff_layernorm is not None:
-            residual, h = _add_norm(residual, x, self.pre_ff_layernorm, selective)
+            readers = (self.feed_forward.gate_proj, self.feed_forward.up_proj)
+            residual, h = _add_norm(residual, x, self.pre_ff_layernorm, selective, *readers)
             x = self.feed_forward(h)
         return residual, x, state
 
 
-def _add_norm(residual: Tensor, x: Tensor | None, norm: RMSNorm, selective: bool) -> tuple[Tensor, Tensor | Recomputed]:
+def _add_norm(
+    residual: Tensor, x: Tensor | None, norm: RMSNorm, selective: bool, *readers: nn.Module
+) -> tuple[Tensor, Tensor | Recomputed | Quantized]:
+    """readers: the matrices that read the norm. A prompt's is rounded once for all of them where they multiply fp8."""
+    if residual.shape[1] > 1 and fused_fp8.ready(readers, residual, x, norm.weight):
+        return fused_fp8.add_rms_norm(residual, x, norm.weight, norm.eps)
     residual, h = fused.add_rms_norm(residual, x, norm.weight, norm.eps)
     if not selective or torch.compiler.is_compiling():
         return residual, h

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moai_core.errors import UsageError
-from moai_core.quant import kernels
+from moai_core.quant import kernels, scaled_mm
 from moai_core.quant.formats import FORMATS, Spec
 from moai_core.quant.hadamard import OnlineHadamard, why_not
 
@@ -54,8 +54,13 @@ class QuantLinear(nn.Module):
         """(out, in), exactly the stored values where dtype is fp32."""
         return FORMATS[self.spec.format].decode(self.spec, self.tensors()).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in x's dtype. The gradient is that of x alone."""
+    def forward(self, x: Tensor | scaled_mm.Quantized) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype. The gradient is that of x alone. x may be rounded to e4m3 already,
+        for a layer that `scaled_mm` multiplies with as it is (model/fused_fp8.py asks)."""
+        if isinstance(x, scaled_mm.Quantized):
+            _, prepared = self._ready(x.codes.device, x.dtype)
+            y = scaled_mm.product(prepared, x, self.out_features)
+            return y.reshape(*x.shape[:-1], self.out_features)
         if self.rotation is not None:
             x = self.rotation(x)
         if x.requires_grad and torch.is_grad_enabled():

@@ -1,26 +1,38 @@
 """fp8 matrices on GPUs that multiply fp8 (compute capability 8.9 on: Ada, Hopper, Blackwell), by `torch._scaled_mm`.
 
-The inputs are rounded to e4m3 at each call, with the largest magnitude of each row as its scale, and both scales are
-applied to the sums. So rounding touches the activations too (about 2.5 % a number, averaged over a row's sum), which
-the exact kernel (dequantize.py) doesn't do. torch's row-wise product gives bf16.
+The inputs are rounded to e4m3 at each call, with the largest magnitude of each row as its scale (scaled_mm_ops.py), and
+both scales are applied to the sums. So rounding touches the activations too (about 2.5 % a number, averaged over a
+row's sum), which the exact kernel (dequantize.py) doesn't do. torch's row-wise product gives bf16.
+
+Who makes the inputs can round them in the same pass and hand over a `Quantized` in their place
+(moai_core/model/fused_fp8.py); the result is the same, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moai_core.quant import scaled_mm_ops
 from moai_core.quant.formats import Spec
-from moai_core.quant.fp8 import LARGEST
 
 _CAPABILITY = (8, 9)
 # cuBLASLt and CUTLASS read rows of 16 bytes.
-_ALIGNED = 16
-# A row of zeros must not divide by zero; e4m3's own smallest number is larger by far.
-_TINY = 1e-12
+ALIGNED = 16
+
+
+class Quantized(NamedTuple):
+    """Inputs (..., I) that are e4m3 already: codes (M, I), scales (M, 1) fp32, the shape that they had, and the type
+    that a product with them has."""
+
+    codes: Tensor
+    scales: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def why_not(spec: Spec, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -48,7 +60,7 @@ def describe(spec: Spec, device: torch.device, dtype: torch.dtype) -> str:
 def prepare(spec: Spec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """qweight (O, I) and scales (1, O), both padded with zeros to multiples of 16 where they aren't."""
     q, scales = tensors["qweight"], tensors["scales"]
-    rows, columns = -q.shape[0] % _ALIGNED, -q.shape[1] % _ALIGNED
+    rows, columns = -q.shape[0] % ALIGNED, -q.shape[1] % ALIGNED
     if rows or columns:
         q = F.pad(q.view(torch.uint8), (0, columns, 0, rows)).view(q.dtype)
         scales = F.pad(scales, (0, 0, 0, rows))
@@ -57,10 +69,16 @@ def prepare(spec: Spec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def linear(spec: Spec, prepared: tuple[Tensor, Tensor], x: Tensor, out: int) -> Tensor:
     """x (M, I) -> (M, O), in x's dtype."""
-    q, scales = prepared
-    if columns := q.shape[1] - x.shape[1]:
+    if columns := prepared[0].shape[1] - x.shape[1]:
         x = F.pad(x, (0, columns))
-    x_scales = (x.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=_TINY)
-    codes = (x.float() / x_scales).to(torch.float8_e4m3fn)
-    y = torch._scaled_mm(codes, q.t(), scale_a=x_scales, scale_b=scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    codes, scales = scaled_mm_ops.quantize(x)
+    return product(prepared, Quantized(codes, scales, x.shape, x.dtype), out)
+
+
+def product(prepared: tuple[Tensor, Tensor], x: Quantized, out: int) -> Tensor:
+    """(M, O) of inputs that are rounded already; I a multiple of 16."""
+    q, scales = prepared
+    y = torch._scaled_mm(
+        x.codes, q.t(), scale_a=x.scales, scale_b=scales, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
     return (y[:, :out] if y.shape[1] != out else y).to(x.dtype)

@@ -104,8 +104,8 @@ def test_product(rows, shape, dtype):
     assert y.dtype == dtype and y.shape == (rows, shape[0]) and torch.isfinite(y).all()
     assert torch.equal(y[0], torch.zeros(shape[0], dtype=dtype))
     # What it says it computes: inputs rounded to e4m3 by row, in exact arithmetic.
-    scales = (x.abs().amax(-1, keepdim=True).float() / 448).clamp(min=1e-12)
-    rounded = (x.float() / scales).to(torch.float8_e4m3fn).double() * scales.double()
+    scales = (x.abs().amax(-1, keepdim=True).float() * (1 / 448)).clamp(min=1e-12)
+    rounded = (x.float() * (1 / scales)).to(torch.float8_e4m3fn).double() * scales.double()
     expected = rounded @ FP8.decode(SPEC, stored).double().T
     assert torch.allclose(y.double(), expected, rtol=2**-7, atol=1e-5 * expected.abs().max())
     exact = x.double() @ FP8.decode(SPEC, stored).double().T

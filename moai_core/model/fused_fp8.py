@@ -1,0 +1,118 @@
+"""What stands before an fp8 product, with its rounding to e4m3 in the same pass: RMSNorm of the residual stream's sum,
+SwiGLU's product. The numbers are those of fused.py rounded as moai_core/quant/scaled_mm_ops.py does, bit for bit.
+
+    ready(layers, *inputs) -> whether these layers all multiply e4m3, and nobody wants a gradient
+    add_rms_norm(residual, x, weight, eps) -> (residual + x, the norm of that, quantized)
+    swiglu(gate, up) -> silu(gate) * up, quantized
+
+A value then costs a byte on its way to the tensor cores where it would have cost five (written, read, written as a
+code, read). Only forward: who trains takes fused.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moai_core import cuda
+from moai_core.cuda import ops
+from moai_core.model import fused_ops
+from moai_core.quant import kernels, scaled_mm, scaled_mm_ops
+from moai_core.quant.linear import QuantLinear
+from moai_core.quant.scaled_mm import Quantized
+
+
+def ready(layers: Sequence[nn.Module], *inputs: Tensor | None) -> bool:
+    """Whether `layers` all multiply e4m3 where they get what is made of `inputs`, the last of which has its type."""
+    if not all(type(layer) is QuantLinear and layer.spec.format == "fp8" for layer in layers):
+        return False
+    given = [t for t in inputs if t is not None]
+    last = given[-1]
+    if last.device.type != "cuda" or not given[0].numel() or any(t.dtype not in cuda.TYPES for t in given):
+        return False
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return False
+    return all(_takes(layer, last.device, last.dtype) for layer in layers)
+
+
+def _takes(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Layers that are hooked or rotate their inputs want to see them as they are."""
+    if (
+        layer.rotation is not None
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer.in_features % scaled_mm.ALIGNED
+    ):
+        return False
+    if layer.in_features > scaled_mm_ops.WIDEST or cuda.why_not(device) is not None:
+        return False
+    return kernels.pick(layer.spec, device, dtype, layer.kernel) is scaled_mm
+
+
+def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Quantized]:
+    """As fused.add_rms_norm, in a type that `scaled_mm` knows: residual (..., H), x (..., H) or None, weight (H,)."""
+    wide = residual if x is None else residual.to(torch.promote_types(residual.dtype, x.dtype))
+    total, codes, scales = norm_quantize(wide, x, weight, eps)
+    return (residual if x is None else total), Quantized(codes, scales, residual.shape, weight.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Quantized:
+    """As fused.swiglu: gate, up (..., I) of one type."""
+    codes, scales = swiglu_quantize(gate, up)
+    return Quantized(codes, scales, gate.shape, gate.dtype)
+
+
+# ---- the operators: what they launch
+
+
+def _norm_quantize(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, codes, scales); total is empty where nothing is added. The row is divided as norm.cu divides it."""
+    total = residual.new_empty(0) if x is None else ops.dense(residual)
+    (rows, apart), weight = fused_ops._rows(residual), weight.contiguous()
+    size = weight.shape[0]
+    v, added, x_apart = fused_ops._vector(size, rows, weight), rows, apart
+    if x is not None:
+        x, x_apart = fused_ops._rows(x)
+        if fused_ops._vector(size, x) < min(v, 16 // x.element_size()):
+            x, x_apart = x.clone(memory_format=torch.contiguous_format), size
+        added = x
+    count = residual.numel() // size
+    codes, scales = scaled_mm_ops.results(count, size, residual)
+    norm = fused_ops._norm_kernels(residual.device, rows.dtype, added.dtype, weight.dtype, v, size)
+    run, together, block = scaled_mm_ops.kernel(
+        "norm_quantize", residual.device, size, v, norm.block // norm.teams, R=rows.dtype, X=added.dtype, W=weight.dtype
+    )
+    out = None if x is None else total
+    run(-(-count // together), block, rows, x, weight, out, codes.view(torch.uint8), scales, count, apart, x_apart, eps)
+    return total, codes, scales
+
+
+def _swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = gate.contiguous(), up.contiguous()
+    size = gate.shape[-1]
+    count = gate.numel() // size
+    codes, scales = scaled_mm_ops.results(count, size, gate)
+    v = fused_ops._vector(size, gate, up)
+    run, together, block = scaled_mm_ops.kernel(
+        "swiglu_quantize", gate.device, size, v, scaled_mm_ops.team(size, v), X=gate.dtype
+    )
+    run(-(-count // together), block, gate, up, codes.view(torch.uint8), scales, count)
+    return codes, scales
+
+
+norm_quantize = ops.define(
+    "norm_quantize(Tensor residual, Tensor? x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _norm_quantize,
+    lambda residual, x, weight, eps: (
+        residual.new_empty(0) if x is None else ops.dense(residual),
+        *scaled_mm_ops.results(residual.numel() // weight.shape[0], weight.shape[0], residual),
+    ),
+)
+swiglu_quantize = ops.define(
+    "swiglu_quantize(Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _swiglu_quantize,
+    lambda gate, up: scaled_mm_ops.results(gate.numel() // gate.shape[-1], gate.shape[-1], gate),
+)
