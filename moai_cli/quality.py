@@ -1,5 +1,5 @@
-"""`moai bench twin`, `context`, `needle`, `samples`: what a model is worth, where the other benchmarks say how fast it
-is.
+"""`moai bench twin`, `context`, `needle`, `samples`, `quality`: what a model is worth; other benchmarks say how fast
+it is.
 """
 
 from __future__ import annotations
@@ -203,4 +203,43 @@ def samples(
         raise UsageError(f"--tokens must be at least 1 (got {tokens})")
     settings: dict[str, Any] = {"model": required_model(model), "tokens": tokens, "temperature": temperature}
     settings |= {"seed": seed, "tokenizer": tokenizer, "device": device, "scan": scan}
+    show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)
+
+
+def quality(
+    parent: Annotated[
+        Path, typer.Option("--parent", help="The model that the others were made of.", show_default=False)
+    ],
+    model: Annotated[
+        list[Path], typer.Option("--model", "-m", help="Quantized or trained on; may be repeated.", show_default=False)
+    ],
+    data: Data = None,
+    tokens: Tokens = 200_000,
+    lengths: Annotated[
+        Words, typer.Option("--lengths", help="Tokens after which states are compared.", show_default="1k,4k,16k,32k")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the arithmetic: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp16, fp32.")
+    ] = "auto",
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Lay quantized models beside the one that they were made of: size, loss by language, predictions, states.
+
+    "won back" is the share of the first model's added loss that another one doesn't have: give --method int4 first.
+
+    Examples:
+
+    - `moai bench quality --parent runs/mine -m runs/mine-int4 -m runs/mine-gptq`
+
+    - `moai bench quality --parent runs/mine -m runs/mine-int4 -m runs/qat -m runs/control -d 'heldout/*.jsonl' --json`
+    """
+    from moai_core.bench import quality as benchmark
+    from moai_core.bench import report
+
+    settings: dict[str, Any] = {"parent": parent, "models": model, "data": data or [], "tokens": tokens}
+    settings |= {"lengths": report.numbers("--lengths", lengths)} if lengths else {}
+    settings |= {"dtype": dtype, "tokenizer": tokenizer, "device": device}
     show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)

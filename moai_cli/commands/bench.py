@@ -280,5 +280,5 @@ def decode(
     _show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)
 
 
-for _command in (quality.twin, quality.context, quality.needle, quality.samples):
+for _command in (quality.twin, quality.context, quality.needle, quality.samples, quality.quality):
     app.command()(_command)

@@ -286,8 +286,9 @@ class _Reached(Exception):
 class Runner:
     """The hidden states (S, L, H) of all sequences, before the block that comes next.
 
-    device: where the layers are. dtype: of the residual stream (None: the embedding's). scratch: a folder for a
-    temporary file that holds the states instead of memory (S * L * H numbers). batch_tokens: tokens run at a time.
+    device: where the layers are, and on a GPU the states (S * L * H numbers) if half of its free memory holds them.
+    dtype: of the residual stream (None: the embedding's). scratch: a folder for a temporary file that holds the states
+    instead of memory. batch_tokens: tokens run at a time.
     Events: {"event": "progress", "task": "calibrate", "source": what is run, "done", "total", "unit": "sequences"}.
     """
 
@@ -377,9 +378,11 @@ class Runner:
                 self.on_event({"event": "progress", "task": "calibrate", "source": source, **done})
 
     def _space(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size, where = int(np.prod(shape)), torch.device(self.device)
+        if where.type == "cuda" and size * dtype.itemsize <= torch.cuda.mem_get_info(where)[0] // 2:
+            return torch.empty(shape, dtype=dtype, device=where)  # each block would move all of them to and fro
         if self.scratch is None:
             return torch.empty(shape, dtype=dtype)
-        size = int(np.prod(shape))
         try:
             # Without a name from the start: nothing is left behind, however this process ends.
             with tempfile.NamedTemporaryFile(dir=self.scratch, prefix="calibration-") as file:

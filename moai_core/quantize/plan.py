@@ -43,10 +43,12 @@ METHODS: dict[str, Method] = {
     "gptq": Method({4: "int4", 8: "int8"}, "gptq", calibrated=True, what="GPTQ (arXiv 2210.17323)"),
     "awq": Method({4: "int4"}, "awq", calibrated=True, symmetric=False, what="AWQ (arXiv 2306.00978)"),
     "fp8": Method({8: "fp8"}, grouped=False, what="e4m3 by row"),
-    "fp4": Method({4: "nvfp4"}, grouped=False, what="e2m1 with fp8 scales of 16 (NVFP4)"),
+    "fp4": Method({4: "nvfp4"}, grouped=False, what="e2m1: NVFP4 with blocks of 16, MXFP4 of 32"),
     "bnb4": Method({4: "nf4"}, grouped=False, embeddings="bf16", what="bitsandbytes' NF4"),
     "bnb8": Method({8: "bnb8"}, grouped=False, embeddings="bf16", what="bitsandbytes' LLM.int8"),
 }
+# The two kinds of fp4 by the columns that share a scale.
+FP4 = {16: "nvfp4", 32: "mxfp4"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Settings:
 
     method: str = "int4"
     bits: int | None = None
-    group_size: int | None = None  # 128, of formats that have groups
+    group_size: int | None = None  # 128, of formats that have groups; of fp4 16 or 32
     symmetric: bool | None = None
     embeddings: str | None = None
     small: bool = False  # x_proj and dt_proj in int8
@@ -89,7 +91,7 @@ class Settings:
     def spec(self) -> Spec:
         """Of the large matrices. Raises UsageError."""
         kind = self.kind
-        name = kind.formats[self.width]
+        name = self._fp4() if self.method == "fp4" else kind.formats[self.width]
         if name not in FORMATS:
             raise UsageError(f"--method {self.method}: the format {name} isn't there")
         symmetric = (kind.symmetric if self.symmetric is None else self.symmetric) or name != "int4"
@@ -97,11 +99,16 @@ class Settings:
             raise UsageError(
                 f"--symmetric and --asymmetric are for 4-bit integers, not for {name}", hint="leave it out"
             )
-        if self.group_size is not None and not kind.grouped:
+        if self.group_size is not None and not kind.grouped and self.method != "fp4":
             raise UsageError(f"--group-size: {self.method} has no groups to choose", hint="leave it out")
         spec = Spec(name, self.group if kind.grouped else 0, symmetric)
         layouts.check(self.layout, spec, rotate=self.rotate, embeddings=self.embeddings)
         return spec
+
+    def _fp4(self) -> str:
+        if (size := 16 if self.group_size is None else self.group_size) not in FP4:
+            raise UsageError(f"--group-size {size}: fp4 has 16 (NVFP4) and 32 (MXFP4)", hint="leave it out for NVFP4")
+        return FP4[size]
 
 
 def modules(settings: Settings, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def measure(
             on_event({"event": "evaluate", "what": what})
         model = checkpoint.load_model(folder, device=where)
         figures = evaluate_file(model, words, evaluation.data, limit=evaluation.limit, on_event=on_event)
-        found.append((figures, _states(model, ids, evaluation.lengths)))
+        found.append((figures, states_after(model, ids, evaluation.lengths)))
         if both and kept is not None:
             figures["kl"] = divergence(kept, model, ids[:COMPARED])
         kept = model if both else None
@@ -157,7 +157,7 @@ def _stream(tokenizer: Any, data: str, length: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _states(model: Any, ids: np.ndarray, lengths: tuple[int, ...]) -> dict[int, list[torch.Tensor]]:
+def states_after(model: Any, ids: np.ndarray, lengths: tuple[int, ...]) -> dict[int, list[torch.Tensor]]:
     """The SSM states (I, N) of every layer after the first so many tokens, read as one document."""
     found: dict[int, list[torch.Tensor]] = {}
     state = None

@@ -1,4 +1,4 @@
-"""`moai bench twin | context | needle | samples` on the command line."""
+"""`moai bench twin | context | needle | samples | quality` on the command line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ def test_context_needle_and_samples(moai, folder, tmp_path):
     assert code == 0 and "| chance |" in out and "| 10% (0.001%) |" in out and (tmp_path / "n.png").is_file()
     code, out, _ = moai("bench", "samples", "-m", folder, "-n", "2", "--json")
     assert code == 0 and len(json.loads(out)["samples"]) == 10
+
+
+def test_quality_lays_models_beside_their_parent(moai, folder, tmp_path):
+    assert moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "q4")[0] == 0
+    words = ["--parent", folder, "-m", "q4", "--tokens", "120", "--lengths", "50,100"]
+    code, out, _ = moai("bench", "quality", *words, "--json")
+    parent, other = json.loads(out)["models"]
+    assert code == 0 and other["bytes"] < parent["bytes"] and [d["tokens"] for d in other["drift"]] == [50, 100]
+    code, out, _ = moai("bench", "quality", *words, "--markdown")
+    assert code == 0 and "| q4 |" in out
+    code, _, err = moai("bench", "quality", "--parent", folder, "-m", folder)
+    assert code == 2 and "two of the models have the same name" in err
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_divergence_and_drift(tiny_model):
     want = float((p.exp() * (p - q)).sum(-1).mean())
     assert abs(report.divergence(one, two, ids) - want) < 1e-4 * want
     assert report.divergence(one, one, ids) == 0
-    states = [report._states(m, ids, (5, 600, 9000)) for m in (one, two)]
+    states = [report.states_after(m, ids, (5, 600, 9000)) for m in (one, two)]
     assert states[0].keys() == {5, 600}
     found = report.drift(states[0][600], states[1][600])
     each = []
