@@ -60,6 +60,8 @@ def bench(
 
     - `moai bench train --preset 2b --checkpointing none,selective,full`
 
+    - `moai bench prefill --format none,fp8,int4`
+
     - `moai bench decode --format none,int4`
     """
     if context.invoked_subcommand is not None:
@@ -246,7 +248,7 @@ def decode(
     form: Annotated[
         Words,
         typer.Option(
-            "--format", help="Of the weights: none, int4, int8, fp8.", show_default="none,int4; on a CPU none"
+            "--format", help="Of the weights: none, int4, int8, fp8, nf4, …", show_default="none,int4; on a CPU none"
         ),
     ] = None,
     engine: Annotated[
@@ -277,6 +279,51 @@ def decode(
 
     settings: dict[str, Any] = {"preset": preset, "layers": layers, "batches": batch, "formats": form}
     settings |= {"engines": engine, "dtype": dtype, "repeats": repeats, "device": device}
+    _show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)
+
+
+@app.command()
+def prefill(
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="2b, 8b or 16b.", show_default="2b on a GPU, a small model on a CPU")
+    ] = None,
+    length: Annotated[
+        Words, typer.Option("--length", help="Tokens of a prompt: one or several.", show_default="8192,32768; 256")
+    ] = None,
+    form: Annotated[
+        Words,
+        typer.Option(
+            "--format",
+            help="Of the weights: none, fp8, int4, int8, nvfp4, mxfp4, nf4, bnb8.",
+            show_default="none,fp8,int4; on a CPU none,int4",
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", help="Tokens of a prompt read at once.", show_default="all")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", help="Layers, to measure a part.", show_default=False)
+    ] = None,
+    dtype: Dtype = "auto",
+    repeats: Repeats = None,
+    device: Device = "auto",
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Time the reading of a prompt by the format of the weights, all of which take turns, with the ratio to none.
+
+    Examples:
+
+    - `moai bench prefill`
+
+    - `moai bench prefill --preset 8b --length 8192 --format none,fp8 --markdown`
+
+    - `moai bench prefill --device cpu --format none,int4,int8`
+    """
+    from moai_core.bench import prefill as benchmark
+
+    settings: dict[str, Any] = {"preset": preset, "layers": layers, "lengths": length, "formats": form, "chunk": chunk}
+    settings |= {"dtype": dtype, "repeats": repeats, "device": device}
     _show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)
 
 

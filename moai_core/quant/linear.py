@@ -83,7 +83,7 @@ class QuantLinear(nn.Module):
         """Prepare for inputs of this type on the weights' device, and give up the stored tensors where the kernel has
         a copy of its own: half the memory, but the model can't be saved or moved any more."""
         _, prepared = self._ready(self.qweight.device, dtype)
-        kept = {tensor.data_ptr() for tensor in _leaves(prepared)}
+        kept = {tensor.data_ptr() for tensor in leaves(prepared)}
         for name in self.stored:
             if getattr(self, name).data_ptr() not in kept:
                 setattr(self, name, torch.empty(0, dtype=self.stored[name][1], device=self.qweight.device))
@@ -113,15 +113,16 @@ class QuantLinear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, {s.format}, group {s.group_size or 'row'}"
 
 
-def _leaves(prepared: Any) -> Iterator[Tensor]:
+def leaves(prepared: Any) -> Iterator[Tensor]:
+    """The tensors of what a kernel prepared."""
     if isinstance(prepared, Tensor):
         yield prepared
     elif isinstance(prepared, Mapping):
         for value in prepared.values():
-            yield from _leaves(value)
+            yield from leaves(value)
     elif isinstance(prepared, (list, tuple)):
         for value in prepared:
-            yield from _leaves(value)
+            yield from leaves(value)
 
 
 class _Multiply(torch.autograd.Function):
