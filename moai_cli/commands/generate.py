@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 def generate(
+    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Text to continue.", show_default=False)] = None,
     model: options.Model = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The same as a flag.")] = None,
     input_file: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +59,7 @@ def generate(
 
     Examples:
 
-    - `moai generate --prompt "옛날 옛적에" -n 64 --seed 1` (with the model that comes with moai)
+    - `moai generate "옛날 옛적에" -n 64 --seed 1` (with the model that comes with moai)
 
     - `echo "Once upon a time" | moai generate --model runs/cpu-tiny --temperature 0`
 
@@ -68,6 +69,10 @@ def generate(
     7}`; `messages` in place of `prompt` asks in the chat template. Each row gets what it would get alone.
     """
     flags = locals()
+    if text is not None and prompt is not None:
+        raise UsageError(
+            f"two prompts: {text[:40]!r} and --prompt {prompt[:40]!r}", hint="quote a prompt of many words"
+        )
     path = options.required_model(model)
     with options.loading(path, device):
         given = options.sampling(flags)
@@ -78,7 +83,7 @@ def generate(
 
     if output_file is not None:
         files.check_output(output_file, "--output-file", force=force)
-    requests = _requests(prompt, input_file, Settings(**given))
+    requests = _requests(text if prompt is None else prompt, input_file, Settings(**given))
     if chat or system is not None:
         head = [] if system is None else [{"role": "system", "content": system}]
         requests = [
@@ -121,7 +126,7 @@ def _requests(prompt: str | None, input_file: str | None, settings: Settings) ->
     from moai_core.generation import files
 
     if prompt is not None and input_file is not None:
-        raise UsageError("give --prompt or --input-file, not both")
+        raise UsageError("give a prompt or --input-file, not both", hint="a file holds a prompt a line")
     if prompt is not None:
         return [files.Request(prompt, settings)]
     if input_file == "-":
@@ -129,7 +134,9 @@ def _requests(prompt: str | None, input_file: str | None, settings: Settings) ->
     if input_file is not None:
         return files.read_prompts(input_file, settings)
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("no prompt given", hint='--prompt "Once upon a time", --input-file prompts.txt, or a pipe')
+        raise UsageError(
+            "no prompt given", hint='moai generate "Once upon a time", --input-file prompts.txt, or a pipe'
+        )
     raw = sys.stdin.buffer.read()
     try:
         text = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")

@@ -43,6 +43,10 @@ def quantize(
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Folder or name; default: the model's own.", show_default=False)
     ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option("--allow-requantize", help="Decode a model that is quantized already, whatever that lost."),
+    ] = False,
     device: Device = "auto",
     force: Force = False,
     json: Json = False,
@@ -58,6 +62,8 @@ def quantize(
         moai quantize -m runs/mine --method awq --eval heldout.txt --json
 
         moai quantize -m runs/mine --method gptq --format gptq -o mine-gptq
+
+    Without --model: the model that comes with moai, which is int4 already and is decoded first.
 
     The report compares sizes, the output error of every matrix, loss on text that wasn't calibrated on, and the drift
     of the state over up to 32k tokens; it lies in the folder as quantization.json and quantization.png. An interrupted
@@ -110,7 +116,7 @@ def quantize(
     with flag.catching(), flag.at_once(), bar:
         report = quantize_folder(
             source, target, settings, calibration=calibration, evaluation=held_out,
-            device=place(device), force=force, on_event=on_event,
+            device=place(device), requantize=requantize or model is None, force=force, on_event=on_event,
         )  # fmt: skip
     if json:
         console.print_json(report)

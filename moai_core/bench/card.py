@@ -13,6 +13,7 @@ kind is (`limits`).
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import shutil
@@ -24,9 +25,11 @@ from typing import Any
 from moai_core import config as sizes
 from moai_core import footprint, storage
 from moai_core import recipe as recipes
-from moai_core.bench import context, needle, samples, twin
+from moai_core.bench import card_data, context, needle, samples, twin
+from moai_core.bench.card_data import table
 from moai_core.bench.report import Table
 from moai_core.errors import CheckpointError, MoaiError, UsageError
+from moai_core.paths import MODELS
 from moai_core.recipe import Recipe
 from moai_core.training import metrics
 
@@ -49,18 +52,22 @@ def make(
     licence: str | None = None,
     limits: Iterable[str] = LIMITS,
 ) -> dict[str, bytes]:
-    """The files of the card: README.md, and a picture of the losses for each run. Raises CheckpointError for a folder
-    or record that can't be read, UsageError for a report of another kind.
+    """The files of the card: README.md, pictures of each run's losses and of its validation sets, ATTRIBUTION.md.
+    Raises CheckpointError for a folder or record that can't be read, UsageError for a report of another kind.
     """
     model = _config(Path(folder))
-    mixes = [_mix(Path(path)) for path in data]
+    mixes = [card_data.read(Path(path)) for path in data]
+    sources = [text for path in data if (text := card_data.attribution(Path(path)))]
     files: dict[str, bytes] = {}
     parts = [_head(title, model, mixes, licence), _use(title), _size(Path(folder), model)]
     if runs:
         text, files = _training([Path(run) for run in runs])
         parts.append(text)
     if mixes:
-        parts.append(_data(mixes))
+        parts.append(card_data.section(mixes, whole=not sources))
+        parts.append(card_data.licence(mixes, licence))
+    if sources:
+        files[card_data.ATTRIBUTION] = ("\n\n".join(text.strip() for text in sources) + "\n").encode()
     parts += _measured(runs, reports, quantized=bool(model.get("quantization")))
     parts += _kept(Path(folder) / README)
     parts.append("## What it can't do\n\n" + "\n".join(f"- {line}" for line in limits))
@@ -117,10 +124,18 @@ def _head(title: str, model: dict[str, Any], mixes: Sequence[dict[str, Any]], li
 
 
 def _use(title: str) -> str:
+    if title in MODELS:
+        return f"""## Use
+
+It comes with moai. Commands that are given no model use it; elsewhere its name is a model: `--model {title}`.
+
+    moai chat
+    moai generate "Once upon a time"
+"""
     return f"""## Use
 
     moai chat --model {title}
-    moai generate --model {title} "..."
+    moai generate --model {title} "Once upon a time"
 """
 
 
@@ -138,7 +153,7 @@ def _size(folder: Path, model: dict[str, Any]) -> str:
         rows.append(("stored as", str(model.get("dtype"))))
     weights = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     rows.append(("weights on disk", f"{weights / 1e6:,.1f} MB"))
-    return "## Size\n\n" + _table(Table("", ("", ""), rows))
+    return "## Size\n\n" + table(Table("", ("", ""), rows))
 
 
 # ---- its training
@@ -159,6 +174,9 @@ def _training(runs: Sequence[Path]) -> tuple[str, dict[str, bytes]]:
         name = f"loss-{number}.png" if len(runs) > 1 else "loss.png"
         pictures[name] = drawn.read_bytes()
         shown.append(f"![losses of {run.name}]({name})")
+        if curves := _curves(run):
+            pictures[name.replace("loss", "valid")] = curves
+            shown.append(f"![validation sets of {run.name}]({name.replace('loss', 'valid')})")
     columns = (
         "run",
         "steps",
@@ -171,7 +189,29 @@ def _training(runs: Sequence[Path]) -> tuple[str, dict[str, bytes]]:
         "MFU",
         "train loss",
     )
-    return "## Training\n\n" + _table(Table("", columns, rows)) + "\n\n" + "\n\n".join(shown), pictures
+    return "## Training\n\n" + table(Table("", columns, rows)) + "\n\n" + "\n\n".join(shown), pictures
+
+
+def _curves(run: Path) -> bytes | None:
+    """Bits per byte of each named validation set over the steps, as PNG; None where fewer than two were measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in metrics.read_rows(run / metrics.METRICS) if row.get("kind") == "valid" and row.get("sets")]
+    if len(rows) < 2:
+        return None
+    figure = Figure(figsize=(9, 4))
+    canvas, axes = FigureCanvasAgg(figure), figure.add_axes((0.08, 0.13, 0.89, 0.83))
+    for name in rows[-1]["sets"]:
+        curve = [(row["step"], row["sets"][name]["bits_per_byte"]) for row in rows if name in row["sets"]]
+        axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=name if name.isascii() else None)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, ncols=2)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
 
 
 def _phase(name: str, recipe: Recipe, steps: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -192,34 +232,6 @@ def _median(values: Iterable[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-# ---- its data
-
-
-def _mix(path: Path) -> dict[str, Any]:
-    values = storage.read_json(path / "mix.json" if path.is_dir() else path)
-    if not isinstance(values, dict) or not isinstance(values.get("sources"), list):
-        raise CheckpointError(f"{path}: not the mix.json of a mix", hint="`moai data build` writes one")
-    return values
-
-
-def _data(mixes: Sequence[dict[str, Any]]) -> str:
-    parts = ["## Data"]
-    for mix in mixes:
-        rows: list[tuple[str, ...]] = []
-        total = 0
-        for one in mix["sources"]:
-            size = one["kept"].get("train", {}).get("bytes", 0)
-            if size:
-                total += size
-                told = (one.get(key, "") for key in ("name", "lang", "kind", "attribution", "origin", "licence"))
-                name, lang, kind, by, origin, licence = (str(value).replace("|", "/") for value in told)
-                rows.append((name, lang, kind, by or origin, licence, f"{size:,}", f"{one.get('weight', 1):g}"))
-        about = mix.get("description") or mix.get("name", "")
-        columns = ("source", "language", "what", "by, or from", "licence", "bytes", "weight")
-        parts.append(f"{about}: {total:,} bytes of text.\n\n" + _table(Table("", columns, rows, left=5)))
-    return "\n\n".join(parts)
-
-
 # ---- its figures
 
 
@@ -231,7 +243,7 @@ def _measured(runs: Sequence[str | Path], reports: Sequence[dict[str, Any]], *, 
     held_out += [_figures(one["data"], one) for one in reports if "benchmark" not in one and "bits_per_byte" in one]
     if held_out:
         columns = ("held-out text", "bits per byte", "perplexity", "loss", "tokens", "bytes")
-        text = "## Held-out text\n\n" + _table(Table("", columns, held_out))
+        text = "## Held-out text\n\n" + table(Table("", columns, held_out))
         if runs and quantized:
             text += "\n\nFigures marked as validation are those at the end of training, before quantization."
         parts.append(text)
@@ -269,9 +281,9 @@ def _figures(name: str, one: dict[str, Any]) -> tuple[str, ...]:
 def _section(title: str, tables: Callable[[dict[str, Any]], list[Table]]) -> Callable[[dict[str, Any]], str]:
     def section(one: dict[str, Any]) -> str:
         parts = [f"## {title}"]
-        for table in tables(one):
-            parts += [table.title + ":"] if table.title else []
-            parts.append(_table(Table("", table.columns, table.rows, table.left)))
+        for one_table in tables(one):
+            parts += [one_table.title + ":"] if one_table.title else []
+            parts.append(table(one_table))
         notes = "\n".join(f"- {note}" for note in one["notes"])
         return "\n\n".join([*parts, notes])
 
@@ -290,11 +302,6 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "needle": _section("Needles", needle.tables),
     "samples": _samples,
 }
-
-
-def _table(table: Table) -> str:
-    dashes = ["---" if i < table.left else "---:" for i in range(len(table.columns))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (table.columns, dashes, *table.rows))
 
 
 def main(argv: list[str] | None = None) -> int:

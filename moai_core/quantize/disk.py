@@ -24,7 +24,7 @@ import torch
 
 from moai_core import checkpoint, storage, tensors
 from moai_core.convert import folder as hf
-from moai_core.convert import moai
+from moai_core.convert import moai, packed
 from moai_core.convert.source import Lazy, OnEvent, Source
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.model import MoaiMambaConfig
@@ -47,13 +47,15 @@ def quantize_folder(
     calibration: Callable[[], Calibration] | None = None,
     evaluation: report.Evaluation | None = None,
     device: str | torch.device = "cpu",
+    requantize: bool = False,
     force: bool = False,
     on_event: OnEvent | None = None,
 ) -> dict[str, Any]:
     """Quantizes the moai model `src` (a run, a step or a folder) into the folder `dst`.
 
     calibration: gives the sequences, for methods that look at data. evaluation: text on which the model is measured
-    before and after, None to leave that out. force replaces an earlier result. Events: {"event": "layer", "name",
+    before and after, None to leave that out. requantize: a model that is quantized already is decoded first, and a note
+    says so. force replaces an earlier result. Events: {"event": "layer", "name",
     "done", "total"}, tensor, evaluate. Returns the report (report.py), which also lies in the folder as
     quantization.json, with the errors by layer as quantization.png.
 
@@ -62,7 +64,7 @@ def quantize_folder(
     """
     begun = time.perf_counter()
     target = _target(Path(dst), force)
-    source = _source(Path(src))
+    source = _source(Path(src), requantize)
     kept = source.path.resolve()
     if target == kept or target in kept.parents:
         raise UsageError(f"{dst}: would replace the source", hint="choose another folder with -o")
@@ -98,16 +100,20 @@ def _target(dst: Path, force: bool) -> Path:
     return target
 
 
-def _source(path: Path) -> Source:
-    """The model. Raises CheckpointError for what is no moai model, or quantized already."""
+def _source(path: Path, requantize: bool) -> Source:
+    """The model. Raises CheckpointError for what is no moai model, or quantized already (unless `requantize`)."""
     folder = checkpoint.find(path)
     values = hf.read_config(folder).values
     if found := values.get("quantization"):
-        method = found.get("method") if isinstance(found, Mapping) else None
-        raise CheckpointError(
-            f"{folder}: is quantized already ({str(method or 'some method')[:40]})",
-            hint="quantize the model that it was made of",
-        )
+        method = str(found.get("method") if isinstance(found, Mapping) else "some method")[:40]
+        if not requantize:
+            raise CheckpointError(
+                f"{folder}: is quantized already ({method})",
+                hint="quantize the model that it was made of, or decode this one first with --allow-requantize",
+            )
+        source = moai.read(folder)
+        source.notes.append(f"was {method} already: decoded first, so what {method} lost comes on top")
+        return source
     if moai.detect(folder) is None:
         raise CheckpointError(
             f"{folder}: model_type is {str(values.get('model_type'))[:60]!r}, only 'mamba_moai' can be quantized",
@@ -165,10 +171,15 @@ class Job:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
+    def stored(self) -> str:
+        """What the model is stored in; one that was quantized, what isn't quantized of it."""
+        decoded = any(lazy.quantized for lazy in self.source.tensors.values())
+        return packed.plain_dtype(self.source.tensors) if decoded else hf.dtype(self.source.tensors)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What a layer computes in while it is calibrated: fp32, but on a GPU what the model is stored in."""
-        stored = getattr(torch, hf.dtype(self.source.tensors))
-        return stored if self.device.type == "cuda" else torch.float32
+        return getattr(torch, self.stored) if self.device.type == "cuda" else torch.float32
 
     # ---- layers
 
@@ -189,7 +200,7 @@ class Job:
             else:
                 done = layerwise.quantize_layer(
                     self._plain(name), name, self._of(name), method=self.settings.kind.layer, runner=runner,
-                    options=plan.layer_options(self.settings, getattr(torch, hf.dtype(self.source.tensors))),
+                    options=plan.layer_options(self.settings, getattr(torch, self.stored)),
                 )  # fmt: skip
                 storage.write_file(file.with_suffix(".json"), storage.json_bytes(done.report))
                 storage.write_file(file, tensors.encode({n: self._stored(n, t) for n, t in done.tensors.items()}))
@@ -231,7 +242,11 @@ class Job:
     def _stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What isn't quantized keeps the source's type."""
         known = self.source.tensors.get(name)
-        return tensor if known is None else tensor.to(known.dtype)
+        return tensor if known is None else tensor.to(self._plain_again(known).dtype)
+
+    def _plain_again(self, lazy: Lazy) -> Lazy:
+        """What was quantized in the source and isn't any more gets the type of the rest."""
+        return lazy.cast(getattr(torch, self.stored)) if lazy.quantized else lazy
 
     def _embedding(self) -> torch.nn.Module:
         weight = self.load(f"{EMBEDDING}.weight")
@@ -259,7 +274,7 @@ class Job:
 
     def result(self, work: Path) -> dict[str, Lazy]:
         """Every tensor of the quantized model, none read."""
-        found = dict(self.source.tensors)
+        found = {name: self._plain_again(lazy) for name, lazy in self.source.tensors.items()}
         for name in self.specs:
             del found[f"{name}.weight"]
         for file in sorted(work.glob("*.safetensors")):
@@ -270,7 +285,7 @@ class Job:
     def config_json(self) -> Mapping[str, Any]:
         """config.json of the result."""
         self.config.architectures = ["MoaiMambaForCausalLM"]
-        return json.loads(self.config.to_json_string()) | {"dtype": hf.dtype(self.source.tensors)}
+        return json.loads(self.config.to_json_string()) | {"dtype": self.stored}
 
     def _tell(self, **event: Any) -> None:
         if self.on_event is not None:

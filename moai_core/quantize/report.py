@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moai_core import __version__, checkpoint, device, storage
+from moai_core import __version__, checkpoint, device, storage, weights
 from moai_core.convert.folder import CARD
 from moai_core.convert.source import Lazy, OnEvent, Source
 from moai_core.quant import fp4, kernels
@@ -42,14 +42,16 @@ class Evaluation:
 
 def build(job: Any, found: Mapping[str, Lazy], layers: list[dict[str, Any]], data: Any) -> dict[str, Any]:
     """The report but for what is measured: settings, sizes, errors by layer, kernels."""
-    before, after = job.source.tensors, found
+    # A source that was quantized is decoded in `job.source`, and larger there than in its files.
+    before = {name: info for file in weights.shards(job.source.path).values() for name, info in file.items()}
+    after = found
     spec = job.settings.spec()
     return {
         "source": str(job.source.path),
         "method": job.settings.method,
         "layout": job.settings.layout,
         "quantization": job.quantization,
-        "parameters": sum(torch.Size(lazy.shape).numel() for lazy in before.values()),
+        "parameters": sum(torch.Size(lazy.shape).numel() for lazy in job.source.tensors.values()),
         "bytes_before": sum(lazy.nbytes for lazy in before.values()),
         "bytes_after": sum(lazy.nbytes for lazy in after.values()),
         "parts": {part: [_bytes(before, part), _bytes(after, part)] for part in PARTS},
@@ -66,8 +68,8 @@ def build(job: Any, found: Mapping[str, Lazy], layers: list[dict[str, Any]], dat
 PARTS = {"embedding and head": ("embed_tokens", "lm_head"), "mixer": (".mamba.",), "feed-forward": (".feed_forward.",)}
 
 
-def _bytes(tensors: Mapping[str, Lazy], part: str) -> int:
-    return sum(lazy.nbytes for name, lazy in tensors.items() if any(piece in name for piece in PARTS[part]))
+def _bytes(tensors: Mapping[str, Any], part: str) -> int:
+    return sum(tensor.nbytes for name, tensor in tensors.items() if any(piece in name for piece in PARTS[part]))
 
 
 def spec_bits(found: Mapping[str, Lazy], specs: Mapping[str, Spec]) -> float:
@@ -212,7 +214,8 @@ def plot(layers: list[dict[str, Any]]) -> bytes | None:
         axes.plot([layer[name]["error"] for layer in layers], marker="o", markersize=3, label=name)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative output error")
-    axes.set_yscale("log")
+    if any(layer[name]["error"] > 0 for layer in layers for name in names):
+        axes.set_yscale("log")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     buffer = io.BytesIO()

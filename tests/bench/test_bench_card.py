@@ -107,6 +107,29 @@ def test_a_card_says_what_was_recorded(folder, run, mix):
     storage.verify(folder)
 
 
+def test_sources_travel_in_a_file_where_the_mix_has_one(folder, mix, run):
+    """Then the card sums them up, and says what share of the text asks for its own licence."""
+    value = json.loads(mix.read_text())
+    value["sources"] += [
+        {**value["sources"][0], "name": n, "kind": n, "lang": "ko", "licence": "CC-BY-SA-4.0"} for n in "ab"
+    ]
+    mix.write_text(json.dumps(value))
+    (mix.parent / "ATTRIBUTION.md").write_text("# 누가 썼나\n\n| a | CC-BY-SA-4.0 |\n", encoding="utf-8")
+    rows = [json.loads(line) for line in (run / metrics.METRICS).read_text().splitlines()]
+    (run / metrics.METRICS).write_text("\n".join(map(json.dumps, [{**rows[-1], "step": 1}, *rows])))
+    card.write(folder, title="moai-30m", runs=[run], data=[mix, mix.parent], licence="apache-2.0")
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for words in (
+        "| ko | a, b | 2 | 8,642 | 8,642 |", "[ATTRIBUTION.md](ATTRIBUTION.md)", "published under apache-2.0", "67% of their bytes",
+        "    moai chat\n", "![validation sets of run](valid.png)",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "| poems |" not in text
+    assert (folder / "ATTRIBUTION.md").read_text(encoding="utf-8").count("# 누가 썼나") == 2
+    assert (folder / "valid.png").read_bytes().startswith(b"\x89PNG")
+    storage.verify(folder)
+
+
 def test_nothing_is_made_up(folder):
     text = card.make(folder, title="bare")["README.md"].decode()
     assert (
