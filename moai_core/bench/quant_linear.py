@@ -4,9 +4,9 @@
 
 A call is one of many in a CUDA graph, each with a matrix that no cache holds any more, so that launches cost what they
 cost in a decoder; the time is the graph's over its calls. All that is compared at a shape takes turns. The share is
-that of the bytes of W (scales included) over the rate of a large copy in the same run (bytes read and written), for
-the XX
-Leaves out the CPU, whose kernels `moai bench decode` shows.
+that of the bytes of W (scales included) over the rate of a large copy in the same run (bytes read and written). `moai`
+is what the operators do: a launch reads its first weights while the one in front still runs; `alone` is the same
+without. `engine` is the decode engine's product. Leaves out the CPU, whose kernels `moai bench decode` shows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -27,14 +28,13 @@ from moai_core.bench.report import Table
 from moai_core.bench.timing import Clock
 from moai_core.errors import UsageError
 from moai_core.generation import decode_kernels
-from moai_core.model import fused
 from moai_core.model.configuration import get_mamba_config
 from moai_core.quant import cuda as kernel
 from moai_core.quant import cuda_ops
-from moai_core.quant.cuda_ops import Plan, Shape
+from moai_core.quant.cuda_ops import Gpu, Plan, Shape, Tiles
 from moai_core.quant.formats import Spec, decode
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 8192)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 8192)
 NAMES = ("in_proj", "out_proj", "gate_up", "down", "head")
 _GROUP = 128
 # A graph's calls take about so many seconds in all.
@@ -100,7 +100,7 @@ class Rival(NamedTuple):
 
 
 def rivals(case: Case, m: int, device: torch.device) -> list[Rival]:
-    """moai, the same overlapping, the decode engine's product, cuBLAS in bf16, tinygemm: those that can."""
+    """moai, the same without overlapping, the decode engine's product, cuBLAS in bf16, tinygemm: those that can."""
     weights, few = case.out * case.columns, m < cuda_ops.DENSE_FROM
     first = kernel.prepare(case.spec, stored(case, device))
     size = sum(t.numel() * t.element_size() for t in first)
@@ -119,8 +119,8 @@ def rivals(case: Case, m: int, device: torch.device) -> list[Rival]:
 
     tinygemm = torch.ops.aten._weight_int4pack_mm
     found = [Rival("moai", ours, lambda x, w: kernel.linear(case.spec, w, x, case.out), size)]
-    if few and can_overlap(device):
-        found.append(Rival("overlap", ours, launching(case, None, True), size))
+    if few and cuda_ops.overlaps(device.index):
+        found.append(Rival("alone", ours, launching(case, m, None, False), size))
     if m <= decode_kernels.WIDE:
         found.append(Rival("engine", lambda: engine(case, m, device), _run, size))
     found.append(Rival("cublas", dense, lambda x, w: F.linear(x, w), 2 * weights))
@@ -129,15 +129,12 @@ def rivals(case: Case, m: int, device: torch.device) -> list[Rival]:
     return found
 
 
-def can_overlap(device: torch.device) -> bool:
-    """Whether launches may overlap on this GPU, and its driver can record them."""
-    return cuda.driver.version() >= (12, 4) and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def launching(case: Case, plan: Plan | None, overlap: bool) -> Call:
-    """moai's kernel of few rows with a division of its own."""
+def launching(case: Case, m: int, division: Plan | Tiles | None, overlap: bool) -> Call:
+    """moai's kernel for m rows with a division of its own."""
     layout = kernel.layout(case.spec)
-    return lambda x, w: cuda_ops.launch(x, w.weights, w.scales, None, None, case.out, layout, 0.0, plan, overlap)
+    tiles = m > cuda_ops.FEW if division is None else isinstance(division, Tiles)
+    launch: Any = cuda_ops.launch_tiles if tiles else cuda_ops.launch
+    return lambda x, w: launch(x, w.weights, w.scales, case.out, layout, division, overlap)
 
 
 def engine(case: Case, m: int, device: torch.device) -> tuple[list[decode_kernels.Launch], bool]:
@@ -148,7 +145,7 @@ def engine(case: Case, m: int, device: torch.device) -> tuple[list[decode_kernel
     x = torch.randn(m, case.columns, device=device, dtype=torch.bfloat16)
     out = x.new_empty(m, case.out)
     wide = m > decode_kernels.most_rows([matrix], x.dtype)
-    return decode_kernels.linear(matrix, x, out, dtype=x.dtype, batch=m, wide=wide), can_overlap(device)
+    return decode_kernels.linear(matrix, x, out, dtype=x.dtype, batch=m, wide=wide), cuda_ops.overlaps(device.index)
 
 
 def _run(x: Tensor, ready: tuple[list[decode_kernels.Launch], bool]) -> None:
@@ -220,7 +217,7 @@ def measure(
 
 def row(case: Case, m: int, clock: Clock, rate: float, tune: bool) -> dict[str, Any]:
     """One matrix at m rows: {"preset", "name", "out", "columns", "format", "rows", "us": {name: µs}, "share" of the
-    copy's rate, "error" relative to float64, "plan", and with tune "variants": [{"plan", "overlap", "us"}] sorted}."""
+    copy's rate, "error" relative to float64, "plan", and with tune "variants": [{"plan", "us"}] sorted}."""
     x = torch.randn(m, case.columns, device=clock.device, dtype=torch.bfloat16)
     found = rivals(case, m, clock.device)
     seconds = found[0].size / rate + 2e-6 + 2 * m * case.out * case.columns / 6e14
@@ -234,14 +231,16 @@ def row(case: Case, m: int, clock: Clock, rate: float, tune: bool) -> dict[str, 
     return line
 
 
-def plan_of(case: Case, m: int, device: torch.device) -> Plan | None:
+def plan_of(case: Case, m: int, device: torch.device) -> Plan | Tiles | None:
     """The division of the work that is taken, None where cuBLAS multiplies."""
-    return None if m >= cuda_ops.DENSE_FROM else cuda_ops.plan(_shape(case, m), cuda_ops.gpu(device.index))
+    if m >= cuda_ops.DENSE_FROM:
+        return None
+    return (cuda_ops.plan if m <= cuda_ops.FEW else cuda_ops.tiles)(_shape(case, m), cuda_ops.gpu(device.index))
 
 
 def _shape(case: Case, m: int) -> Shape:
-    layout, together = kernel.layout(case.spec), cuda_ops.TILE * cuda_ops.TOGETHER
-    return Shape(m, -(-case.out // together) * cuda_ops.TOGETHER, -(-case.columns // cuda_ops.UNIT), 2, layout)
+    units = -(-case.columns // cuda_ops.UNIT)
+    return Shape(m, -(-case.out // cuda_ops.TILE), units, 2, kernel.layout(case.spec))
 
 
 def agreement(case: Case, x: Tensor) -> float:
@@ -253,77 +252,59 @@ def agreement(case: Case, x: Tensor) -> float:
     return float((y - wanted).norm() / wanted.norm())
 
 
-def variants(case: Case, x: Tensor, plan: Plan, ours: Rival, clock: Clock, seconds: float) -> list[dict[str, Any]]:
-    """Times of other divisions of the work, the fastest first, each alone and overlapping the one before."""
-    shape, gpu = _shape(case, x.shape[0]), cuda_ops.gpu(clock.device.index)
-    small = plan.nt == 1
-    plans = {plan}
-    for mt in (1, 2):
-        for most, blocks in (
-            (16, 1),
-            (8, 2),
-            *(((16, 2), (8, 3), (8, 4), (4, 8)) if small and mt == 1 else ((12, 1),)),
-        ):
-            for stages in (2, 4):
-                made = cuda_ops.divide(shape, gpu, mt, plan.nt, stages, most, blocks, plan.rows)
-                plans |= {made} if made is not None else set()
-
-    both = (False, True) if can_overlap(clock.device) else (False,)
-    named = {f"{i} {overlap}": (p, overlap) for i, p in enumerate(plans) for overlap in both}
-    each = [Rival(name, ours.make, launching(case, *choice), ours.size) for name, choice in named.items()]
+def variants(
+    case: Case, x: Tensor, division: Plan | Tiles, ours: Rival, clock: Clock, seconds: float
+) -> list[dict[str, Any]]:
+    """Times of other divisions of the work, the fastest first, each overlapping the one before."""
+    m, gpu = x.shape[0], cuda_ops.gpu(clock.device.index)
+    plans: list[Plan | Tiles] = [division, *dict.fromkeys(p for p in divisions(_shape(case, m), gpu) if p != division)]
+    overlap = cuda_ops.overlaps(clock.device.index)
+    each = [Rival(str(i), ours.make, launching(case, m, p, overlap), ours.size) for i, p in enumerate(plans)]
     times: dict[str, float] = {}
     for i in range(0, len(each), 8):  # a few at once: each has sets of weights of its own
         times |= microseconds(each[i : i + 8], x, clock, seconds)
-    found = [{"plan": list(named[name][0]), "overlap": named[name][1], "us": us} for name, us in times.items()]
+    found = [{"plan": list(plans[int(name)]), "us": us} for name, us in times.items()]
     return sorted(found, key=lambda one: one["us"])
 
 
+def divisions(shape: Shape, gpu: Gpu) -> Iterator[Plan | Tiles]:
+    """Those worth a try."""
+    if shape.m > cuda_ops.FEW:
+        for (nt, wm, wk), split, blocks in product(
+            ((2, 1, 2), (4, 1, 2), (6, 1, 2), (8, 1, 2), (8, 2, 1)), (1, 2, 3, 4, 8), (1, 2)
+        ):
+            made = Tiles(nt, wm, wk, 4, split, blocks)
+            fits = blocks * made.shared(shape.layout) <= gpu.shared_of_block and 2 * split <= shape.units
+            if (
+                fits
+                and (gpu.clusters or split == 1)
+                and shape.m <= made.rows <= max(16, 2 * shape.m)
+                and nt * blocks <= 8
+            ):
+                yield made
+        return
+    for mt, (most, blocks), stages in product((1, 2, 3, 4, 6), ((16, 1), (16, 2), (8, 2), (8, 4)), (2, 4, 8)):
+        for share in range(1, blocks + 1):
+            found = cuda_ops.divide(shape, gpu, mt, 1, stages, most, blocks, min(shape.m, 8), share)
+            if found is not None:
+                yield found
+
+
 def parts(case: Case, clock: Clock, rate: float) -> list[dict[str, Any]]:
-    """What stands around the products: [{"what", "us", "share" or None, "apart": µs of the same in several launches}].
-    Norm, gate, up and their product in one; a matrix decoded; an embedding's rows."""
-    c = get_mamba_config(case.preset)
-    device, half = clock.device, case.out // 2
-    split = case._replace(out=half)
-    pair = kernel.prepare_pair(case.spec, stored(split, device), stored(split, device))
-    size = sum(t.numel() * t.element_size() for t in pair)
-    norm = torch.ones(case.columns, device=device, dtype=torch.bfloat16)
-
-    def copy() -> Any:
-        return kernel.Prepared(pair.weights.clone(), pair.scales.clone())
-
-    def together(x: Tensor, w: Any) -> object:
-        return kernel.fused(case.spec, w, x, half, norm=norm, eps=1e-5, pair=True)
-
-    def apart(x: Tensor, w: Any) -> object:
-        y = kernel.linear(case.spec, w, fused.rms_norm(x, norm, 1e-5), case.out)  # a pair's bytes are as many
-        return fused.swiglu(y[:, :half].contiguous(), y[:, half:].contiguous())
-
-    found = []
-    for m in (1, 8):
-        x = torch.randn(m, case.columns, device=device, dtype=torch.bfloat16)
-        both = [Rival("one", copy, together, size), Rival("several", copy, apart, size)]
-        us = microseconds(both, x, clock, size / rate + 2e-6)
-        line = {"what": f"norm, gate, up, SwiGLU, {m} rows", "us": us["one"], "share": size / rate / us["one"] * 1e6}
-        found.append({**line, "apart": us["several"]})
+    """What stands around the products, [{"what", "us", "share"}]: a matrix decoded, for cuBLAS."""
+    first = kernel.prepare(case.spec, stored(case, clock.device))
+    size = sum(t.numel() * t.element_size() for t in first)
     moved = size + 2 * case.out * case.columns
 
-    def out(x: Tensor, w: Any) -> object:
-        return cuda_ops.decode(*w, case.out, case.columns, *kernel.layout(case.spec, True), torch.bfloat16)
+    def copy() -> Any:
+        return kernel.Prepared(first.weights.clone(), first.scales.clone())
 
-    us = microseconds([Rival("decode", copy, out, size)], norm, clock, moved / rate)
-    found.append(
-        {"what": "gate_up decoded", "us": us["decode"], "share": moved / rate / us["decode"] * 1e6, "apart": None}
-    )
-    head = Case(case.preset, "head", c.vocab_size, c.hidden_size, Spec("int8", 0))
-    table = kernel.prepare(head.spec, stored(head, device))
-    for n in (1, 8192):
-        ids = torch.randint(0, head.out, (n,), device=device)
-        gather = Rival("rows", lambda: table, lambda x, w: kernel.rows(
-            head.spec, w, x, head.out, head.columns, torch.bfloat16), 1 << 30)  # fmt: skip
-        us = microseconds([gather], ids, clock, 1e-5)
-        share = 3 * n * head.columns / rate / us["rows"] * 1e6
-        found.append({"what": f"{n} rows of the embedding", "us": us["rows"], "share": share, "apart": None})
-    return found
+    def out(x: Tensor, w: Any) -> object:
+        return kernel.values(case.spec, w, case.out, case.columns, torch.bfloat16)
+
+    x = torch.empty(0, device=clock.device)
+    us = microseconds([Rival("decode", copy, out, size)], x, clock, moved / rate)["decode"]
+    return [{"what": f"{case.name} decoded", "us": us, "share": moved / rate / us * 1e6}]
 
 
 # ---- what is shown
@@ -336,23 +317,20 @@ def tables(found: dict[str, Any]) -> list[Table]:
         us = one["us"]
         line = [f"{one['name']} {one['preset']}", one["format"], str(one["rows"]), f"{us['moai']:.1f}"]
         line.append(f"{one['share']:.0%}" if one["plan"] else "-")
-        line += [f"{us[name]:.1f}" if name in us else "-" for name in ("overlap", "engine")]
+        line += [f"{us[name]:.1f}" if name in us else "-" for name in ("alone", "engine")]
         line += [f"{us[name]:.1f} ({us[name] / us['moai']:.2f}x)" if name in us else "-" for name in _OTHERS]
         lines.append(tuple(line))
         for best in one.get("variants", [])[:4]:
-            taken = "taken" if best["plan"] == one["plan"] and not best["overlap"] else ""
-            cells = [line[0], line[2], f"{best['us']:.2f}", "overlap" if best["overlap"] else "", taken]
+            taken = "taken" if best["plan"] == one["plan"] else ""
+            cells = [line[0], line[2], f"{best['us']:.2f}", taken]
             tuned.append(tuple([*cells, " ".join(map(str, best["plan"]))]))
     title = f"W x in µs (times moai's); share of a copy's {found['copy_TBps']:.2f} TB/s; bf16 activations"
-    shown = [Table(title, ("matrix", "W", "rows", "moai", "share", "overlap", "engine", *_OTHERS), lines, left=2)]
-    around: list[tuple[str, ...]] = [
-        (one["what"], f"{one['us']:.1f}", f"{one['share']:.0%}", "-" if one["apart"] is None else f"{one['apart']:.1f}")
-        for one in found["parts"]
-    ]
+    shown = [Table(title, ("matrix", "W", "rows", "moai", "share", "alone", "engine", *_OTHERS), lines, left=2)]
+    around: list[tuple[str, ...]] = [(one["what"], f"{one['us']:.1f}", f"{one['share']:.0%}") for one in found["parts"]]
     if around:
-        shown.append(Table("around the products", ("what", "µs", "share", "several launches"), around))
+        shown.append(Table("around the products", ("what", "µs", "share"), around))
     if tuned:
-        columns = ("matrix", "rows", "µs", "", "", "mt nt stages warps most blocks rows grid shared")
+        columns = ("matrix", "rows", "µs", "", "as in cuda_ops.Plan, cuda_ops.Tiles")
         shown.append(Table("divisions of the work, the four fastest", columns, tuned))
     return shown
 

@@ -1,7 +1,25 @@
-// What the products with few rows share beside gemv.cuh, whose integers are made into 16-bit numbers a pair at a time:
-// exact, for an integer below 2^8 is a bf16 and an fp16.
+// Integer matrices W (O, K) as they are stored, row by row, and how a warp reads them: shared by the kernels quant_*.cu.
+//
+// A tile is 16 rows, a unit of it 128 columns. The scales lie in an order of their own (quant/cuda.py puts them there): a
+// tile's unit has, for each of its GROUPS, those of rows g and g + 8 side by side for g = 0 .. 7, then the zero points.
+//
+// Of each 32 columns lane l (g = l / 4, t = l % 4) has the columns 8 t .. 8 t + 7 of rows g and g + 8: fragments A of two
+// products m16n8k16, since a sum may take its terms in any order as long as x has the same. That order is the one in
+// which integers come out of a word in pairs, and `arranged` puts x into it.
+//
+//   WIDTH    4: q - 8 (or a zero point), or 8: signed      GROUPS    scales of a row of a unit; 0: one for the whole row
+//   ZEROS    scales come with zero points
 #pragma once
 #include "gemv.cuh"
+
+constexpr int UNIT = 128, TILE = 16;
+constexpr int UNIT_BYTES = UNIT * WIDTH / 8;  // of a row
+constexpr int TILE_BYTES = TILE * UNIT_BYTES;
+constexpr int SCALE_BYTES = GROUPS * 32 * (1 + ZEROS);
+constexpr int PART_BYTES = TILE_BYTES + SCALE_BYTES;  // a tile's unit in shared memory
+constexpr int HALVES = GROUPS > 0 ? 4 / GROUPS : 4;   // times 32 columns share a scale
+constexpr int WORDS = WIDTH / 4;                      // of 32 columns of a row that a lane has
+static_assert((WIDTH == 4 || WIDTH == 8) && (ZEROS == 0 || WIDTH == 4), "no such matrix");
 
 // Two numbers as one word, a in the low half.
 template <class Number>
@@ -17,6 +35,25 @@ DEVICE int kept(int x) {
 #endif
   return x;
 }
+
+// ---- W in shared memory: 16-byte pieces of the same columns side by side, so that neither copies nor reads of a warp
+// share banks.
+
+// Where a tile's piece (of UNIT_BYTES / 16) of a row lies.
+DEVICE int piece_place(int piece, int row) { return piece * 256 + (WIDTH == 4 ? row * 16 : row * 16 ^ piece % 2 * 64); }
+
+// Copies tile `to` asynchronously, 16 bytes times TILE_BYTES / 512 a lane. from: piece lane / 8 of row lane % 8; rows and
+// bytes: how many are left from there.
+DEVICE void copy_tile(unsigned char* to, const unsigned char* from, int64 row_bytes, int64 rows, int64 bytes) {
+#pragma unroll
+  for (int c = 0; c < TILE_BYTES / 512; c++)
+    copy_async_16(to + c % 2 * 128 + c / 2 * 1024, from + c % 2 * 8 * row_bytes + c / 2 * 64, c % 2 * 8 < rows && c / 2 * 64 < bytes);
+}
+
+// Where a lane's first word of row g is.
+DEVICE int lane_place(int g, int t) { return WIDTH == 4 ? g * 16 + t * 4 : t / 2 * 256 + (g * 16 ^ t / 2 * 64) + t % 2 * 8; }
+
+// ---- Integers as pairs of numbers, exact.
 
 // The nibbles of a word, less 8, as numbers: pair i has those at bits 4 i and 16 + 4 i. A number whose exponent makes
 // its last place 1 and whose last bits are an integer's is that plus a constant, which a multiply-add takes off.
@@ -39,4 +76,43 @@ DEVICE void from_nibbles<fp16>(uint32 word, uint32 (&a)[4]) {
     a[i] = fma_pairs<fp16>(low, 0x3c003c00u, 0xe408e408u);       // 1024 + q - 1032
     a[i + 1] = fma_pairs<fp16>(high, 0x2c002c00u, 0xd480d480u);  // (1024 + 16 q) / 16 - 72
   }
+}
+
+// Fragments A of the two steps of 32 columns (`half`, of 4). at: the lane's place in the tile.
+template <class Number>
+DEVICE void read_weights(const unsigned char* at, int half, uint32 (&a)[2][4]) {
+#pragma unroll
+  for (int second = 0; second < 2; second++) {
+    const Vec<uint32, WORDS> words = *reinterpret_cast<const Vec<uint32, WORDS>*>(at + half * (64 * WIDTH) + second * 128);
+    if constexpr (WIDTH == 4) {
+      uint32 pairs[4];
+      from_nibbles<Number>(words.at[0], pairs);
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i / 2][i % 2 * 2 + second] = pairs[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        a[i / 2][i % 2 * 2 + second] = Int8<Number>::pair(words.at[i / 2 % WORDS] >> 8 * (i % 2));
+    }
+  }
+}
+
+// 8 numbers of x in the order of the fragments: two words for each step.
+DEVICE Words arranged(const Words& x) { return WIDTH == 4 ? Int4<bf16>::arranged(x) : Int8<bf16>::arranged(x); }
+// Which of 8 numbers comes i-th.
+DEVICE constexpr int arranged_at(int i) { return WIDTH == 4 ? i / 2 + i % 2 * 4 : i / 4 * 4 + i % 4 / 2 + i % 2 * 2; }
+
+struct Scale {
+  float scale[2], zero[2];  // of rows g and g + 8; the zero point less 8
+};
+
+DEVICE Scale read_scale(const unsigned char* at) {
+  Scale s = {};
+  const Vec<fp16, 2 + 2 * ZEROS> v = load_vec<fp16, 2 + 2 * ZEROS>(reinterpret_cast<const fp16*>(at));
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    s.scale[i] = to_float(v.at[i]);
+    if constexpr (ZEROS) s.zero[i] = to_float(v.at[2 + i]) - 8.0f;
+  }
+  return s;
 }

@@ -1,13 +1,15 @@
 """The kernels for integer matrices as operators of PyTorch: how their work is divided, what they launch.
 
-A matrix comes as two tensors, made by `moai_core.quant.cuda.prepare`:
+A matrix comes as two tensors (`moai_core.quant.cuda.prepare`; see quant.cuh):
 
-    weights (tiles, units, bytes) uint8    16 rows by 128 columns a unit, in the order in which quant_linear.cu reads
-                                           it, with the scales of its groups behind
-    scales  (tiles, 8, 2 or 4) fp16        of whole rows; empty where groups have theirs
+    weights (O, bytes) uint8               as formats.py stores it, rows of a multiple of 16 bytes
+    scales  (tiles, units, …) fp16         of 16 rows (a tile) by 128 columns (a unit); (tiles, …) of whole rows
 
 `Layout` says what the bytes are. Nothing here waits for the GPU or allocates but through PyTorch, so a CUDA graph can
 hold all of it. The matrix is constant; the gradient is that of x.
+
+Launches overlap where GPU and driver can (compute capability 9.0, CUDA 12.4): a kernel reads weights, and nothing else,
+while the one in front still runs. Whoever writes weights has them finished before a product is launched (`settle`).
 """
 
 from __future__ import annotations
@@ -23,39 +25,77 @@ from torch.nn import functional as F
 from moai_core import cuda
 from moai_core.cuda import ops
 
-# As in the kernels: columns of a unit, rows of a tile, tiles that come together.
-UNIT, TILE, TOGETHER = 128, 16, 2
+# As in the kernels: columns of a unit, rows of a tile.
+UNIT, TILE = 128, 16
+# With more rows of x quant_tiles.cu multiplies, where it can.
+FEW = 8
 # With so many rows of x or more the matrix is decoded to x's type, for cuBLAS to multiply with.
 DENSE_FROM = 129
 
-# Bytes of W that a multiprocessor asks for ahead, lest memory waits; rather several passes over x than less.
-_UNDER_WAY = 24 << 10
 _SHARED_OF_BLOCK = 1 << 10  # what CUDA itself takes of a block's shared memory
 
 
 class Layout(NamedTuple):
-    """bits: 4 or 8; groups: scales of a row of a unit, 0 for one of the whole row; zeros: with zero points; glu: tiles
-    have 8 rows of gate and 8 of up."""
+    """bits: 4 or 8; groups: scales of a row of a unit, 0 for one of the whole row; zeros: with zero points."""
 
     bits: int
     groups: int
     zeros: bool
-    glu: bool = False
 
     @property
     def part(self) -> int:
         """Bytes of a tile's unit."""
         return TILE * UNIT * self.bits // 8 + self.groups * 2 * TILE * (1 + self.zeros)
 
-    @property
-    def rows(self) -> int:
-        """Rows of the result that a tile gives."""
-        return TILE // 2 if self.glu else TILE
+
+class Shape(NamedTuple):
+    """What a division is made for: m rows of x, of `itemsize` bytes a number in arithmetic; tiles and units of W."""
+
+    m: int
+    tiles: int
+    units: int
+    itemsize: int
+    layout: Layout
+
+
+class Gpu(NamedTuple):
+    """What a division has to know: multiprocessors, bytes of shared memory of one and of a block, whether blocks can
+    work in clusters."""
+
+    multiprocessors: int
+    shared: int
+    shared_of_block: int
+    clusters: bool
+
+
+@lru_cache(maxsize=64)
+def gpu(index: int | None) -> Gpu:
+    """The GPU of this index, in short."""
+    p = torch.cuda.get_device_properties(torch.device("cuda", index) if index is not None else torch.device("cpu"))
+    of_block: int = p.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu(
+        p.multi_processor_count, p.shared_memory_per_multiprocessor, of_block, index is not None and p.major >= 9
+    )
+
+
+@lru_cache(maxsize=64)
+def overlaps(index: int | None) -> bool:
+    """Whether launches may overlap on this GPU, and its driver can record them."""
+    return index is not None and torch.cuda.get_device_capability(index) >= (9, 0) and cuda.driver.version() >= (12, 4)
+
+
+def settle(tensor: Tensor) -> None:
+    """Waits until what was written to `tensor` is there for a kernel that doesn't wait for the one in front."""
+    if overlaps(tensor.device.index) and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(tensor.device).synchronize()
+
+
+# ---- few rows
 
 
 class Plan(NamedTuple):
-    """A division of the work; see quant_linear.cu. `warps` run in a block, of at most `most_warps`, and `blocks` fit on
-    a multiprocessor, as the kernel was compiled for."""
+    """A division of quant_linear.cu's work. `warps` run in a block; the kernel is compiled for `most_warps`, and for
+    `blocks` of them on a multiprocessor."""
 
     mt: int
     nt: int
@@ -68,53 +108,25 @@ class Plan(NamedTuple):
     shared: int
 
 
-class Shape(NamedTuple):
-    """What a plan is made for: m rows of x, of `itemsize` bytes a number in arithmetic; tiles and units of W."""
-
-    m: int
-    tiles: int
-    units: int
-    itemsize: int
-    layout: Layout
-
-
-class Gpu(NamedTuple):
-    """What a plan has to know: multiprocessors, bytes of shared memory of one and of a block."""
-
-    multiprocessors: int
-    shared: int
-    shared_of_block: int
-
-
-@lru_cache(maxsize=64)
-def gpu(index: int | None) -> Gpu:
-    """The GPU of this index, in short."""
-    p = torch.cuda.get_device_properties(torch.device("cuda", index) if index is not None else torch.device("cpu"))
-    of_block: int = p.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Gpu(p.multi_processor_count, p.shared_memory_per_multiprocessor, of_block)
-
-
 def shared_bytes(shape: Shape, mt: int, rows: int, warps: int, stages: int) -> int:
     """Dynamic shared memory of a block; see quant_linear.cu."""
     x = shape.units * rows * UNIT * shape.itemsize
-    return x + warps * (stages * mt * shape.layout.part + 4 * (TILE * mt * (rows | 1) + rows))
+    return x + warps * (stages * mt * shape.layout.part + 4 * TILE * mt * (rows | 1))
 
 
 @lru_cache(maxsize=4096)
 def plan(shape: Shape, device: Gpu) -> Plan:
-    """The division that is taken: small matrices as one wave of blocks that ask for all of their bytes at once, large
-    ones as blocks that stay and read ahead. Raises ValueError where not even one row of x fits."""
-    rows = min(shape.m, 32)
+    """The division that is taken. Raises ValueError where not even one row of x fits."""
+    rows = min(shape.m, 8 if shape.itemsize == 2 else 32)
+    per = -(-shape.tiles // device.multiprocessors)  # tiles of a multiprocessor
     while True:
         nt = 1 if rows <= 8 else 2 if rows <= 16 else 4
-        # Two tiles a warp halve what is read of x, where that leaves enough blocks.
-        mt = 2 if rows > 4 and shape.tiles >= 2 * device.multiprocessors else 1
-        one_wave = shape.tiles <= 2 * device.multiprocessors
-        wide = one_wave or shape.units * rows * UNIT * shape.itemsize > 40 << 10
-        most, blocks = (12, 1) if mt * nt > 4 else (16, 1) if wide else (8, 4 if mt * nt == 1 else 2)
-        for stages, most_warps in ((4, most), (2, most), (2, 8)):
+        # All of a matrix at once where it is small; else blocks stay and read ahead.
+        choices = [(per, 16, 2, 1)] if per <= 6 and nt == 1 else []
+        choices += [(2 if nt == 1 else 1, 8, 4, 4 // nt), (1, 8, 4, 2), (1, 8, 2, 1)]
+        for mt, most_warps, stages, blocks in choices:
             made = divide(shape, device, mt, nt, stages, most_warps, blocks, rows)
-            if made is not None and (rows <= 8 or made.warps * made.stages * mt * shape.layout.part >= _UNDER_WAY):
+            if made is not None:
                 return made
         if rows == 1:
             raise ValueError(f"a row of {shape.units * UNIT} numbers doesn't fit in shared memory")
@@ -122,85 +134,141 @@ def plan(shape: Shape, device: Gpu) -> Plan:
 
 
 def divide(
-    shape: Shape, device: Gpu, mt: int, nt: int, stages: int, most_warps: int, blocks: int, rows: int
-) -> Plan | None:
-    """The plan with these choices, or None if it needs more shared memory than there is."""
+    shape: Shape, device: Gpu, mt: int, nt: int, stages: int, most_warps: int, blocks: int, rows: int,
+    share: int | None = None,
+) -> Plan | None:  # fmt: skip
+    """The plan with these choices, or None if it needs more shared memory than there is. share: blocks that run on a
+    multiprocessor, `blocks` if there is room for them."""
     turns = -(-shape.units // most_warps)
-    warps = -(-shape.units // turns)  # none idles in the last turn that needn't
+    warps = max(-(-shape.units // turns), (mt + 1) // 2)  # none idles in the last turn that needn't
     groups = -(-shape.tiles // mt)
 
     def resident(stages: int) -> int:
         shared = shared_bytes(shape, mt, rows, warps, stages)
-        return 0 if shared > device.shared_of_block else min(blocks, device.shared // (shared + _SHARED_OF_BLOCK))
+        return (
+            0 if shared > device.shared_of_block else min(share or blocks, device.shared // (shared + _SHARED_OF_BLOCK))
+        )
 
-    if resident(stages) < 1:
+    def to_read(stages: int) -> int:  # units of a warp
+        return turns * -(-groups // (device.multiprocessors * resident(stages)))
+
+    if warps > most_warps or not resident(stages):
         return None
-    if stages > 2 and turns * -(-groups // (device.multiprocessors * resident(2))) <= 2:
-        stages = 2  # there is no more to read ahead
+    while stages > 1 and to_read(stages - 1) <= stages - 1:
+        stages -= 1  # there is no more to read ahead
     grid = min(groups, device.multiprocessors * resident(stages))
     shared = shared_bytes(shape, mt, rows, warps, stages)
     return Plan(mt, nt, stages, warps, most_warps, blocks, rows, (grid, -(-shape.m // rows), 1), shared)
 
 
-# ---- the operators: what they launch
-
-
-def _linear(x: Tensor, weights: Tensor, scales: Tensor, out: int, bits: int, groups: int, zeros: bool) -> Tensor:
-    """x (M, K) -> (M, O), in x's dtype."""
-    layout = Layout(bits, groups, zeros)
-    if x.shape[0] < DENSE_FROM:
-        return launch(x, weights, scales, None, None, out, layout, 0.0)
-    return torch.mm(x, decode(weights, scales, out, x.shape[1], *layout, x.dtype).t())
-
-
-def _fused(
-    x: Tensor, weights: Tensor, scales: Tensor, norm: Tensor | None, residual: Tensor | None, out: int, bits: int,
-    groups: int, zeros: bool, glu: bool, eps: float,
-) -> Tensor:  # fmt: skip
-    """x (M, K) -> (M, O): RMS norm with the weight `norm` (K,) first, in whose dtype the rest is; silu(gate) up where
-    the matrix is a pair; `residual` (M, O) added, whose dtype is the result's."""
-    layout = Layout(bits, groups, zeros, glu)
-    if x.shape[0] < DENSE_FROM:
-        return launch(x, weights, scales, norm, residual, out, layout, eps)
-    h = x if norm is None else _normalized(x, norm, eps)
-    y = torch.mm(h, decode(weights, scales, out * (1 + glu), x.shape[1], *layout, h.dtype).t())
-    if glu:
-        y = F.silu(y[:, :out]) * y[:, out:]
-    return y if residual is None else residual + y
-
-
-def _normalized(x: Tensor, norm: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.float(), x.shape[1:], norm.float(), eps).to(norm.dtype)
-
-
 def launch(
-    x: Tensor, weights: Tensor, scales: Tensor, norm: Tensor | None, residual: Tensor | None, out: int, layout: Layout,
-    eps: float, chosen: Plan | None = None, overlap: bool = False,
+    x: Tensor, weights: Tensor, scales: Tensor, out: int, layout: Layout, chosen: Plan | None = None,
+    overlap: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """The kernel of few rows. chosen: a division other than `plan`'s. overlap: begin before the kernel in front has
-    ended (compute capability 9.0), which must not be one that writes the matrix."""
-    if norm is not None and x.shape[1] % 8:  # rows that grow below have another mean
-        x, norm = _normalized(x, norm, eps), None
-    kind = x.dtype if norm is None else norm.dtype
-    if x.element_size() < kind.itemsize or (x.dtype != kind and x.dtype != torch.float32):
-        x = x.to(kind)
+    """quant_linear.cu. chosen: a division other than `plan`'s. overlap: whether it may begin before the kernel in front
+    has ended, None for where that is possible."""
     x = _rows(x)
-    (m, columns), (tiles, units, _) = x.shape, weights.shape
-    y = x.new_empty(m, out, dtype=kind if residual is None else residual.dtype)
+    m, columns = x.shape
+    y = x.new_empty(m, out)
     if y.numel() == 0:
         return y
-    p = chosen or plan(Shape(m, tiles, units, kind.itemsize, layout), gpu(x.device.index))
+    units = -(-columns // UNIT)
+    p = chosen or plan(Shape(m, -(-out // TILE), units, x.element_size(), layout), gpu(x.device.index))
     cuda.kernel(
         "quant_linear.cu", "quant_linear", x.device,
-        FROM=cuda.TYPES[x.dtype], T=cuda.TYPES[kind], TO=cuda.TYPES[y.dtype], NORM=int(norm is not None),
-        WIDTH=layout.bits, GROUPS=layout.groups, ZEROS=int(layout.zeros), GLU=int(layout.glu),
-        MT=p.mt, NT=p.nt, STAGES=p.stages, WARPS=p.most_warps, BLOCKS=p.blocks,
+        MT=p.mt, NT=p.nt, STAGES=p.stages, WARPS=p.most_warps, BLOCKS=p.blocks, **_macros(x.dtype, layout),
     )(
-        p.grid, 32 * p.warps, x, weights, scales, None if norm is None else norm.contiguous(),
-        None if residual is None else residual.contiguous(), y, m, columns, out, x.stride(0), tiles, units,
-        -(-units // p.warps), p.rows, eps, shared=p.shared, **({"overlap": True} if overlap else {}),
+        p.grid, 32 * p.warps, x, weights, scales, y, m, columns, out, x.stride(0), weights.stride(0), units,
+        -(-units // p.warps), p.rows, shared=p.shared, **_overlap(x, overlap),
     )  # fmt: skip
     return y
+
+
+# ---- some dozens of rows
+
+
+class Tiles(NamedTuple):
+    """A division of quant_tiles.cu's work; see there."""
+
+    nt: int
+    wm: int
+    wk: int
+    stages: int
+    split: int
+    blocks: int
+    mt: int = 2
+    wo: int = 4
+
+    @property
+    def rows(self) -> int:
+        """Of x, in a block."""
+        return 8 * self.nt * self.wm
+
+    @property
+    def tiles(self) -> int:
+        """Of W, in a block."""
+        return self.mt * self.wo
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.wo * self.wm * self.wk
+
+    def shared(self, layout: Layout) -> int:
+        """Dynamic shared memory of a block, in bytes."""
+        stage = self.rows * UNIT * 2 + self.tiles * layout.part
+        return max(self.stages * stage, 4 * self.wk * self.tiles * TILE * (self.rows | 1))
+
+
+@lru_cache(maxsize=4096)
+def tiles(shape: Shape, device: Gpu) -> Tiles:
+    """The division that is taken."""
+    if shape.m <= 64:
+        nt = 2 * -(-shape.m // 16)
+        made = Tiles(nt, 1, 2, 4, 1, 2 if nt <= 4 else 1)
+    else:
+        made = Tiles(2 * -(-min(shape.m, 128) // 32), 2, 1, 4, 1, 1)
+    while made.shared(shape.layout) > device.shared_of_block and made.stages > 2:
+        made = made._replace(stages=made.stages - 1)
+    if made.shared(shape.layout) > device.shared_of_block:
+        made = Tiles(2, 1, 2, 2, 1, 1)
+    if device.clusters:
+        blocks = -(-shape.tiles // made.tiles) * -(-shape.m // made.rows)
+        fit = [s for s in (8, 4, 2) if blocks * s <= device.multiprocessors and 2 * s <= shape.units]
+        made = made._replace(split=fit[0] if fit else 1)
+    return made
+
+
+def launch_tiles(
+    x: Tensor, weights: Tensor, scales: Tensor, out: int, layout: Layout, chosen: Tiles | None = None,
+    overlap: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """quant_tiles.cu, for 16-bit x; as `launch`."""
+    x = _rows(x)
+    m, columns = x.shape
+    y = x.new_empty(m, out)
+    if y.numel() == 0:
+        return y
+    units = -(-columns // UNIT)
+    shape = Shape(m, -(-out // TILE), units, x.element_size(), layout)
+    p = chosen or tiles(shape, gpu(x.device.index))
+    cuda.kernel(
+        "quant_tiles.cu", "quant_tiles", x.device,
+        MT=p.mt, NT=p.nt, WO=p.wo, WM=p.wm, WK=p.wk, STAGES=p.stages, SPLIT=p.split, BLOCKS=p.blocks,
+        **_macros(x.dtype, layout),
+    )(
+        (-(-shape.tiles // p.tiles) * p.split, -(-m // p.rows), 1), p.threads, x, weights, scales, y, m, columns, out,
+        x.stride(0), weights.stride(0), units, shared=p.shared(layout), **_overlap(x, overlap),
+    )  # fmt: skip
+    return y
+
+
+def _macros(dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
+    return {"T": cuda.TYPES[dtype], "WIDTH": layout.bits, "GROUPS": layout.groups, "ZEROS": int(layout.zeros)}
+
+
+def _overlap(x: Tensor, wanted: bool | None) -> dict[str, bool]:
+    return {"overlap": True} if (overlaps(x.device.index) if wanted is None else wanted) else {}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -212,36 +280,31 @@ def _rows(x: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+# ---- the operators
+
+
+def _linear(x: Tensor, weights: Tensor, scales: Tensor, out: int, bits: int, groups: int, zeros: bool) -> Tensor:
+    """x (M, K) -> (M, O), in x's dtype."""
+    layout, m = Layout(bits, groups, zeros), x.shape[0]
+    if m >= DENSE_FROM:
+        return torch.mm(x, decode(weights, scales, out, x.shape[1], *layout, x.dtype).t())
+    many = m > FEW and x.dtype != torch.float32
+    return (launch_tiles if many else launch)(x, weights, scales, out, layout)
+
+
 def _decode(
-    weights: Tensor, scales: Tensor, out: int, columns: int, bits: int, groups: int, zeros: bool, glu: bool,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """(O, K) in dtype; of a pair gate's rows, then up's."""
+    weights: Tensor, scales: Tensor, out: int, columns: int, bits: int, groups: int, zeros: bool, dtype: torch.dtype
+) -> Tensor:
+    """(O, K) in dtype."""
     y = weights.new_empty(out, columns, dtype=dtype)
-    tiles, units, _ = weights.shape
     if y.numel():
-        _decoder("quant_decode", y, bits, groups, zeros, glu)(
-            -(-tiles * units // 8), 256, weights, scales, y, out, columns, units, tiles * units
+        words = -(-columns // 8)  # a thread each
+        wide = -(-words // 256)
+        block = -(-words // (32 * wide)) * 32
+        cuda.kernel("quant_decode.cu", "quant_decode", y.device, **_macros(dtype, Layout(bits, groups, zeros)))(
+            (-(-out // 4), wide, 1), block, weights, scales, y, out, columns, weights.stride(0), -(-columns // UNIT)
         )
     return y
-
-
-def _gather(
-    ids: Tensor, weights: Tensor, scales: Tensor, out: int, columns: int, bits: int, groups: int, zeros: bool,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Rows ids (n,) int64 of the matrix of `out` rows, as (n, K) in dtype."""
-    y = weights.new_empty(ids.shape[0], columns, dtype=dtype)
-    if y.numel():
-        _decoder("quant_gather", y, bits, groups, zeros, False)(
-            ids.shape[0], 256, weights, scales, ids.contiguous(), y, out, columns, weights.shape[1]
-        )
-    return y
-
-
-def _decoder(name: str, y: Tensor, bits: int, groups: int, zeros: bool, glu: bool) -> cuda.Kernel:
-    macros = {"T": cuda.TYPES[y.dtype], "WIDTH": bits, "GROUPS": groups, "ZEROS": int(zeros), "GLU": int(glu)}
-    return cuda.kernel("quant_decode.cu", name, y.device, **macros)
 
 
 class _Linear(Function):
@@ -255,7 +318,7 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        matrix = decode(*ctx.saved_tensors, *ctx.shape, *ctx.layout, False, d_y.dtype)
+        matrix = decode(*ctx.saved_tensors, *ctx.shape, *ctx.layout, d_y.dtype)
         return torch.mm(d_y, matrix), *[None] * (3 + len(ctx.layout))
 
 
@@ -265,23 +328,9 @@ linear = ops.define(
     lambda x, weights, scales, out, *_: x.new_empty(x.shape[0], out),
     _Linear,
 )
-fused = ops.define(
-    "quant_fused(Tensor x, Tensor weights, Tensor scales, Tensor? norm, Tensor? residual, int out, int bits,"
-    " int groups, bool zeros, bool glu, float eps) -> Tensor",
-    _fused,
-    lambda x, weights, scales, norm, residual, out, *_: x.new_empty(
-        x.shape[0], out, dtype=next(t.dtype for t in (residual, norm, x) if t is not None)
-    ),
-)
 decode = ops.define(
-    "quant_decode(Tensor weights, Tensor scales, int out, int columns, int bits, int groups, bool zeros, bool glu,"
+    "quant_decode(Tensor weights, Tensor scales, int out, int columns, int bits, int groups, bool zeros,"
     " ScalarType dtype) -> Tensor",
     _decode,
-    lambda weights, scales, out, columns, bits, groups, zeros, glu, dtype: weights.new_empty(out, columns, dtype=dtype),
-)
-gather = ops.define(
-    "quant_gather(Tensor ids, Tensor weights, Tensor scales, int out, int columns, int bits, int groups, bool zeros,"
-    " ScalarType dtype) -> Tensor",
-    _gather,
-    lambda ids, weights, scales, out, columns, *rest: weights.new_empty(ids.shape[0], columns, dtype=rest[-1]),
+    lambda weights, scales, out, columns, bits, groups, zeros, dtype: weights.new_empty(out, columns, dtype=dtype),
 )

@@ -5,6 +5,7 @@ A kernel is a module of this package with
     why_not(spec, device, dtype) -> one sentence, or None if it can multiply inputs of this type there
     prepare(spec, tensors) -> the weights in its own order, made once
     linear(spec, prepared, x (M, I), out) -> (M, O) in x's dtype
+    values(spec, prepared, out, columns, dtype) -> W (O, I) for gradients, where it can tell from `prepared`
     describe(spec, device, dtype) -> one line for `moai doctor` and reports
 
 `dequantize` is exact, slow for few rows, and refuses nothing; where it is taken because the others refuse, their

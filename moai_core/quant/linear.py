@@ -54,6 +54,13 @@ class QuantLinear(nn.Module):
         """(out, in), exactly the stored values where dtype is fp32."""
         return FORMATS[self.spec.format].decode(self.spec, self.tensors()).to(dtype)
 
+    def multiplied_with(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`weight_values`, by the kernel that multiplies such inputs where it can: fast, and also after `release`."""
+        chosen, prepared = self._ready(device, dtype)
+        if not hasattr(chosen, "values"):
+            return self.weight_values(dtype)
+        return chosen.values(self.spec, prepared, self.out_features, self.in_features, dtype)
+
     def forward(self, x: Tensor | scaled_mm.Quantized) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype. The gradient is that of x alone. x may be rounded to e4m3 already,
         for a layer that `scaled_mm` multiplies with as it is (model/fused_fp8.py asks)."""
@@ -135,7 +142,7 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient @ ctx.module.weight_values(gradient.dtype), None
+        return gradient @ ctx.module.multiplied_with(gradient.device, gradient.dtype), None
 
 
 class QuantEmbedding(QuantLinear):

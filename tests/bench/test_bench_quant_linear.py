@@ -26,15 +26,15 @@ def test_random_weights_are_what_the_format_stores():
 
 def test_tables_show_times_ratios_and_the_fastest_divisions():
     plan = [1, 1, 2, 8, 8, 4, 1, [512, 1, 1], 22000]
-    other = {"plan": [2, *plan[1:]], "overlap": True, "us": 4.0}
+    other = {"plan": [2, *plan[1:]], "us": 4.0}
     one = {"preset": "2b", "name": "in_proj", "format": "int4", "rows": 1, "plan": plan, "share": 0.61,
-           "us": {"moai": 5.0, "cublas": 14.0}, "variants": [other, {"plan": plan, "overlap": False, "us": 5.0}]}  # fmt: skip
-    part = {"what": "gate_up decoded", "us": 20.0, "share": 0.9, "apart": None}
+           "us": {"moai": 5.0, "alone": 7.5, "cublas": 14.0}, "variants": [other, {"plan": plan, "us": 5.0}]}  # fmt: skip
+    part = {"what": "gate_up decoded", "us": 20.0, "share": 0.9}
     text = "\n".join(
         report.plain(table)
         for table in quant_linear.tables({"copy_TBps": 3.0, "results": [one, {**one, "plan": None}], "parts": [part]})
     )
-    assert "14.0 (2.80x)" in text and "61%" in text and "taken" in text and "overlap" in text and "90%" in text
+    assert "14.0 (2.80x)" in text and "61%" in text and "taken" in text and "7.5" in text and "90%" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
