@@ -204,12 +204,12 @@ def memory(recipe: Recipe, options: Options) -> dict[str, int]:
             continue
         plain, trained = _bytes(matrix.weight.shape, specs.get(name), options, dtype, name)
         found["weights"] += plain
-        _add(found, trained)
+        _add(found, trained, recipe.optim.name)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in matrices:
             width = 4 if name.rpartition(".")[2] in weights.KEEP_FP32 else dtype.itemsize
             found["weights"] += parameter.numel() * width
-            _add(found, [(width, parameter.numel())] if options.mode == "full" else [])
+            _add(found, [(width, parameter.numel())] if options.mode == "full" else [], recipe.optim.name)
     return found
 
 
@@ -226,14 +226,17 @@ def _bytes(shape: Any, spec: Any, options: Options, dtype: torch.dtype, name: st
         trained = spec is not None and spec.format == "int4" and "embed" not in name
         return (packed + 2 * scales, [(4, scales)]) if trained else (packed or numbers * dtype.itemsize, [])
     adapters = options.rank * (out + columns) if name.rpartition(".")[2] in lora.TARGETS else 0
-    return (packed or numbers * dtype.itemsize) + 4 * adapters, [(4, adapters)]
+    width = dtype.itemsize
+    return (packed or numbers * width) + width * adapters, [(width, adapters)]
 
 
-def _add(found: dict[str, int], trained: list[tuple[int, int]]) -> None:
-    """Gradients in the weights' type, two moments likewise."""
+def _add(found: dict[str, int], trained: list[tuple[int, int]], optimizer: str) -> None:
+    """Gradients in the weights' type and two moments likewise, but for what keeps fp32 weights beside bf16 ones, and
+    moments of a byte."""
     for width, numbers in trained:
         found["gradients"] += width * numbers
-        found["optimizer"] += 2 * width * numbers
+        moments = {"adamw_8bit": 2, "adamw": 12 if width == 2 else 8}.get(optimizer, 2 * width)
+        found["optimizer"] += moments * numbers
 
 
 # ---- distillation ------------------------------------------------------------------------------------------------
