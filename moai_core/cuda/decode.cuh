@@ -40,3 +40,19 @@ DEVICE float rstd_of(const float* warps, int64 K, float eps) {
   for (int w = 0; w < 8; w++) sum += warps[w];
   return rsqrtf(sum / (float)K + eps);
 }
+
+// Number c of an embedding's row that begins at `row`, its scales and zero points at `index`; `group` columns share one.
+template <class Format, class Number, class Scale>
+DEVICE float embedded(const unsigned char* row, const Scale* scales, const fp16* zeros, int64 index, int64 c, int64 group) {
+  float value;
+  if constexpr (Format::BITS == 4) {
+    const float code = (float)(row[c / 2] >> (c % 2 * 4) & 15);
+    value = code - (zeros ? to_float(zeros[index + c / group]) : 8.0f);
+  } else if constexpr (Format::BITS == 8) {
+    value = (float)(signed char)row[c];
+  } else {
+    value = to_float(((const Number*)row)[c]);
+  }
+  if constexpr (Format::BITS < 16) value = rounded<Number>(value * to_float(scales[index + c / group]));
+  return value;
+}

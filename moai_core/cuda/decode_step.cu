@@ -1,13 +1,15 @@
-// moai: kernels decode_embed, decode_norm, decode_mix, decode_scan, decode_rotate
-// moai: macros T=bf16 R=bf16 FORMAT=Plain S=float N=16 RANK=128 NORMS=1 MIXED=0
-// moai: macros T=bf16 R=float FORMAT=Int8 S=fp16 N=16 RANK=256 NORMS=1 MIXED=1
-// moai: macros T=float R=float FORMAT=Plain S=float N=8 RANK=7 NORMS=0 MIXED=0
-// moai: macros T=fp16 R=fp16 FORMAT=Int4 S=fp16 N=64 RANK=20 NORMS=1 MIXED=0
+// moai: kernels decode_embed, decode_norm, decode_conv, decode_gate, decode_mix, decode_scan, decode_rotate
+// moai: macros T=bf16 R=bf16 FORMAT=Plain S=float N=16 RANK=128 NORMS=1 MIXED=0 KC=4
+// moai: macros T=bf16 R=float FORMAT=Int8 S=fp16 N=16 RANK=256 NORMS=1 MIXED=1 KC=4
+// moai: macros T=float R=float FORMAT=Plain S=float N=8 RANK=7 NORMS=0 MIXED=0 KC=3
+// moai: macros T=fp16 R=fp16 FORMAT=Int4 S=fp16 N=64 RANK=20 NORMS=1 MIXED=0 KC=2
 //
 // What stands between the matrix products of a step of generation for one token a row:
 //
 //   decode_embed  the embedding's row of each token begins the residual stream
 //   decode_norm   (wide batches) residual += sums of the product before, then its RMSNorm
+//   decode_conv   (wide batches) the convolution's step behind in_proj, decode_gate silu(gate) up: where a library made
+//                 the product
 //   decode_mix    (wide batches) the sums of x_proj to dt's vector, B and C, with their norms
 //   decode_scan   dt_proj, softplus, the selective scan's step, the gate; for few rows also what decode_mix does
 //   decode_rotate the online Hadamard rotation of a product's inputs (moai_core/quant/hadamard.py)
@@ -16,7 +18,7 @@
 //
 //   T  type of activations and weights      R  type of the residual stream      FORMAT, S  of the embedding
 //   N  states of a channel                  RANK  of dt                         NORMS  on dt, B and C
-//   MIXED  1: decode_mix has been there
+//   MIXED  1: decode_mix has been there     KC  width of the convolution
 #include "decode.cuh"
 
 constexpr int THREADS = 256, WARPS = 8;
@@ -30,19 +32,8 @@ decode_embed(const int64* tokens, const unsigned char* weight, const S* scales, 
   let_next_begin();
   const int64 token = tokens[blockIdx.x] < 0 ? 0 : tokens[blockIdx.x];  // -1: a row whose logits weren't finite
   const unsigned char* row = weight + token * row_bytes;
-  for (int64 c = threadIdx.x; c < H; c += THREADS) {
-    float value;
-    if constexpr (FORMAT<T>::BITS == 4) {
-      const float code = (float)(row[c / 2] >> (c % 2 * 4) & 15);
-      value = code - (zeros ? to_float(zeros[token * groups + c / group]) : 8.0f);
-    } else if constexpr (FORMAT<T>::BITS == 8) {
-      value = (float)(signed char)row[c];
-    } else {
-      value = to_float(((const T*)row)[c]);
-    }
-    if constexpr (FORMAT<T>::BITS < 16) value = rounded<T>(value * to_float(scales[token * groups + c / group]));
-    residual[blockIdx.x * H + c] = from_float<R>(value);
-  }
+  for (int64 c = threadIdx.x; c < H; c += THREADS)
+    residual[blockIdx.x * H + c] = from_float<R>(embedded<FORMAT<T>, T>(row, scales, zeros, token * groups, c, group));
 }
 
 // Grid: a block a row. partial (slices, batch, H) fp32, or null.
@@ -82,6 +73,59 @@ decode_norm(R* residual, const float* partial, const T* weight, T* y, int64 H, i
     for (int i = 0; i < PIECE; i++)
       y[blockIdx.x * H + at + i] = from_float<T>(v[i] * rstd * to_float(weight[at + i]));
   }
+}
+
+// Grid: x 256 PIECE channels each, y a row each. product (rows, 2 I), of which u's half is read.
+extern "C" __global__ void __launch_bounds__(THREADS)
+decode_conv(const T* product, const T* weight, const T* bias, const T* scale, const T* window, T* next_window, T* u,
+            int64 I) {
+  const int64 c = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE, row = blockIdx.y;
+  if (c >= I) return;
+  alignas(16) T past[PIECE * (KC - 1)], w[PIECE * KC];
+  const int64 at = (row * I + c) * (KC - 1);
+#pragma unroll
+  for (int i = 0; i < KC - 1; i++) *(Vec<T, PIECE>*)(past + i * PIECE) = load_vec<T, PIECE>(window + at + i * PIECE);
+#pragma unroll
+  for (int i = 0; i < KC; i++) *(Vec<T, PIECE>*)(w + i * PIECE) = load_vec<T, PIECE>(weight + c * KC + i * PIECE);
+  Vec<T, PIECE> add{}, times{}, y;
+  if (bias) add = load_vec<T, PIECE>(bias + c);
+  if (scale) times = load_vec<T, PIECE>(scale + c);
+  wait_for_previous();
+  let_next_begin();
+  float x[PIECE];
+  load_piece<T, PIECE>(x, product + row * 2 * I + c);
+#pragma unroll
+  for (int i = 0; i < PIECE; i++) {
+    float sum = bias ? to_float(add.at[i]) : 0.0f;
+#pragma unroll
+    for (int k = 0; k < KC - 1; k++) {
+      const T before = past[i * (KC - 1) + k];
+      sum += to_float(w[i * KC + k]) * to_float(before);
+      if (k > 0) past[i * (KC - 1) + k - 1] = before;
+    }
+    past[i * (KC - 1) + KC - 2] = from_float<T>(x[i]);
+    sum += to_float(w[i * KC + KC - 1]) * x[i];
+    const float value = sum * sigmoid(sum);
+    y.at[i] = from_float<T>(scale ? rounded<T>(value) * to_float(times.at[i]) : value);
+  }
+#pragma unroll
+  for (int i = 0; i < KC - 1; i++) store_vec<T, PIECE>(next_window + at + i * PIECE, *(Vec<T, PIECE>*)(past + i * PIECE));
+  store_vec<T, PIECE>(u + row * I + c, y);
+}
+
+// gate <- silu(gate) up. Grid: 256 PIECE numbers a block.
+extern "C" __global__ void __launch_bounds__(THREADS)
+decode_gate(T* gate, const T* up, int64 size) {
+  wait_for_previous();
+  let_next_begin();
+  const int64 at = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE;
+  if (at >= size) return;
+  float g[PIECE], x[PIECE];
+  load_piece<T, PIECE>(g, gate + at), load_piece<T, PIECE>(x, up + at);
+  Vec<T, PIECE> y;
+#pragma unroll
+  for (int i = 0; i < PIECE; i++) y.at[i] = from_float<T>(g[i] * sigmoid(g[i]) * x[i]);
+  store_vec<T, PIECE>(gate + at, y);
 }
 
 // ---- dt's vector, B and C of `count` rows from the sums of x_proj, into mixed[row][MIX].
@@ -140,12 +184,25 @@ constexpr int VEC = RANK % PIECE == 0 ? PIECE : 1;
 constexpr int PER = (RANK + 8 * VEC - 1) / (8 * VEC);  // vectors of dt_proj's row that a thread has
 constexpr int LANES = N / 4;                           // threads that share a channel's states
 
-// Grid: x 32 channels each, y 8 rows each. A_log2: -exp(A_log) log2(e), (I, N). Shared memory: mixed, ROWS MIX floats.
-extern "C" __global__ void __launch_bounds__(THREADS)
+constexpr int EARLY = ROWS * CHANNELS * LANES / THREADS < 4 ? ROWS * CHANNELS * LANES / THREADS : 4;
+constexpr bool SAME = THREADS % (CHANNELS * LANES) == 0;  // a thread's channel is the same in each row
+
+// Which row, channel and states thread i of a block has.
+struct Place {
+  int lane, own, m;
+  int64 c;
+  bool real;
+  DEVICE Place(int i, int64 first, int64 I)
+      : lane(i % LANES), own(i / LANES % CHANNELS), m(i / (LANES * CHANNELS)), c(first + own < I ? first + own : I - 1), real(first + own < I) {}
+};
+
+// Grid: x 32 channels each, y 8 rows each. A_log2: -exp(A_log) log2(e), (I, N). z: rows z_stride apart. Shared memory:
+// mixed, ROWS MIX floats.
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* norm_C, const T* dt_weight,
             const float* dt_bias, const float* A_log2, const float* D, const T* u, const T* z, const float* state,
             float* next_state, T* y, const unsigned char* ahead, int64 ahead_bytes, int64 slices, int64 batch, int64 I,
-            float eps) {
+            int64 z_stride, float eps) {
   extern __shared__ float mixed[];
   __shared__ float rstd[3 * ROWS], steps[ROWS][CHANNELS];
   const int64 first = (int64)blockIdx.x * CHANNELS, row0 = (int64)blockIdx.y * ROWS;
@@ -161,11 +218,15 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
     w[i] = k < RANK ? load_vec<T, VEC>(dt_weight + channel * RANK + k) : Vec<T, VEC>{};
   }
   const float bias = dt_bias[channel];
-  for (int64 i = threadIdx.x; i < (int64)CHANNELS * N / 32; i += THREADS) {  // lines of 128 bytes
-    const int64 at = first * N + i * 32;
-    if (at >= I * N) break;
-    prefetch_line(A_log2 + at);
-    for (int m = 0; m < rows; m++) prefetch_line(state + (row0 + m) * I * N + at);
+  // A thread has 4 states of a channel, of several rows; a warp whole channels.
+  Vec<float, 4> h[EARLY], a[SAME ? 1 : EARLY];
+#pragma unroll
+  for (int e = 0; e < EARLY; e++) {
+    const Place at(threadIdx.x + e * THREADS, first, I);
+    if (at.m < rows) {
+      h[e] = load_vec<float, 4>(state + ((row0 + at.m) * I + at.c) * N + at.lane * 4);
+      if (!SAME || e == 0) a[SAME ? 0 : e] = load_vec<float, 4>(A_log2 + at.c * N + at.lane * 4);
+    }
   }
   if (ahead && threadIdx.x < 32) {
     constexpr int64 RUN = 4096;
@@ -176,6 +237,15 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
 
   wait_for_previous();
   let_next_begin();
+  float x[EARLY], gates[EARLY];
+#pragma unroll
+  for (int e = 0; e < EARLY; e++) {
+    const Place at(threadIdx.x + e * THREADS, first, I);
+    if (at.m < rows) {
+      x[e] = load_fresh_number<T>(u + (row0 + at.m) * I + at.c);
+      gates[e] = load_fresh_number<T>(z + (row0 + at.m) * z_stride + at.c);
+    }
+  }
   if constexpr (MIXED) {
     for (int i = threadIdx.x; i < rows * MIX; i += THREADS) mixed[i] = load_fresh_float(partial + row0 * MIX + i);
     __syncthreads();
@@ -196,15 +266,9 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
   }
   __syncthreads();
 
-  // A thread has 4 states of a channel; a warp whole channels.
-  for (int i = threadIdx.x; i < rows * CHANNELS * LANES; i += THREADS) {
-    const int lane = i % LANES, own_channel = i / LANES % CHANNELS, m = i / (LANES * CHANNELS);
-    const bool real = first + own_channel < I;
-    const int64 c = real ? first + own_channel : I - 1, row = row0 + m, at = (row * I + c) * N + lane * 4;
-    const Vec<float, 4> a = load_vec<float, 4>(A_log2 + c * N + lane * 4);
-    Vec<float, 4> h = load_vec<float, 4>(state + at);
-    const float x = load_fresh_number<T>(u + row * I + c), step = steps[m][own_channel];
-    const float* B = mixed + m * MIX + RANK + lane * 4;
+  const auto go = [&](const Place& at, const Vec<float, 4>& a, Vec<float, 4> h, float x, float gate) {
+    const float step = steps[at.m][at.own];
+    const float* B = mixed + at.m * MIX + RANK + at.lane * 4;
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -213,11 +277,21 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
     }
 #pragma unroll
     for (int other = LANES / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    if (!real) continue;
-    store_vec<float, 4>(next_state + at, h);
-    if (lane > 0) continue;
-    const float gate = load_fresh_number<T>(z + row * I + c);
-    y[row * I + c] = from_float<T>((sum + D[c] * x) * (gate * sigmoid(gate)));
+    if (!at.real) return;
+    const int64 place = (row0 + at.m) * I + at.c;
+    store_vec<float, 4>(next_state + place * N + at.lane * 4, h);
+    if (at.lane == 0) y[place] = from_float<T>((sum + D[at.c] * x) * (gate * sigmoid(gate)));
+  };
+#pragma unroll
+  for (int e = 0; e < EARLY; e++) {
+    const Place at(threadIdx.x + e * THREADS, first, I);
+    if (at.m < rows) go(at, a[SAME ? 0 : e], h[e], x[e], gates[e]);
+  }
+  for (int i = threadIdx.x + EARLY * THREADS; i < rows * CHANNELS * LANES; i += THREADS) {
+    const Place at(i, first, I);
+    const int64 row = row0 + at.m;
+    go(at, load_vec<float, 4>(A_log2 + at.c * N + at.lane * 4), load_vec<float, 4>(state + (row * I + at.c) * N + at.lane * 4),
+       load_fresh_number<T>(u + row * I + at.c), load_fresh_number<T>(z + row * z_stride + at.c));
   }
 }
 

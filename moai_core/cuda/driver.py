@@ -26,6 +26,8 @@ _CONFIG = struct.Struct("7I4xQQI4x")
 _WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory that every launch may have
 # CUlaunchAttribute, of 72 bytes: programmatic stream serialization (6), allowed.
 _OVERLAP = ctypes.create_string_buffer(struct.pack("I4xi", 6, 1), 72)
+# The same for a cooperative launch (2).
+_COOPERATIVE = ctypes.create_string_buffer(struct.pack("I4xi", 2, 1), 72)
 
 
 @lru_cache(maxsize=1)
@@ -124,13 +126,15 @@ class Kernel:
         *args: Tensor | int | float | None,
         shared: int = 0,
         overlap: bool = False,
+        cooperative: bool = False,
     ) -> None:
         """Launch on torch's current stream of this GPU.
 
         grid: blocks, as a number or (x, y, z); block: threads of each; shared: bytes of dynamic shared memory.
         args: a tensor of this GPU gives its address, None a null pointer, int a `long long`, float a `float`.
         overlap: blocks may begin before the kernel in front of this one has ended (compute capability 9.0; the kernel
-        says in its code from where on it needs the other's results). Raises RuntimeError with CUDA's reason when the
+        says in its code from where on it needs the other's results). cooperative: all blocks run at once, or none does;
+        they may wait for each other. Not both. Raises RuntimeError with CUDA's reason when the
         launch is refused (an earlier kernel's fault is reported here too).
         """
         x, y, z = grid if isinstance(grid, tuple) else (grid, 1, 1)
@@ -149,7 +153,8 @@ class Kernel:
             if shared > self._shared:
                 self._allow(shared)
             self._values.pack_into(self._slots, 0, *values)  # type: ignore[union-attr]
-            attributes = (ctypes.addressof(_OVERLAP), 1) if overlap else (0, 0)
+            kind = _COOPERATIVE if cooperative else _OVERLAP if overlap else None
+            attributes = (0, 0) if kind is None else (ctypes.addressof(kind), 1)
             _CONFIG.pack_into(self._config, 0, x, y, z, block, 1, 1, shared, stream, *attributes)
             self._current(self._here_ref)
             if self._here.value == self._context:

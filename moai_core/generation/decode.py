@@ -28,8 +28,9 @@ from torch import Tensor
 
 from moai_core import cuda
 from moai_core.generation import decode_kernels as kernels
-from moai_core.generation.decode_kernels import Launch, Matrix, linear, matrix
+from moai_core.generation.decode_kernels import Launch, Matrix, Product, linear, matrix
 from moai_core.generation.decode_weights import Layer, Rotation, layer_of, why_not
+from moai_core.generation.decode_whole import Whole
 from moai_core.generation.sampling import Settings
 from moai_core.model.state import MoaiState
 
@@ -39,7 +40,7 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 # As decode_sample.cu has them.
 _SLICE, _BINS, _WORK = 4096, 1312, 40 << 10
 
-Step = list[Launch]
+Step = list[Launch | Product]
 
 
 class Decoder:
@@ -61,6 +62,7 @@ class Decoder:
         products = [m for one in self.layers for m in (one.in_proj, one.x_proj, one.out_proj, one.gate, one.down) if m]
         self.narrow = kernels.most_rows([*products[:5], self.head], self.dtype)
         self.most = WIDTHS[-1] if self.dtype.itemsize == 2 else max(w for w in WIDTHS if w <= self.narrow)
+        self.whole = Whole.of(self.layers, self.head, self.final, self.embedding, self.config)
         self.capacity, self.turn = 0, 0
         self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
         self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
@@ -110,11 +112,15 @@ class Decoder:
         partial = [kernels.slices_of(self.layers[0].x_proj, kernels.PARTIAL) * width]
         for m in (self.layers[0].out_proj, self.layers[0].down):
             partial += [] if m is None else [kernels.slices_of(m, kernels.RESIDUAL) * c.hidden_size]
+        # torch's products always take the most rows there can be, so that a row's bits don't depend on the width.
+        padded = self.most if rows > self.narrow else rows
         self.residual = make(rows, c.hidden_size, dtype=self.stream)
-        self.x = make(rows, c.hidden_size, dtype=self.dtype)
+        self.x = make(padded, c.hidden_size, dtype=self.dtype)
         self.u, self.z = (make(rows, c.inner_size, dtype=self.dtype) for _ in range(2))
+        self.inputs = make(padded if rows > self.narrow else 0, 2 * c.inner_size, dtype=self.dtype)
         self.y = make(rows, c.inner_size, dtype=self.dtype)
-        self.product = make(rows, c.intermediate_size, dtype=self.dtype)
+        self.product = make(padded, c.intermediate_size, dtype=self.dtype)
+        self.ups = make(padded if rows > self.narrow else 0, c.intermediate_size, dtype=self.dtype)
         self.mixed, self.mixes, self.sums = make(rows, width), make(rows * partial[0]), make(rows * max(partial))
         self.logits = make(rows, c.vocab_size, dtype=self.dtype)
         slices = -(-self.known // _SLICE)
@@ -164,6 +170,10 @@ class Decoder:
 
     def launches(self, width: int, turn: int, *, sample: bool = True) -> Step:
         """The kernels of a step that reads buffer `turn` of the states and writes the other."""
+        if width == 1 and self.whole is not None:
+            states = [(kept[turn], kept[1 - turn]) for kept in (self.conv, self.ssm)]
+            one = self.whole.launch(self.counts[0], states[0], states[1], self.logits)
+            return [one, *(self._sample(1) if sample else [])]
         steps: Step = [self._embed(width)]
         pending: Tensor | None = None
         for index, layer in enumerate(self.layers):
@@ -200,10 +210,17 @@ class Decoder:
         x = self._norm(steps, layer.norm, width, pending)
         u, z, y = self.u[:width], self.z[:width], self.y[:width]
         windows = (self.conv[turn, index, :width], self.conv[1 - turn, index, :width])
-        steps += linear(
-            layer.in_proj, x, u, result=kernels.CONV, conv=(*layer.conv, *windows, z), width=c.conv_kernel_size,
-            **common, **self._stream_of(layer.norm, width),
-        )  # fmt: skip
+        if wide and layer.in_proj.format == "Plain":
+            z = self.inputs[:width, c.inner_size :]
+            steps.append(Product(self.inputs, self.x, layer.in_proj.weight))
+            grid = (-(-c.inner_size // (256 * (16 // self.dtype.itemsize))), width, 1)
+            args: tuple[Any, ...] = (self.inputs, *layer.conv, *windows, u, c.inner_size)
+            steps.append(Launch(self._kernel("decode_conv"), grid, 256, args))
+        else:
+            steps += linear(
+                layer.in_proj, x, u, result=kernels.CONV, conv=(*layer.conv, *windows, z), width=c.conv_kernel_size,
+                **common, **self._stream_of(layer.norm, width),
+            )  # fmt: skip
         slices = kernels.slices_of(layer.x_proj, kernels.PARTIAL)
         mixes = self.mixes[: slices * width * layer.x_proj.rows].view(slices, width, -1)
         ahead = layer.out_proj.weight
@@ -215,7 +232,8 @@ class Decoder:
             )
         args = (
             self.mixed if wide else mixes, *layer.norms, layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z,
-            self.ssm[turn, index], self.ssm[1 - turn, index], y, None, 0, slices, width, c.inner_size, eps,
+            self.ssm[turn, index], self.ssm[1 - turn, index], y, None, 0, slices, width, c.inner_size,
+            z.stride(0), eps,
         )  # fmt: skip
         grid = (-(-c.inner_size // 32), -(-width // 8), 1)
         shared = 8 * (c.time_step_rank + 2 * c.state_size) * 4
@@ -227,15 +245,16 @@ class Decoder:
         assert layer.gate is not None and layer.down is not None and layer.ffn_norm is not None
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": width > self.narrow}
         x, product = self._norm(steps, layer.ffn_norm, width, pending), self.product[:width]
-        steps += linear(
-            layer.gate,
-            x,
-            product,
-            result=kernels.SWIGLU,
-            up=layer.up,
-            **common,
-            **self._stream_of(layer.ffn_norm, width),
-        )
+        if common["wide"] and layer.gate.format == "Plain":
+            assert layer.up is not None
+            steps += [Product(self.product, self.x, layer.gate.weight), Product(self.ups, self.x, layer.up.weight)]
+            blocks = -(-product.numel() // (256 * (16 // self.dtype.itemsize)))
+            steps.append(Launch(self._kernel("decode_gate"), blocks, 256, (self.product, self.ups, product.numel())))
+        else:
+            steps += linear(
+                layer.gate, x, product, result=kernels.SWIGLU, up=layer.up, **common,
+                **self._stream_of(layer.ffn_norm, width),
+            )  # fmt: skip
         self._rotate(steps, layer.down_rotation, product)
         return self._add(steps, layer.down, product, common)
 
@@ -284,7 +303,14 @@ class Decoder:
     def _kernel(self, name: str, **macros: str | int) -> cuda.Kernel:
         c = self.config
         chosen: dict[str, str | int] = {"T": cuda.TYPES[self.dtype], "R": cuda.TYPES[self.stream], "FORMAT": "Plain"}
-        chosen |= {"S": "float", "N": c.state_size, "RANK": c.time_step_rank, "NORMS": int(c.dt_bc_norm), "MIXED": 0}
+        chosen |= {
+            "S": "float",
+            "N": c.state_size,
+            "RANK": c.time_step_rank,
+            "NORMS": int(c.dt_bc_norm),
+            "MIXED": 0,
+            "KC": c.conv_kernel_size,
+        }
         return cuda.kernel("decode_step.cu", name, self.device, **chosen | macros)
 
     # ---- recording ------------------------------------------------------------------------------------------------
@@ -316,7 +342,11 @@ def run(steps: Step, *, overlap: bool = False) -> None:
     first never does."""
     options: dict[str, Any] = {}
     for one in steps:
-        one.kernel(one.grid, one.block, *one.args, shared=one.shared, **options)
+        if isinstance(one, Product):
+            torch.mm(one.x, one.weight.t(), out=one.out)
+        else:
+            how = {"cooperative": True} if one.cooperative else options
+            one.kernel(one.grid, one.block, *one.args, shared=one.shared, **how)
         options = {"overlap": True} if overlap else {}
 
 

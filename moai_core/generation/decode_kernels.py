@@ -41,13 +41,22 @@ _FORMATS = {"int8": ("Int8", 8), "int4": ("Int4", 4), "fp8": ("Fp8", 8)}
 
 
 class Launch(NamedTuple):
-    """A kernel with all that it is started with."""
+    """A kernel with all that it is started with. cooperative: its blocks wait for each other, so all run at once."""
 
     kernel: Any
     grid: int | tuple[int, int, int]
     block: int
     args: tuple[Tensor | int | float | None, ...]
     shared: int = 0
+    cooperative: bool = False
+
+
+class Product(NamedTuple):
+    """A product that torch makes: out = x weight^T."""
+
+    out: Tensor
+    x: Tensor
+    weight: Tensor
 
 
 class Matrix(NamedTuple):

@@ -1,0 +1,163 @@
+"""A step for one row in one launch: which models `cuda/decode_whole.cu` takes, and how it is launched.
+
+The kernel keeps memory busy across all products of a step, so it is what makes a single answer fast. It multiplies
+with the products of decode_kernels.py, cut and summed alike, and leaves the same bits as the kernels for more rows. It
+leaves out fp32, zero points, groups of other than 128, 256, ... columns, rotations, and rows of a weight that are no
+whole number of 64 bytes: there the other kernels take a single row too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moai_core import cuda
+from moai_core.generation import decode_kernels as kernels
+from moai_core.generation.decode_kernels import Launch, Matrix
+from moai_core.generation.decode_weights import Layer
+
+# As decode_whole.cu has them.
+_THREADS, _TEAMS, _KINDS, _SHAPE, _RECORD = 512, 2, 6, 12, 24
+_STATIC = 12 << 10
+# Stages of a ring: what still hides a wait; more than the most are never needed.
+LEAST_DEPTH, MOST_DEPTH = 4, 24
+PAUSE = 0
+
+
+def _how(m: Matrix) -> tuple[str, int, torch.dtype]:
+    """How a weight is stored: format, columns that share a scale, type of the scales."""
+    return m.format, m.group, torch.float32 if m.scales is None else m.scales.dtype
+
+
+def _fits(m: Matrix) -> bool:
+    whole = m.row_bytes % kernels.CHUNK_BYTES == 0 and m.zeros is None
+    shared = m.group == 0 or (m.format == "Int4" and m.group % 128 == 0 and m.group & (m.group - 1) == 0)
+    return whole and shared and m.format in ("Plain", "Int8", "Int4", "Fp8")
+
+
+class Whole:
+    """The kernel for one row of a model, with the tables that it reads. `Whole.of` says None for a model it doesn't
+    take."""
+
+    def __init__(
+        self, layers: Sequence[Layer], head: Matrix, final: Tensor, embedding: Matrix, config: Any, dtype: Any
+    ):
+        self.layers, self.head, self.final, self.embedding, self.config = layers, head, final, embedding, config
+        self.stream = torch.float32 if config.residual_in_fp32 else dtype
+        one, self.device = layers[0], final.device
+        self.kinds = [one.in_proj, one.x_proj, one.out_proj, one.gate, one.down, head]
+        results = (kernels.STORE, kernels.PARTIAL, kernels.RESIDUAL, kernels.SWIGLU, kernels.RESIDUAL, kernels.STORE)
+        self.slices = [0 if m is None else kernels.slices_of(m, r) for m, r in zip(self.kinds, results, strict=True)]
+        self.mix = config.time_step_rank + 2 * config.state_size
+        inputs = [m.columns * 2 for m in self.kinds if m is not None]
+        self.room = -(-max(*inputs, self.slices[1] * self.mix * 4) // 16) * 16
+        self.scaled = any(m is not None and m.group > 0 for m in self.kinds)
+        self.depth = self._depth()
+        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+        self._macros: dict[str, str | int] = {
+            "T": cuda.TYPES[dtype], "R": cuda.TYPES[self.stream], "N": config.state_size, "RANK": config.time_step_rank,
+            "NORMS": int(config.dt_bc_norm), "KC": config.conv_kernel_size, "FFN": int(one.gate is not None),
+            "DEPTH": self.depth, "PAUSE": PAUSE,
+        }  # fmt: skip
+        for name, m in zip(("IN", "X", "OUT", "UP", "DOWN", "HEAD", "EMBED"), (*self.kinds, embedding), strict=True):
+            how = ("Plain", 0, torch.float32) if m is None else _how(m)
+            self._macros[f"W_{name}"] = f"{how[0]},{cuda.TYPES[how[2]]},{how[1]}"
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], head: Matrix, final: Tensor, embedding: Matrix, config: Any) -> Whole | None:
+        """The kernel for these weights, or None where it can't take them."""
+        dtype = final.dtype
+        if dtype.itemsize != 2 or config.state_size > 64 or config.hidden_size % 8 or embedding.format == "Fp8":
+            return None
+        names = ("in_proj", "x_proj", "out_proj", "gate", "up", "down")
+        for one in layers:
+            if one.rotation is not None or one.down_rotation is not None:
+                return None
+            for name in names:
+                m, first = getattr(one, name), getattr(layers[0], name)
+                if (m is None) != (first is None) or (m is not None and (not _fits(m) or _how(m) != _how(first))):
+                    return None
+        made = cls(layers, head, final, embedding, config, dtype) if _fits(head) else None
+        return made if made is not None and made.depth >= LEAST_DEPTH else None
+
+    # ---- sizes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _stage(self) -> int:
+        return 16 * (68 if self.scaled else 64)
+
+    def _fixed(self) -> int:
+        """Bytes of shared memory beside the rings."""
+        stream = -(-self.config.hidden_size * self.stream.itemsize // 16) * 16
+        return 2 * self.room + stream + (len(self.layers) + 1) * _RECORD * 8
+
+    def _depth(self) -> int:
+        free = kernels.shared_memory(self.device) - _STATIC - self._fixed()
+        return min(MOST_DEPTH, free // (_TEAMS * kernels.WARPS * self._stage))
+
+    def _packets(self) -> int:
+        """Numbers of 8 bytes that blocks give each other, of all layers."""
+        c = self.config
+        stream = c.hidden_size if self.stream.itemsize == 4 else c.hidden_size // 2
+        parts = [c.inner_size // 2] * 3 + [self.slices[1] * self.mix, stream]
+        parts += [] if self.kinds[3] is None else [c.intermediate_size // 2, stream]
+        return len(self.layers) * sum(-(-part // 2) * 2 for part in parts)
+
+    # ---- tables ---------------------------------------------------------------------------------------------------
+
+    def _shapes(self) -> list[int]:
+        """The kinds of products as the kernel's `Shape` has them."""
+        parts = [s if kind == 1 else 1 for kind, s in enumerate(self.slices)]
+        tiles = [0 if m is None else -(-m.rows // (8 if kind == 3 else 16)) for kind, m in enumerate(self.kinds)]
+        units = [t * p for t, p in zip(tiles, parts, strict=True)]
+        before = [0, *accumulate(units)]
+        found: list[int] = []
+        for kind, m in enumerate(self.kinds):
+            if m is None:
+                found += [0] * _SHAPE
+                continue
+            slice_ = -(-m.chunks // self.slices[kind])
+            groups = 1 if m.scales is None else m.scales.shape[1]
+            shift = (m.group // 128).bit_length() - 1 if m.group else -1
+            inner = self.slices[kind] // parts[kind]
+            found += [m.row_bytes, m.rows, m.chunks, slice_, parts[kind], inner, -(-slice_ // kernels.WARPS)]
+            found += [units[kind], groups, shift, before[kind], 0]
+        return found
+
+    def _record(self, one: Layer) -> list[Tensor | None]:
+        weights = (one.in_proj, one.x_proj, one.out_proj, one.gate, one.down, one.up)
+        pairs = [t for m in weights for t in ((None, None) if m is None else (m.weight, m.scales))]
+        rest = (*one.conv, *one.norms, one.dt_proj, one.dt_bias, one.A_log2, one.D, one.ffn_norm)
+        return [*pairs, one.norm, *rest]
+
+    def _make(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(table, packets, clock)."""
+        last: list[Tensor | None] = [None] * 10 + [self.head.weight, self.head.scales, self.final]
+        rows = [*map(self._record, self.layers), last + [None] * (_RECORD - len(last))]
+        numbers = [0 if t is None else t.data_ptr() for row in rows for t in row]
+        table = torch.tensor(numbers + self._shapes(), dtype=torch.int64, device=self.device)
+        made = [torch.zeros(n, dtype=torch.int64, device=self.device) for n in (self._packets(), 2)]
+        return table, made[0], made[1]
+
+    # ---- the launch -----------------------------------------------------------------------------------------------
+
+    def launch(self, token: Tensor, conv: tuple[Tensor, Tensor], ssm: tuple[Tensor, Tensor], logits: Tensor) -> Launch:
+        """From the token (1) to the logits (1, V). conv, ssm: the states (layers, rows, ...) before and after, of which
+        it takes the first row."""
+        if self._tables is None:
+            self._tables = self._make()
+        c, m, (table, packets, clock) = self.config, self.embedding, self._tables
+        groups = 1 if m.scales is None else m.scales.shape[1]
+        args = (
+            table, packets, clock, token, m.weight, m.scales, m.zeros, *conv, *ssm, logits, len(self.layers),
+            c.hidden_size, c.inner_size, c.intermediate_size, c.vocab_size, self.room, m.row_bytes,
+            m.group or c.hidden_size, groups, ssm[0].shape[1], float(c.rms_norm_eps),
+            float(c.dt_bc_norm_eps or c.rms_norm_eps),
+        )  # fmt: skip
+        kernel = cuda.kernel("decode_whole.cu", "decode_whole", self.device, **self._macros)
+        shared = self._fixed() + self.depth * _TEAMS * kernels.WARPS * self._stage
+        return Launch(kernel, kernels.multiprocessors(self.device), _THREADS, args, shared, cooperative=True)
