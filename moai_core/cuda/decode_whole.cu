@@ -165,7 +165,7 @@ struct Block {
 
   // The team's first unit of a product: units go round the teams without a break from product to product.
   DEVICE int first(int layer, int kind) const {
-    const int at = (int)(((int64)layer * per_layer + (kind == HEAD ? 0 : shapes[kind].before)) % teams);
+    const int at = (int)((uint32)(layer * per_layer + (kind == HEAD ? 0 : shapes[kind].before)) % (uint32)teams);
     return team >= at ? team - at : team - at + teams;
   }
   DEVICE const unsigned char* pointer(int layer, int place) const {
@@ -193,7 +193,7 @@ struct Fetch {
       return;
     }
     const Shape& s = b.shapes[kind];
-    const int g = b.lane / 4, tile = unit / s.parts, own = (s.parts > 1 ? unit % s.parts : slice) * s.slice;
+    const int g = b.lane / 4, tile = s.parts > 1 ? unit / s.parts : unit, own = (unit - tile * s.parts) * s.slice;
     const bool paired = kind == UP;
     const int row = paired ? tile * 8 + g : tile * 16 + g, below = paired ? row : row + 8;
     const int end = own + s.slice < s.chunks ? own + s.slice : s.chunks;
@@ -222,7 +222,14 @@ struct Fetch {
     upper += TEAM * 64, lower += TEAM * 64, chunk += TEAM;
     if (--step > 0 || layer > b.layers) return;
     const Shape& s = b.shapes[kind];
-    if (++slice >= s.inner) slice = 0, unit += b.teams;
+    if (++slice < s.inner) {  // the next one of the same rows
+      const int own = slice * s.slice, skip = own + b.warp - chunk, end = own + s.slice < s.chunks ? own + s.slice : s.chunks;
+      upper += skip * 64, lower += skip * 64, chunk += skip, step = s.steps;
+      upper_end = upper_end ? end : 0, lower_end = lower_end ? end : 0;
+      if constexpr (SCALED) group_end = group_end ? end : 0;
+      return;
+    }
+    slice = 0, unit += b.teams;
     begin(b);
   }
 };
@@ -279,7 +286,7 @@ template <class W, class Finish>
 DEVICE void product(const Block& b, Ring& ring, float* red, int& turn, int layer, int kind, const Words* xs, Finish finish) {
   const Shape s = b.shapes[kind];
   for (int unit = b.first(layer, kind); unit < s.units; unit += b.teams) {
-    const int tile = unit / s.parts, part = unit % s.parts;
+    const int tile = s.parts > 1 ? unit / s.parts : unit, part = unit - tile * s.parts;
     if (b.warp == 0) finish.prepare(tile);
     float* const mine = red + turn * (4 * TEAM * 16);
 #pragma unroll 1
@@ -627,6 +634,32 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
   }
 }
 
+// What a layer reads beside its large weights comes into the L2 cache before it is waited for.
+DEVICE void bring_layer(const Block& b, int layer, const T* window, const float* state, int H, int I) {
+  const auto lines = [&](const void* from, int64 bytes, int thread, int threads) {
+    for (int64 at = (int64)thread * 128; at < bytes; at += (int64)threads * 128) prefetch_line((const char*)from + at);
+  };
+  const int first = (int)blockIdx.x * CHANNELS, count = I - first < CHANNELS ? I - first : CHANNELS;
+  if (count > 0) {
+    lines(b.numbers<T>(layer, DT_WEIGHT) + (int64)first * RANK, (int64)count * RANK * sizeof(T), threadIdx.x, THREADS);
+    lines(b.numbers<float>(layer, A_LOG2) + (int64)first * N, (int64)count * N * 4, threadIdx.x, THREADS);
+    lines(state + (int64)first * N, (int64)count * N * 4, threadIdx.x, THREADS);
+  }
+  lines(b.numbers<T>(layer + 1, NORM), (int64)H * sizeof(T), threadIdx.x, THREADS);
+  if (FFN) lines(b.numbers<T>(layer, NORM_FFN), (int64)H * sizeof(T), threadIdx.x, THREADS);
+  if (b.warp > 0) return;
+  for (int unit = b.first(layer, IN); unit < b.shapes[IN].units; unit += b.teams) {
+    const int row = unit * 16, rows = I - row < 16 ? I - row : 16;
+    if (rows <= 0) continue;
+    lines(b.numbers<T>(layer, CONV_WEIGHT) + row * KC, rows * KC * sizeof(T), b.lane, 32);
+    lines(window + row * (KC - 1), rows * (KC - 1) * sizeof(T), b.lane, 32);
+    if (b.lane == 0) {
+      prefetch_line(window + (row + rows) * (KC - 1) - 1);
+      if (const T* bias = b.numbers<T>(layer, CONV_BIAS)) prefetch_line(bias + row);
+    }
+  }
+}
+
 // ---- The step. Grid: a block a multiprocessor. table: (layers + 1) RECORD pointers, KINDS SHAPE numbers. exchange:
 // packets of all layers. clock: steps so far, blocks that have ended this one. windows (layers, I, KC - 1) and states
 // (layers, I, N), rows `capacity` apart. Shared memory: 16 rings of DEPTH stages; 2 `room` bytes for x; the stream, H
@@ -677,8 +710,9 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
     at.u = take(I / 2), at.z = take(I / 2), at.sums = take((int64)slices * MIX), at.y = take(I / 2);
     at.middle = take(stream_packets), at.product = FFN ? take(F / 2) : nullptr, at.end = FFN ? take(stream_packets) : at.middle;
 
-    norm_stream<In>(x + which, stream, scratch, before, b.numbers<T>(layer, NORM), (int)H, eps, tag);
     const int64 rows = layer * capacity * I;
+    bring_layer(b, layer, window + rows * (KC - 1), state + rows * N, (int)H, (int)I);
+    norm_stream<In>(x + which, stream, scratch, before, b.numbers<T>(layer, NORM), (int)H, eps, tag);
     product<In>(b, ring, red, turn, layer, IN, x + which,
                 ConvolveInputs{b, layer, (int)I, window + rows * (KC - 1), next_window + rows * (KC - 1), at.u, at.z});
     which = room / 16 - which;
