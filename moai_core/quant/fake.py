@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moai_core.errors import UsageError
-from moai_core.quant import hadamard
+from moai_core.quant import dequantize, hadamard
 from moai_core.quant.formats import FORMATS, Spec, codes4, codes8, grouped, pack4, rounded, unpack4
 from moai_core.quant.linear import QuantEmbedding, QuantLinear, quantized, replace, retie
 
@@ -200,13 +200,13 @@ class _Scaled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec) -> Tensor:
         ctx.save_for_backward(x, qweight, scales, zeros)
         ctx.spec = spec
-        return F.linear(x, _decode(qweight, scales, zeros, spec).to(x.dtype))
+        return F.linear(x, _decode(qweight, scales, zeros, spec, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, qweight, scales, zeros = ctx.saved_tensors
         spec = ctx.spec
-        d_x = gradient @ _decode(qweight, scales, zeros, spec).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        d_x = gradient @ _decode(qweight, scales, zeros, spec, gradient.dtype) if ctx.needs_input_grad[0] else None
         d_w = gradient.reshape(-1, gradient.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
         g = grouped(spec, d_w.float())
         d_scale = (g * (grouped(spec, unpack4(qweight)).float() - _zero(spec, zeros))).sum(-1)
@@ -214,9 +214,9 @@ class _Scaled(torch.autograd.Function):
         return d_x, None, d_scale, d_zero, None
 
 
-def _decode(qweight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec) -> Tensor:
+def _decode(qweight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec, dtype: torch.dtype) -> Tensor:
     kept = {"scales": _stored(scales)} | ({} if zeros is None else {"zeros": _stored(zeros)})
-    return FORMATS[spec.format].decode(spec, {"qweight": qweight, **kept})
+    return dequantize.decoded(spec, {"qweight": qweight, **kept}, dtype)
 
 
 # ---- a model -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moai_core.errors import UsageError
-from moai_core.quant import kernels, scaled_mm
+from moai_core.quant import dequantize, kernels, scaled_mm
 from moai_core.quant.formats import FORMATS, Spec
 from moai_core.quant.hadamard import OnlineHadamard, why_not
 
@@ -52,7 +52,7 @@ class QuantLinear(nn.Module):
 
     def weight_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in), exactly the stored values where dtype is fp32."""
-        return FORMATS[self.spec.format].decode(self.spec, self.tensors()).to(dtype)
+        return dequantize.decoded(self.spec, self.tensors(), dtype)
 
     def multiplied_with(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """`weight_values`, by the kernel that multiplies such inputs where it can: fast, and also after `release`."""
@@ -68,11 +68,10 @@ class QuantLinear(nn.Module):
             _, prepared = self._ready(x.codes.device, x.dtype)
             y = scaled_mm.product(prepared, x, self.out_features)
             return y.reshape(*x.shape[:-1], self.out_features)
-        if self.rotation is not None:
-            x = self.rotation(x)
-        if x.requires_grad and torch.is_grad_enabled():
-            return _Multiply.apply(x, self)
-        return self.multiply(x)
+        given: Tensor = x if self.rotation is None else self.rotation(x)
+        if given.requires_grad and torch.is_grad_enabled():
+            return _Multiply.apply(given, self)
+        return self.multiply(given)
 
     def multiply(self, x: Tensor) -> Tensor:
         """`forward` without a gradient, of inputs that are rotated already."""
@@ -156,7 +155,7 @@ class QuantEmbedding(QuantLinear):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.dtype = torch.get_default_dtype()
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         """ids (...) integers -> (..., H) in `dtype`, the type of the model's other weights."""
         flat = ids.reshape(-1)
         # A tensor without dimensions belongs to all rows.
