@@ -88,3 +88,41 @@ dequantize = ops.define(
     _dequantize,
     lambda codes, scales, zeros, columns, kind, dtype: codes.new_empty(codes.shape[0], columns, dtype=dtype),
 )
+
+
+# ---- the other way: gradients of what the numbers are made with
+
+
+def gradients(
+    gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int
+) -> tuple[Tensor, Tensor | None] | None:
+    """(d_scales, d_zeros) (O, I/g) fp32 of an int4 matrix, from the gradient of its values (O, I) in any type that
+    kernels know. scales and zeros (O, I/g) fp32, zeros None where not trained. None where the kernel can't do it.
+    """
+    team = group // _AT_ONCE
+    if team not in (4, 8, 16, 32) or gradient.dtype not in cuda.TYPES or cuda.why_not(gradient.device) is not None:
+        return None
+    d_scales, d_zeros = scale_gradients(gradient.contiguous(), codes.contiguous(), scales, zeros, team)
+    return d_scales, None if zeros is None else d_zeros
+
+
+def _scale_gradients(
+    gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, team: int
+) -> tuple[Tensor, Tensor]:
+    d_scales, d_zeros = ops.dense(scales), scales.new_empty(0) if zeros is None else ops.dense(zeros)
+    types = {"T": cuda.TYPES[gradient.dtype], "TEAM": team, "ZEROS": int(zeros is not None)}
+    run = cuda.kernel("scale_gradients.cu", "scale_gradients", gradient.device, **types)
+    count = gradient.numel() // _AT_ONCE
+    other = None if zeros is None else zeros.contiguous()
+    run(-(-count // 1024), 256, gradient, codes, scales.contiguous(), other, d_scales, d_zeros, count)
+    return d_scales, d_zeros
+
+
+scale_gradients = ops.define(
+    "scale_gradients(Tensor gradient, Tensor codes, Tensor scales, Tensor? zeros, int team) -> (Tensor, Tensor)",
+    _scale_gradients,
+    lambda gradient, codes, scales, zeros, team: (
+        ops.dense(scales),
+        scales.new_empty(0) if zeros is None else ops.dense(zeros),
+    ),
+)

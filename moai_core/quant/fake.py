@@ -198,6 +198,9 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))  # what is multiplied is kept; gradients come in this type
         ctx.save_for_backward(x, qweight, scales, zeros)
         ctx.spec = spec
         return F.linear(x, _decode(qweight, scales, zeros, spec, x.dtype))
@@ -208,6 +211,8 @@ class _Scaled(torch.autograd.Function):
         spec = ctx.spec
         d_x = gradient @ _decode(qweight, scales, zeros, spec, gradient.dtype) if ctx.needs_input_grad[0] else None
         d_w = gradient.reshape(-1, gradient.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+        if (found := dequantize.gradients(d_w, qweight, scales, zeros, spec.group_size)) is not None:
+            return d_x, None, *found, None
         g = grouped(spec, d_w.float())
         d_scale = (g * (grouped(spec, unpack4(qweight)).float() - _zero(spec, zeros))).sum(-1)
         d_zero = None if zeros is None else -(g.sum(-1) * scales.float())
