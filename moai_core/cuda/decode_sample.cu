@@ -63,15 +63,28 @@ DEVICE Row row_of(const T* logits, const unsigned char* seen, const double* temp
 template <class F>
 DEVICE void each_token(const Row& r, int64 begin, int64 end, int thread, int threads, F f) {
   const bool whole = r.V % PIECE == 0;
-#pragma unroll 1  // more of them cost seconds of compilation
-  for (int64 id = begin + (int64)thread * PIECE; id < end; id += (int64)threads * PIECE) {
-    Vec<T, PIECE> x;
+  const auto read = [&](int64 id) {
+    Vec<T, PIECE> x{};
     if (whole) {
-      x = load_vec<T, PIECE>(r.logits + id);
+      if (id < end) x = load_vec<T, PIECE>(r.logits + id);
     } else {
 #pragma unroll
       for (int i = 0; i < PIECE; i++) x.at[i] = id + i < end ? r.logits[id + i] : T{};
     }
+    return x;
+  };
+  constexpr int AHEAD = 4;  // loads under way: a block alone waits for each
+  const int64 step = (int64)threads * PIECE;
+  int64 id = begin + (int64)thread * PIECE;
+  Vec<T, PIECE> next[AHEAD];
+#pragma unroll
+  for (int k = 0; k < AHEAD; k++) next[k] = read(id + k * step);
+#pragma unroll 1  // more of them cost seconds of compilation
+  for (; id < end; id += step) {
+    const Vec<T, PIECE> x = next[0];
+#pragma unroll
+    for (int k = 1; k < AHEAD; k++) next[k - 1] = next[k];
+    next[AHEAD - 1] = read(id + AHEAD * step);
 #pragma unroll
     for (int i = 0; i < PIECE; i++)
       if (id + i < end) f(id + i, r.penalized(to_float(x.at[i]), id + i));
