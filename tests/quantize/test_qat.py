@@ -47,6 +47,19 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("mode", ["full", "scales", "qlora"])
+def test_trains_under_autocast(start, tmp_path, mode):
+    recipe, parent = start
+    options = qat.Options(mode, SETTINGS, rank=4, teacher=parent)
+    exact, mixed = (
+        qat.qat(recipe("train.steps=3", f"train.precision={name}"), options, model_path=parent, output=tmp_path / name)
+        for name in ("fp32", "bf16-mixed")
+    )
+    assert mixed.loss == pytest.approx(exact.loss, rel=0.02) and mixed.valid["loss"] == pytest.approx(
+        exact.valid["loss"], rel=0.02
+    )
+
+
+@pytest.mark.parametrize("mode", ["full", "scales", "qlora"])
 def test_trains_and_resumes_exactly(start, tmp_path, mode):
     recipe, parent = start
     options = qat.Options(mode, SETTINGS, rank=4)
