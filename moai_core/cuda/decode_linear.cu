@@ -417,11 +417,7 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
     fetch.weights(a, ring + d * PIECES * 32);
     if (!RING) copy_async_commit();
   }
-  if (ahead && warp == 0) {
-    constexpr int64 RUN = 4096;
-    for (int64 at = ((int64)blockIdx.x * 32 + lane) * RUN; at < ahead_bytes; at += gridDim.x * 32 * RUN)
-      prefetch_run(ahead + at, (uint32)(ahead_bytes - at < RUN ? ahead_bytes - at : RUN));
-  }
+  bring(ahead, ahead_bytes);
   Scales next;
   next.load(a, take);
 

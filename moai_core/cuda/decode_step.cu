@@ -38,8 +38,10 @@ decode_embed(const int64* tokens, const unsigned char* weight, const S* scales, 
 
 // Grid: a block a row. partial (slices, batch, H) fp32, or null.
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode_norm(R* residual, const float* partial, const T* weight, T* y, int64 H, int64 slices, float eps) {
+decode_norm(R* residual, const float* partial, const T* weight, T* y, const unsigned char* ahead, int64 ahead_bytes,
+            int64 H, int64 slices, float eps) {
   __shared__ float scratch[WARPS];
+  bring(ahead, ahead_bytes);
   wait_for_previous();
   let_next_begin();
   R* row = residual + blockIdx.x * H;
@@ -78,7 +80,8 @@ decode_norm(R* residual, const float* partial, const T* weight, T* y, int64 H, i
 // Grid: x 256 PIECE channels each, y a row each. product (rows, 2 I), of which u's half is read.
 extern "C" __global__ void __launch_bounds__(THREADS)
 decode_conv(const T* product, const T* weight, const T* bias, const T* scale, const T* window, T* next_window, T* u,
-            int64 I) {
+            const unsigned char* ahead, int64 ahead_bytes, int64 I) {
+  bring(ahead, ahead_bytes);
   const int64 c = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE, row = blockIdx.y;
   if (c >= I) return;
   alignas(16) T past[PIECE * (KC - 1)], w[PIECE * KC];
@@ -115,7 +118,8 @@ decode_conv(const T* product, const T* weight, const T* bias, const T* scale, co
 
 // gate <- silu(gate) up. Grid: 256 PIECE numbers a block.
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode_gate(T* gate, const T* up, int64 size) {
+decode_gate(T* gate, const T* up, const unsigned char* ahead, int64 ahead_bytes, int64 size) {
+  bring(ahead, ahead_bytes);
   wait_for_previous();
   let_next_begin();
   const int64 at = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE;
@@ -228,12 +232,7 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
       if (!SAME || e == 0) a[SAME ? 0 : e] = load_vec<float, 4>(A_log2 + at.c * N + at.lane * 4);
     }
   }
-  if (ahead && threadIdx.x < 32) {
-    constexpr int64 RUN = 4096;
-    const int64 block = (int64)blockIdx.y * gridDim.x + blockIdx.x, blocks = (int64)gridDim.x * gridDim.y;
-    for (int64 at = (block * 32 + threadIdx.x) * RUN; at < ahead_bytes; at += blocks * 32 * RUN)
-      prefetch_run(ahead + at, (uint32)(ahead_bytes - at < RUN ? ahead_bytes - at : RUN));
-  }
+  bring(ahead, ahead_bytes);
 
   wait_for_previous();
   let_next_begin();

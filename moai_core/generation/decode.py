@@ -20,6 +20,7 @@ Letters: M rows of a step, H hidden, I inner, N states, K convolution width, R r
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -180,7 +181,7 @@ class Decoder:
             pending = self._mixer(steps, layer, index, width, turn, pending)
             if layer.gate is not None:
                 pending = self._ffn(steps, layer, width, pending)
-        x = self._norm(steps, self.final, width, pending)
+        x = self._norm(steps, self.final, width, pending, self.head)
         steps += linear(
             self.head, x, self.logits[:width], dtype=self.dtype, batch=width, wide=width > self.narrow,
             **self._stream_of(self.final, width),
@@ -192,13 +193,14 @@ class Decoder:
     def _stream_of(self, norm: Tensor, width: int) -> dict[str, Any]:
         return {"residual": self.residual[:width], "norm": norm, "eps": self.config.rms_norm_eps}
 
-    def _norm(self, steps: Step, norm: Tensor, width: int, pending: Tensor | None) -> Tensor | None:
+    def _norm(self, steps: Step, norm: Tensor, width: int, pending: Tensor | None, then: Matrix) -> Tensor | None:
         """The norm of the stream for a wide batch, which also takes in what the product before left; None for a narrow
         one, whose next product does it."""
         if width <= self.narrow:
             return None
         hidden, slices = self.config.hidden_size, 0 if pending is None else pending.shape[0]
-        args = (self.residual, pending, norm, self.x, hidden, slices, float(self.config.rms_norm_eps))
+        ahead = (then.weight, kernels.early(then.weight, kernels.AHEAD_SMALL))
+        args = (self.residual, pending, norm, self.x, *ahead, hidden, slices, float(self.config.rms_norm_eps))
         steps.append(Launch(self._kernel("decode_norm"), width, 256, args))
         return self.x[:width]
 
@@ -207,14 +209,17 @@ class Decoder:
     ) -> Tensor | None:
         wide, c = width > self.narrow, self.config
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": wide}
-        x = self._norm(steps, layer.norm, width, pending)
+        x = self._norm(steps, layer.norm, width, pending, layer.in_proj)
         u, z, y = self.u[:width], self.z[:width], self.y[:width]
         windows = (self.conv[turn, index, :width], self.conv[1 - turn, index, :width])
         if wide and layer.in_proj.format == "Plain":
             z = self.inputs[:width, c.inner_size :]
             steps.append(Product(self.inputs, self.x, layer.in_proj.weight))
             grid = (-(-c.inner_size // (256 * (16 // self.dtype.itemsize))), width, 1)
-            args: tuple[Any, ...] = (self.inputs, *layer.conv, *windows, u, c.inner_size)
+            args: tuple[Any, ...] = (
+                self.inputs, *layer.conv, *windows, u, layer.out_proj.weight,
+                kernels.early(layer.out_proj.weight, kernels.AHEAD_SMALL), c.inner_size,
+            )  # fmt: skip
             steps.append(Launch(self._kernel("decode_conv"), grid, 256, args))
         else:
             steps += linear(
@@ -244,12 +249,15 @@ class Decoder:
     def _ffn(self, steps: Step, layer: Layer, width: int, pending: Tensor | None) -> Tensor | None:
         assert layer.gate is not None and layer.down is not None and layer.ffn_norm is not None
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": width > self.narrow}
-        x, product = self._norm(steps, layer.ffn_norm, width, pending), self.product[:width]
+        x, product = self._norm(steps, layer.ffn_norm, width, pending, layer.gate), self.product[:width]
         if common["wide"] and layer.gate.format == "Plain":
             assert layer.up is not None
-            steps += [Product(self.product, self.x, layer.gate.weight), Product(self.ups, self.x, layer.up.weight)]
+            beside = Product(self.ups, self.x, layer.up.weight, beside=True)
+            steps += [beside, Product(self.product, self.x, layer.gate.weight)]
             blocks = -(-product.numel() // (256 * (16 // self.dtype.itemsize)))
-            steps.append(Launch(self._kernel("decode_gate"), blocks, 256, (self.product, self.ups, product.numel())))
+            early = kernels.early(layer.down.weight, kernels.AHEAD_SMALL)
+            args = (self.product, self.ups, layer.down.weight, early, product.numel())
+            steps.append(Launch(self._kernel("decode_gate"), blocks, 256, args))
         else:
             steps += linear(
                 layer.gate, x, product, result=kernels.SWIGLU, up=layer.up, **common,
@@ -341,13 +349,37 @@ def run(steps: Step, *, overlap: bool = False) -> None:
     """Launch them on torch's current stream. overlap: a kernel may begin before the one in front of it has ended; the
     first never does."""
     options: dict[str, Any] = {}
+    beside: Product | None = None
     for one in steps:
         if isinstance(one, Product):
-            torch.mm(one.x, one.weight.t(), out=one.out)
+            if one.beside and one.out.is_cuda:
+                beside = one
+                continue
+            _multiply(one, beside)
+            beside = None
         else:
             how = {"cooperative": True} if one.cooperative else options
             one.kernel(one.grid, one.block, *one.args, shared=one.shared, **how)
         options = {"overlap": True} if overlap else {}
+
+
+def _multiply(one: Product, beside: Product | None) -> None:
+    """A product, and another one at the same time: together they fill the GPU better."""
+    if beside is not None:
+        here = torch.cuda.current_stream(one.out.device)
+        other = _side_stream(one.out.device)
+        other.wait_stream(here)
+        with torch.cuda.stream(other):
+            torch.mm(beside.x, beside.weight.t(), out=beside.out)
+        torch.mm(one.x, one.weight.t(), out=one.out)
+        here.wait_stream(other)
+    else:
+        torch.mm(one.x, one.weight.t(), out=one.out)
+
+
+@lru_cache(maxsize=64)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 # ---- which engine ---------------------------------------------------------------------------------------------------

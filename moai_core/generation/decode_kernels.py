@@ -34,6 +34,8 @@ BLOCKS = 2  # of a narrow product on a multiprocessor
 WIDE_TILES = 4
 # Bytes of out_proj's weight that are brought into the L2 cache (50 MB on an H100) while x_proj and the scan run.
 AHEAD = 24 << 20
+# The same of the next product's weight while a small kernel of a wide batch runs: what memory brings meanwhile.
+AHEAD_SMALL = 8 << 20
 _TILE_SUMS = 8 * 20
 _WHOLE_ROW = 1 << 30
 
@@ -52,11 +54,12 @@ class Launch(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A product that torch makes: out = x weight^T."""
+    """A product that torch makes: out = x weight^T. beside: at the same time as the one behind it."""
 
     out: Tensor
     x: Tensor
     weight: Tensor
+    beside: bool = False
 
 
 class Matrix(NamedTuple):
@@ -199,9 +202,10 @@ def linear(
     return found
 
 
-def early(ahead: Tensor | None) -> int:
+def early(ahead: Tensor | None, most: int | None = None) -> int:
     """How many bytes of a weight come into the L2 cache while a kernel is running that waits more than it reads."""
-    return 0 if ahead is None else min(AHEAD, ahead.numel() * ahead.element_size()) // 16 * 16
+    limit = AHEAD if most is None else most
+    return 0 if ahead is None else min(limit, ahead.numel() * ahead.element_size()) // 16 * 16
 
 
 def most_rows(weights: Sequence[Matrix], dtype: torch.dtype) -> int:
