@@ -194,6 +194,48 @@ def test_a_row_has_the_same_bits_at_every_width(device, kind, width):
             assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
+FP8 = {"format": "fp8", "group_size": 0, "symmetric": True}
+WHOLE = {
+    "bf16": {},
+    "fp16": {"dtype": torch.float16, "residual_in_fp32": True},
+    "mamba": SHAPES["mamba"],
+    "int4": {"quantization": QUANTIZED["int4"]},
+    "bytes": {
+        "quantization": {
+            **{"in_proj": INT8, "x_proj": FP8, "dt_proj": INT8, "out_proj": FP8, "gate_proj": INT8, "up_proj": INT8},
+            **{"down_proj": {**INT4, "group_size": 256}, "lm_head": FP8, "embed_tokens": {**INT4, "group_size": 64}},
+        },
+        "residual_in_fp32": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_step_in_one_launch_leaves_the_bits_of_many(device, name, monkeypatch):
+    """K is so long that out_proj and down are summed in slices that warps don't share evenly."""
+    fields = {"dtype": torch.bfloat16, **WHOLE[name]}
+    model = make(device, **{"hidden_size": 128, "intermediate_size": 1280, **fields})
+    assert decode.Decoder(model, 400).whole is not None
+    ids = ids_of(model, 1, 7)
+    got, states = follow(model, ids, 3, 1)
+    monkeypatch.setattr(decode.Whole, "of", lambda *_: None)
+    want, wanted = follow(model, ids, 3, 1)
+    assert torch.equal(got, want)
+    for one, other in zip(states[0].layers, wanted[0].layers, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_what_one_launch_does_not_take(device):
+    """Zero points, groups of 32, rows that are no whole number of 64 bytes, fp32, rotations."""
+    refused = [
+        make(device),
+        make(device, torch.bfloat16, **SHAPES["odd sizes"]),
+        make(device, torch.bfloat16, quantization=QUANTIZED["mixed"], hidden_size=128, intermediate_size=256),
+        make(device, torch.bfloat16, quantization=ROTATED, extras={"rotate": ["out_proj"]}, hidden_size=128),
+    ]
+    assert all(decode.Decoder(model, 400).whole is None for model in refused)
+
+
 # ---- sampling ---------------------------------------------------------------------------------------------------------
 
 
