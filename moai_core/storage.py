@@ -26,6 +26,7 @@ from typing import Any
 from moai_core.errors import CheckpointError, LockedError, StorageError, storage_error
 
 MANIFEST = "manifest.json"
+_DAMAGED = "copy the folder again from where it came, or take another checkpoint"
 _CHUNK = 16 << 20
 _MANIFEST_LIMIT = 8 << 20
 _STEP = re.compile(r"step-(0|[1-9]\d{0,15})")
@@ -233,15 +234,15 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{folder}: incomplete ({MANIFEST} is missing)")
+        raise CheckpointError(f"{folder}: incomplete ({MANIFEST} is missing)", hint=_DAMAGED)
     raw = _read_limited(path)
     body = parse_json(raw, str(path))
     files = body.get("files") if isinstance(body, dict) else None
     if not isinstance(files, dict) or raw != _manifest_bytes(files):
-        raise CheckpointError(f"{path}: damaged (it doesn't match its own checksum)")
+        raise CheckpointError(f"{path}: damaged (it doesn't match its own checksum)", hint=_DAMAGED)
     for name, entry in files.items():
         if not plain_name(name) or not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
-            raise CheckpointError(f"{path}: the entry {name[:80]!r} is malformed")
+            raise CheckpointError(f"{path}: the entry {name[:80]!r} is malformed", hint=_DAMAGED)
     return files
 
 
@@ -269,7 +270,7 @@ def verify(folder: str | os.PathLike[str], *, only: Callable[[str], bool] | None
     with ThreadPoolExecutor(min(4, len(files) or 1)) as pool:
         for name, why in zip(files, pool.map(check, files), strict=True):
             if why:
-                raise CheckpointError(f"{folder / name}: {why}")
+                raise CheckpointError(f"{folder / name}: {why}", hint=_DAMAGED)
 
 
 def check_sizes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -278,10 +279,11 @@ def check_sizes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         try:
             found = os.stat(folder / name)
         except OSError as exc:
-            raise CheckpointError(f"{folder / name}: missing or can't be read ({exc.strerror})") from exc
+            raise CheckpointError(f"{folder / name}: missing or can't be read ({exc.strerror})", hint=_DAMAGED) from exc
         if not stat.S_ISREG(found.st_mode) or found.st_size != entry["size"]:
             raise CheckpointError(
-                f"{folder / name}: damaged ({found.st_size} bytes, the manifest says {entry['size']})"
+                f"{folder / name}: damaged ({found.st_size} bytes, the manifest says {entry['size']})",
+                hint=_DAMAGED,
             )
 
 
@@ -392,25 +394,8 @@ def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     Raises LockedError naming the holder's PID at once, StorageError if the folder can't be written.
     """
     run_dir = Path(os.path.abspath(run_dir))
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        fd = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as exc:
-        raise storage_error(exc, run_dir) from exc
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    except OSError as exc:
-        holder = os.pread(fd, 32, 0).strip()
-        os.close(fd)
-        if not isinstance(exc, BlockingIOError):
-            raise storage_error(exc, run_dir / ".lock") from exc
-        who = f"process {int(holder)}" if holder.isdigit() else "another process"
-        raise LockedError(
-            f"{run_dir}: {who} is writing to this run folder",
-            hint="wait for it, stop it, or choose another output folder",
-        ) from exc
+    hint = "wait for it, stop it, or choose another output folder"
+    fd = _hold(run_dir / ".lock", f"{run_dir}: {{}} is writing to this run folder", hint)
     _locks[run_dir] = fd
     try:
         yield
@@ -420,3 +405,41 @@ def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
             with suppress(OSError):
                 os.ftruncate(fd, 0)
             os.close(fd)
+
+
+@contextmanager
+def lock_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a file, which needn't be there yet, against others that ask the same: by `.NAME.lock` beside it, which is
+    gone at the end. Raises as `lock` does.
+    """
+    path = Path(os.path.realpath(path))
+    beside = path.with_name(f".{path.name}.lock")
+    fd = _hold(beside, f"{path}: {{}} has it open", "end that one first, or choose another file")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+        os.close(fd)
+
+
+def _hold(file: Path, held: str, hint: str) -> int:
+    """A descriptor of `file` (made if missing, with its folder) under an exclusive lock. Raises LockedError with the
+    text `held`, in which {} is who has it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as exc:
+        raise storage_error(exc, file.parent) from exc
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except OSError as exc:
+        holder = os.pread(fd, 32, 0).strip()
+        os.close(fd)
+        if not isinstance(exc, BlockingIOError):
+            raise storage_error(exc, file) from exc
+        who = f"process {int(holder)}" if holder.isdigit() else "another process"
+        raise LockedError(held.format(who), hint=hint) from exc
+    return fd

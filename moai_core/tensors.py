@@ -21,6 +21,7 @@ import torch
 from moai_core.errors import CheckpointError
 from moai_core.storage import parse_json
 
+DAMAGED = "copy the file again from where it came, or take another checkpoint"
 # 4 MB describe some 40 000 tensors; parsing a hostile header of that size stays below 256 MB.
 HEADER_LIMIT = 4 << 20
 DTYPES = {
@@ -95,14 +96,16 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
             if length is None or length > size - 8:
-                raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+                raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes)", hint=DAMAGED)
             if length > HEADER_LIMIT:
-                raise CheckpointError(f"{path}: header of {length} bytes, at most {HEADER_LIMIT} are read")
+                raise CheckpointError(
+                    f"{path}: header of {length} bytes, at most {HEADER_LIMIT} are read", hint=DAMAGED
+                )
             header = parse_json(file.read(length), f"{path}: header")
     except OSError as exc:
         raise CheckpointError(f"{path}: can't be read ({exc.strerror})") from exc
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: header is not a JSON object")
+        raise CheckpointError(f"{path}: header is not a JSON object", hint=DAMAGED)
     header.pop("__metadata__", None)
     spans, found = [], {}
     for name, entry in header.items():
@@ -112,12 +115,14 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     for begin, end, name in sorted(spans):
         if begin != expected:
             raise CheckpointError(
-                f"{path}: tensor {name!r} {'overlaps another' if begin < expected else 'leaves a gap before it'}"
+                f"{path}: tensor {name!r} {'overlaps another' if begin < expected else 'leaves a gap before it'}",
+                hint=DAMAGED,
             )
         expected = end
     if expected != size - 8 - length:
         raise CheckpointError(
-            f"{path}: {size - 8 - length} bytes of data, the header describes {expected} (truncated or appended to)"
+            f"{path}: {size - 8 - length} bytes of data, the header describes {expected} (truncated or appended to)",
+            hint=DAMAGED,
         )
     return found
 
@@ -131,14 +136,15 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, TensorInfo]:
     valid = valid and isinstance(shape, list) and len(shape) <= 16 and all(map(count, shape))
     valid = valid and isinstance(offsets, list) and len(offsets) == 2 and all(map(count, offsets))
     if not valid:
-        raise CheckpointError(f"{path}: the header's entry for {name[:80]!r} is malformed")
+        raise CheckpointError(f"{path}: the header's entry for {name[:80]!r} is malformed", hint=DAMAGED)
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(f"{path}: tensor {name[:80]!r} has the unsupported type {str(entry['dtype'])[:20]!r}")
     dtype = DTYPES[entry["dtype"]]
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(
-            f"{path}: tensor {name[:80]!r} of shape {shape} needs {nbytes} bytes, not {offsets[1] - offsets[0]}"
+            f"{path}: tensor {name[:80]!r} of shape {shape} needs {nbytes} bytes, not {offsets[1] - offsets[0]}",
+            hint=DAMAGED,
         )
     return offsets[0], TensorInfo(dtype, tuple(shape), nbytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -49,23 +50,24 @@ def chat(
     with options.loading(path, device):
         given = options.sampling(flags)
         from moai_cli.talk import Talk
-        from moai_core import checkpoint
+        from moai_core import checkpoint, storage
         from moai_core.generation import Session, Settings, files
 
     if session is not None:
         files.check_output(session, "--session", force=True)
-    network, words, folder = files.open_model(
-        path, tokenizer=tokenizer, device=device, dtype=dtype, scan=scan, on_event=console.on_event
-    )
-    about = {"fingerprint": checkpoint.fingerprint(folder), "engine": engine}
-    talk = Talk(network, words, about, session)
-    if session is not None and session.exists():
-        talk.load(session)
-        talk.session.configure(**given)
-        if system is not None and system != talk.session.system:
-            talk.session.set_system(system)
-    else:
-        talk.session = Session(network, words, Settings(**given), system=system, on_event=talk.on_event, **about)
-        if session is not None:
-            console.note(f"a new conversation; it will be saved to {session}")
-    talk.run()
+    with nullcontext() if session is None else storage.lock_file(session):
+        network, words, folder = files.open_model(
+            path, tokenizer=tokenizer, device=device, dtype=dtype, scan=scan, on_event=console.on_event
+        )
+        about = {"fingerprint": checkpoint.fingerprint(folder), "engine": engine}
+        talk = Talk(network, words, about, session)
+        if session is not None and session.exists():
+            talk.load(session)
+            talk.session.configure(**given)
+            if system is not None and system != talk.session.system:
+                talk.session.set_system(system)
+        else:
+            talk.session = Session(network, words, Settings(**given), system=system, on_event=talk.on_event, **about)
+            if session is not None:
+                console.note(f"a new conversation; it will be saved to {session}")
+        talk.run()

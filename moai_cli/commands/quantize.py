@@ -81,6 +81,9 @@ def quantize(
     settings.spec()  # a wrong flag is told before anything is read
     if calib is not None and not settings.kind.calibrated:
         raise UsageError(f"--calib: --method {method} looks at no text", hint="gptq and awq do")
+    for flag_name, value, usual in (("--calib-sequences", sequences, 512), ("--calib-length", length, 2048)):
+        if value < 1:
+            raise UsageError(f"{flag_name} must be at least 1 (got {value})", hint=f"without the flag: {usual}")
     held_out = _evaluation(evaluate, tokenizer, limit)
     flag = StopFlag()
     bar = console.progress()

@@ -19,6 +19,9 @@ from moai_core.quant import dequantize, kernels, scaled_mm
 from moai_core.quant.formats import FORMATS, Spec
 from moai_core.quant.hadamard import OnlineHadamard, why_not
 
+# Of config.json's `quantization`: the method's name; formats by module; inputs that are rotated; a vector between
+# convolution and scan (model/mamba.py).
+KEYS = ("method", "modules", "rotate", "conv_scale")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -203,6 +206,11 @@ def plan(quantization: Any, names: list[str], *, whole: bool = True) -> dict[str
     modules = quantization.get("modules") if isinstance(quantization, Mapping) else None
     if not isinstance(modules, Mapping) or not all(isinstance(key, str) for key in modules):
         raise UsageError("model field quantization must have modules, {name: {format, group_size, symmetric}}")
+    if unknown := [str(key) for key in quantization if key not in KEYS]:
+        raise UsageError(
+            f"model field quantization: unknown key {unknown[0][:80]!r}",
+            hint=f"known: {', '.join(KEYS)}; was it written by a newer moai?",
+        )
     specs = {key: None if value is None else Spec.from_dict(value) for key, value in modules.items()}
     if whole and (idle := [key for key in specs if not any(_fits(key, name) for name in names)]):
         raise UsageError(f"model field quantization: the model has no module {idle[0][:80]!r}")

@@ -68,6 +68,8 @@ def quantize_folder(
     kept = source.path.resolve()
     if target == kept or target in kept.parents:
         raise UsageError(f"{dst}: would replace the source", hint="choose another folder with -o")
+    if kept in target.parents:
+        raise UsageError(f"{dst}: lies inside the source", hint="choose a folder elsewhere with -o")
     layouts.fits(source, settings.layout)
     job = Job(source, settings, torch.device(device), on_event)
     data = _calibration(settings, calibration)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from moai_core import storage
+
 
 def say(*lines):
     return "".join(line + "\n" for line in lines).encode()
@@ -144,6 +146,16 @@ def test_wrong_use_gets_one_line_and_an_exit_code(flags, code, message, moai, fo
     result = moai("chat", *(folder if flag == "MODEL" else flag for flag in flags), stdin=say("hello"))
     assert (result[0], result[1]) == (code, "") and message in result[2] and len(result[2].splitlines()) <= 2
     assert (tmp_path / "there").read_text() == "x"
+
+
+def test_a_session_is_open_in_one_chat_at_a_time(moai, folder, tmp_path):
+    """The second is told before it loads anything; the lock is gone with the first."""
+    with storage.lock_file(tmp_path / "금요일"):
+        code, out, err = moai("chat", "-m", folder, "--session", "금요일", stdin=say("hello"))
+        assert (code, out) == (6, "") and f"금요일: process {os.getpid()} has it open\nhint: " in err, err
+        assert not (tmp_path / "금요일").exists()
+    assert moai("chat", "-m", folder, "-n", "2", "--session", "금요일", stdin=say("hello"))[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["금요일"]
 
 
 def test_a_folder_that_refuses_files_is_named_before_the_first_message(moai, folder, monkeypatch):
@@ -280,6 +292,7 @@ def test_a_second_ctrl_c_at_the_prompt_leaves_with_0(folder, tmp_path):
     terminal.until("> ")
     terminal.type("half a mess")
     terminal.until("half a mess")
+    time.sleep(0.3)  # a signal that comes while readline still draws the last letter is seen at the next one only
     terminal.type("\x03")
     terminal.until(r"Ctrl-C again(?s:.*)> ")
     terminal.type("\x03")

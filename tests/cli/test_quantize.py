@@ -90,12 +90,15 @@ def test_formats_of_others_as_json(moai, wide, method):
         (["--group-size", "32", "-o", "FOLDER"], 2, "already exists and is no saved model"),
         (["--device", "cuda", "--group-size", "32"], 2, "this machine has no CUDA GPU"),
         (["--eval-limit", "0", "--group-size", "32"], 2, "--eval-limit must be at least 1 (got 0)"),
+        (["--method", "gptq", "--calib-sequences", "0"], 2, "--calib-sequences must be at least 1 (got 0)"),
+        (["--method", "gptq", "--calib-length", "0"], 2, "--calib-length must be at least 1 (got 0)"),
+        (["--group-size", "32", "-o", "INSIDE"], 2, "lies inside the source"),
     ],
 )
 def test_errors_are_one_line_and_a_hint(arguments, code, line, moai, folder, text, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("three words here")
-    names = {"FOLDER": str(folder), "SHORT": str(short)}
+    names = {"FOLDER": str(folder), "SHORT": str(short), "INSIDE": str(folder / "new")}
     result, out, err = moai("quantize", "-m", folder, *(names.get(a, a) for a in arguments))
     assert (result, out) == (code, "") and line in err, err
     assert len(err.splitlines()) == 2 and err.splitlines()[1].startswith("hint: ")
@@ -109,6 +112,19 @@ def test_quantized_already(moai, folder):
     code, _, err = moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one")
     assert code == 2 and "already exists" in err and "--force" in err
     assert moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one", "--force")[0] == 0
+
+
+def test_an_unknown_key_of_quantization_is_told(moai, folder, tmp_path):
+    assert moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one")[0] == 0
+    file = tmp_path / "one" / "config.json"
+    (tmp_path / "one" / "manifest.json").unlink()
+    values = json.loads(file.read_text())
+    values["quantization"]["rotat"] = values["quantization"].pop("rotate", ["out_proj"])
+    file.write_text(json.dumps(values))
+    code, _, err = moai("generate", "x", "-m", "one")
+    assert code == 3 and "quantization: unknown key 'rotat'" in err and "hint: known: method, modules, rotate" in err, (
+        err
+    )
 
 
 @pytest.mark.parametrize("value", ["x", [1], True, {"method": 5}])
