@@ -139,8 +139,8 @@ def saved_per_token(
     norm = b.r * H + 4
     if on_cpu:
         norm = (4 + 4 + (b.r if b.r < 4 and not keep else 0)) * H + 4
-    # Its result is kept by the matrix products after it; autocast makes a copy for each of them.
-    copies = 2 if b.cast else 1
+    # Its result is kept by the matrix products after it; autocast makes a copy for each of them on a CPU.
+    copies = 2 if b.cast and on_cpu else 1
     mixer: float = norm + (b.a * H if keep else 0)
     mixer += b.a * 2 * I  # in_proj's result: the convolution's input u and the gate z
     mixer += (2 * b.a * I) if keep else 0  # the convolution's result and dt

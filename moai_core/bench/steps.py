@@ -84,7 +84,10 @@ def train(
         marks()
         loss.backward()
         marks()
-        optim.clip_and_step(optimizer, parameters, optim.grad_norm(parameters), clip)
+        if clip is None:  # then nothing asks for the norm
+            optimizer.step()
+        else:
+            optim.clip_and_step(optimizer, parameters, optim.grad_norm(parameters), clip)
         optimizer.zero_grad(set_to_none=True)
         marks()
         losses.append(loss.detach())

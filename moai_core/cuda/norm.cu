@@ -1,7 +1,11 @@
 // moai: kernels norm_forward, norm_backward, norm_sum
-// moai: macros R=bf16 X=bf16 W=bf16 SIZE=2048 V=8 TEAM=128 PER=2 | R=float X=bf16 W=bf16 SIZE=4096 V=8 TEAM=256 PER=2
-// moai: macros R=float X=float W=float SIZE=16 V=4 TEAM=4 PER=1 | R=fp16 X=fp16 W=float SIZE=61 V=1 TEAM=32 PER=2
-// moai: macros R=float X=float W=float SIZE=8000 V=4 TEAM=512 PER=4 | R=bf16 X=bf16 W=bf16 SIZE=16384 V=8 TEAM=512 PER=4
+// moai: macros R=bf16 X=bf16 W=bf16 Y=bf16 SIZE=2048 V=8 TEAM=128 PER=2
+// moai: macros R=float X=bf16 W=bf16 Y=bf16 SIZE=4096 V=8 TEAM=256 PER=2
+// moai: macros R=float X=bf16 W=float Y=bf16 SIZE=384 V=8 TEAM=64 PER=1
+// moai: macros R=float X=float W=float Y=float SIZE=16 V=4 TEAM=4 PER=1
+// moai: macros R=fp16 X=fp16 W=float Y=float SIZE=61 V=1 TEAM=32 PER=2
+// moai: macros R=float X=float W=float Y=float SIZE=8000 V=4 TEAM=512 PER=4
+// moai: macros R=bf16 X=bf16 W=bf16 Y=bf16 SIZE=16384 V=8 TEAM=512 PER=4
 //
 // RMSNorm over rows, alone or of the sum with the residual stream, forward and backward.
 //
@@ -9,14 +13,14 @@
 //
 // A team of TEAM threads holds a row of SIZE values in registers, PER vectors of V a thread, so that memory sees it once.
 // Teams up to a warp stand side by side in a block of BLOCK threads; a larger team is a block of its own.
-//   R  the residual stream and its sum      X  what is added to it      W  weight and y
+//   R  the residual stream and its sum      X  what is added to it      W  weight      Y  y and its gradient
 #include "common.cuh"
 
 constexpr int BLOCK = TEAM > 32 ? TEAM : 128;
 constexpr int TEAMS = BLOCK / TEAM;
 constexpr float SHARE = 1.0f / SIZE;
 // Bytes of registers that a block's rows and weights take in the backward pass, of 256 KB; past that it reads them twice.
-constexpr bool TIGHT = BLOCK * PER * V * (int)(2 * sizeof(R) + 2 * sizeof(W) + 4) > 160 << 10;
+constexpr bool TIGHT = BLOCK * PER * V * (int)(2 * sizeof(R) + sizeof(W) + sizeof(Y) + 4) > 160 << 10;
 
 // Rows that a team's vectors fill exactly need no test.
 DEVICE bool in_row(int column) { return TEAM * PER * V == SIZE || column < SIZE; }
@@ -57,7 +61,7 @@ DEVICE float team_sum(float x, float* scratch) {
 // `adds` is known to the compiler: a branch between the loads would make some wait for others.
 template <bool adds>
 DEVICE void forward(const R* __restrict__ residual, const X* __restrict__ x, const W* __restrict__ weight,
-                    R* __restrict__ total, W* __restrict__ y, float* __restrict__ rstd, int64 rows,
+                    R* __restrict__ total, Y* __restrict__ y, float* __restrict__ rstd, int64 rows,
                     int64 residual_stride, int64 x_stride, float eps, float* scratch) {
   int lane = threadIdx.x % TEAM;
   int64 row = (int64)blockIdx.x * TEAMS + threadIdx.x / TEAM;
@@ -95,15 +99,16 @@ DEVICE void forward(const R* __restrict__ residual, const X* __restrict__ x, con
 #pragma unroll
   for (int i = 0; i < PER; i++) {
     int column = (i * TEAM + lane) * V;
+    Raw<Y> out;
 #pragma unroll
-    for (int j = 0; j < V; j++) w[i].set(j, sum[i].get(j) * scale * w[i].get(j));
-    if (in_row(column)) w[i].store(y + row * SIZE + column);
+    for (int j = 0; j < V; j++) out.set(j, sum[i].get(j) * scale * w[i].get(j));
+    if (in_row(column)) out.store(y + row * SIZE + column);
   }
 }
 
 // Without x: y of residual as it is, and no total is written. Strides in values, between rows.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-norm_forward(const R* residual, const X* x, const W* weight, R* total, W* y, float* rstd, int64 rows,
+norm_forward(const R* residual, const X* x, const W* weight, R* total, Y* y, float* rstd, int64 rows,
              int64 residual_stride, int64 x_stride, float eps) {
   __shared__ float scratch[32];
   if (x) forward<true>(residual, x, weight, total, y, rstd, rows, residual_stride, x_stride, eps, scratch);
@@ -111,12 +116,13 @@ norm_forward(const R* residual, const X* x, const W* weight, R* total, W* y, flo
 }
 
 // d = d_total + rstd * (g - n * mean(g * n)) with n = total * rstd, g = d_y * weight; d_weight = sum over rows d_y * n.
-// d goes to d_residual and, where that has another dtype, to d_x. d_total, d_x may be null. A block walks over rows and
-// leaves its share of d_weight in partial[block]; norm_sum adds the shares in a fixed order.
+// d goes to d_residual and, where that has another dtype, to d_x; y is made again, with the bits of the forward pass. All of
+// d_total, d_x and y may be null. A block walks over rows and leaves its share of d_weight in partial[block]; norm_sum adds
+// the shares in a fixed order.
 template <bool adds>
-DEVICE void backward(const W* __restrict__ d_y, const R* __restrict__ d_total, const R* __restrict__ total,
+DEVICE void backward(const Y* __restrict__ d_y, const R* __restrict__ d_total, const R* __restrict__ total,
                      const W* __restrict__ weight, const float* __restrict__ rstd, R* __restrict__ d_residual,
-                     X* __restrict__ d_x, float* __restrict__ partial, int64 rows, int64 stride,
+                     X* __restrict__ d_x, Y* __restrict__ y, float* __restrict__ partial, int64 rows, int64 stride,
                      float (*scratch)[32], float* shares) {
   int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM, turn = 0;
 
@@ -135,7 +141,7 @@ DEVICE void backward(const W* __restrict__ d_y, const R* __restrict__ d_total, c
     int64 row = first + team;
     bool real = TEAMS == 1 || row < rows;
     Raw<R> n[PER], d[PER];
-    Raw<W> g[PER];
+    Raw<Y> g[PER];
     // Everything that vector i needs, `late`: again, or not before.
     auto read = [&](int i, bool late) {
       int column = (i * TEAM + lane) * V;
@@ -174,6 +180,12 @@ DEVICE void backward(const W* __restrict__ d_y, const R* __restrict__ d_total, c
       if (real && in_row(column)) {
         d[i].store(d_residual + row * SIZE + column);
         if (d_x) narrow.store(d_x + row * SIZE + column);
+        if (y) {
+          Raw<Y> again;
+#pragma unroll
+          for (int j = 0; j < V; j++) again.set(j, n[i].get(j) * scale * w[i].get(j));
+          again.store(y + row * SIZE + column);
+        }
       }
     }
   }
@@ -197,14 +209,14 @@ DEVICE void backward(const W* __restrict__ d_y, const R* __restrict__ d_total, c
 
 // At least 512 threads on a multiprocessor, for the grid is as large as what runs at once.
 extern "C" __global__ void __launch_bounds__(BLOCK, (511 + BLOCK) / BLOCK)
-norm_backward(const W* d_y, const R* d_total, const R* total, const W* weight, const float* rstd, R* d_residual, X* d_x,
-              float* partial, int64 rows, int64 stride) {
+norm_backward(const Y* d_y, const R* d_total, const R* total, const W* weight, const float* rstd, R* d_residual, X* d_x,
+              Y* y, float* partial, int64 rows, int64 stride) {
   __shared__ float scratch[2][32];
   __shared__ float shares[TEAM > 32 ? 1 : BLOCK * PER * V];
   if (d_total)
-    backward<true>(d_y, d_total, total, weight, rstd, d_residual, d_x, partial, rows, stride, scratch, shares);
+    backward<true>(d_y, d_total, total, weight, rstd, d_residual, d_x, y, partial, rows, stride, scratch, shares);
   else
-    backward<false>(d_y, d_total, total, weight, rstd, d_residual, d_x, partial, rows, stride, scratch, shares);
+    backward<false>(d_y, d_total, total, weight, rstd, d_residual, d_x, y, partial, rows, stride, scratch, shares);
 }
 
 // d_weight[column] = the sum of `count` partial rows. A block of 1024 threads takes 32 columns.

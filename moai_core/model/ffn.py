@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moai_core.model import fused, fused_fp8
+from moai_core.model import fused, fused_fp8, products
 from moai_core.model.configuration import MoaiMambaConfig
+from moai_core.model.products import Projected
 from moai_core.model.recompute import Recomputed, call, tensor_of
 from moai_core.quant.scaled_mm import Quantized
 
@@ -22,13 +23,20 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.down_proj.writes_residual = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor | Recomputed | Quantized) -> Tensor:
-        """x (B, L, H) -> (B, L, H). Given a `Recomputed`, keeps only gate and up for the backward pass."""
-        gate, up = call(self.gate_proj, x), call(self.up_proj, x)
+    def forward(self, x: Tensor | Recomputed | Projected | Quantized) -> Tensor:
+        """x (B, L, H), or gate and up made of it -> (B, L, H). Given a `Recomputed`, keeps only gate and up for the
+        backward pass.
+        """
+        if isinstance(x, Projected):
+            gate, up = x.results
+            if products.fusable(gate, self.down_proj):
+                return products.swiglu_product(gate, up, self.down_proj, x.keep)
+        else:
+            gate, up = call(self.gate_proj, x), call(self.up_proj, x)
         if fused_fp8.ready((self.down_proj,), gate, up):
             return self.down_proj(fused_fp8.swiglu(gate, up))
         product: Tensor | Recomputed = fused.swiglu(gate, up)
-        if isinstance(x, Recomputed):
+        if isinstance(x, Recomputed) or (isinstance(x, Projected) and not x.keep):
             gate, up = gate.detach(), up.detach()
             product = Recomputed(tensor_of(product), lambda: fused.swiglu(gate, up))
         return call(self.down_proj, product)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from moai_core import cuda
 from moai_core.model import fused_ops as ops
+from moai_core.model import loss_ops
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     the weight's dtype. Saves x, weight and the scale of each row (fp32).
     """
     if x.shape[-1] <= ops.WIDEST and usable(x, weight):
-        return ops.rms_norm(x, weight, eps)[0]
+        return ops.rms_norm(x, weight, eps, weight.dtype)[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(weight.dtype)
 
@@ -49,7 +50,7 @@ def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float)
         return residual, rms_norm(residual, weight, eps)
     if residual.shape == x.shape and x.shape[-1] <= ops.WIDEST and usable(residual, x, weight):
         wide = torch.promote_types(residual.dtype, x.dtype)
-        total, y, _ = ops.add_rms_norm(residual.to(wide), x, weight, eps)
+        total, y, _ = ops.add_rms_norm(residual.to(wide), x, weight, eps, weight.dtype)
         return total, y
     total = residual + x
     return total, rms_norm(total, weight, eps)
@@ -78,21 +79,21 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy (rows,) in fp32 of logits (rows, V) against targets (rows,) int64: 0 where a target is -100, NaN
     where it is no token. Only for what is `usable`; no gradient.
     """
-    return ops.cross_entropy(logits, targets)
+    return loss_ops.cross_entropy(logits, targets)
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
     """As `cross_entropy`, and overwrites the logits (contiguous) with the gradient of the sum of the losses, times
     scale (one fp32 number on their device, None for 1).
     """
-    return ops.cross_entropy_gradient(logits, targets, scale)
+    return loss_ops.cross_entropy_gradient(logits, targets, scale)
 
 
 def scale_in_place(x: Tensor, by: Tensor) -> None:
     """x *= by, an fp32 number on x's device; costs nothing where that is 1. x contiguous and `usable`. Not seen by
     autograd's count of changes: for a tensor that its caller knows to be nobody else's.
     """
-    ops.scale_in_place(x, by)
+    loss_ops.scale_in_place(x, by)
 
 
 def usable(*tensors: Tensor) -> bool:

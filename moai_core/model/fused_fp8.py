@@ -81,7 +81,7 @@ def _norm_quantize(residual: Tensor, x: Tensor | None, weight: Tensor, eps: floa
         added = x
     count = residual.numel() // size
     codes, scales = scaled_mm_ops.results(count, size, residual)
-    norm = fused_ops._norm_kernels(residual.device, rows.dtype, added.dtype, weight.dtype, v, size)
+    norm = fused_ops._norm_kernels(residual.device, rows.dtype, added.dtype, weight.dtype, weight.dtype, v, size)
     run, together, block = scaled_mm_ops.kernel(
         "norm_quantize", residual.device, size, v, norm.block // norm.teams, R=rows.dtype, X=added.dtype, W=weight.dtype
     )

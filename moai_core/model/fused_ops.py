@@ -21,9 +21,9 @@ WIDEST_SMALL = 512
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with ops.below():
-            y, rstd = rms_norm(x, weight, eps)
+            y, rstd = rms_norm(x, weight, eps, dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, rstd)
         return y, rstd
@@ -31,17 +31,19 @@ class _RMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         if d_y is None:
-            return None, None, None
+            return None, None, None, None
         x, weight, rstd = ctx.saved_tensors
-        d, _, d_weight = rms_norm_backward(d_y, None, x, weight, rstd, x.dtype)
-        return d, d_weight, None
+        d, _, d_weight, _ = rms_norm_backward(d_y, None, x, weight, rstd, x.dtype, False)
+        return d, d_weight, None, None
 
 
 class _AddRMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with ops.below():
-            total, y, rstd = add_rms_norm(residual, x, weight, eps)
+            total, y, rstd = add_rms_norm(residual, x, weight, eps, dtype)
         ctx.set_materialize_grads(False)
         ctx.dtype = x.dtype
         ctx.save_for_backward(total, weight, rstd)
@@ -50,10 +52,10 @@ class _AddRMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, d_total: Tensor | None, d_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         if d_y is None:
-            return d_total, None if d_total is None else d_total.to(ctx.dtype), None, None
+            return d_total, None if d_total is None else d_total.to(ctx.dtype), None, None, None
         total, weight, rstd = ctx.saved_tensors
-        d, narrow, d_weight = rms_norm_backward(d_y, d_total, total, weight, rstd, ctx.dtype)
-        return d, d if ctx.dtype == d.dtype else narrow, d_weight, None
+        d, narrow, d_weight, _ = rms_norm_backward(d_y, d_total, total, weight, rstd, ctx.dtype, False)
+        return d, d if ctx.dtype == d.dtype else narrow, d_weight, None, None
 
 
 class _SmallNorms(Function):
@@ -92,38 +94,47 @@ class _SwiGLU(Function):
 # ---- The operators: what they launch
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y, rstd): y (..., size) in the weight's dtype, rstd (...) fp32."""
-    y, rstd = _norm_outputs(x, weight)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(y, rstd): y (..., size) in `dtype`, rstd (...) fp32."""
+    y, rstd = _norm_outputs(x, dtype)
     _norm_forward(x, None, weight, None, y, rstd, eps)
     return y, rstd
 
 
-def _add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _add_rms_norm(
+    residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """(total, y, rstd): total = residual + x in residual's dtype, which is the wider one."""
-    total, (y, rstd) = ops.dense(residual), _norm_outputs(residual, weight)
+    total, (y, rstd) = ops.dense(residual), _norm_outputs(residual, dtype)
     _norm_forward(residual, x, weight, total, y, rstd, eps)
     return total, y, rstd
 
 
 def _rms_norm_backward(
-    d_y: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d, d in `dtype`, d_weight): d, the gradient of total, through y and through total itself. The second is empty
-    where total has that dtype already.
+    d_y: Tensor,
+    d_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dtype: torch.dtype,
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d, d in `dtype`, d_weight, y): d, the gradient of total, through y and through total itself. The second is empty
+    where total has that dtype already; the last, y made once more with the bits of the forward pass, unless `again`.
     """
-    d, narrow, d_weight = _norm_gradients(total, weight, dtype)
+    d, narrow, d_weight, y = _norm_gradients(d_y, total, weight, dtype, again)
     (rows, apart), weight = _rows(total), weight.contiguous()
     d_y, d_total = d_y.contiguous(), None if d_total is None else d_total.contiguous()
     count, size = rstd.numel(), weight.shape[0]
     v = _vector(size, rows, weight, d_y, d_total)
-    k = _norm_kernels(total.device, total.dtype, dtype, weight.dtype, v, size)
+    k = _norm_kernels(total.device, total.dtype, dtype, weight.dtype, d_y.dtype, v, size)
     grid = min(-(-count // k.teams), k.resident)
     partial = rstd.new_empty(grid, size)
     second = None if dtype == total.dtype else narrow
-    k.backward(grid, k.block, d_y, d_total, rows, weight, rstd, d, second, partial, count, apart)
+    made = y if again else None
+    k.backward(grid, k.block, d_y, d_total, rows, weight, rstd, d, second, made, partial, count, apart)
     k.sum(-(-size // 32), 1024, partial, d_weight, grid)
-    return d, narrow, d_weight
+    return d, narrow, d_weight, y
 
 
 def _norm_forward(
@@ -138,7 +149,7 @@ def _norm_forward(
         if _vector(size, x) < min(v, 16 // x.element_size()):
             x, x_apart = x.clone(memory_format=torch.contiguous_format), size
         added = x
-    k = _norm_kernels(residual.device, residual.dtype, added.dtype, weight.dtype, v, size)
+    k = _norm_kernels(residual.device, residual.dtype, added.dtype, weight.dtype, y.dtype, v, size)
     k.forward(-(-count // k.teams), k.block, residual, x, weight, total, y, rstd, count, apart, x_apart, eps)
 
 
@@ -183,58 +194,36 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _launch_swiglu_backward(d_out.contiguous(), gate, up, again=False)
+
+
+def _swiglu_backward_again(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up; the product, with the bits of the forward pass, takes d_out's place."""
+    assert d_out.is_contiguous()
+    return _launch_swiglu_backward(d_out, gate, up, again=True)
+
+
+def _launch_swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor, *, again: bool) -> tuple[Tensor, Tensor]:
     d_gate, d_up = ops.dense(gate), ops.dense(up)
-    d_out, gate, up = d_out.contiguous(), gate.contiguous(), up.contiguous()
+    gate, up = gate.contiguous(), up.contiguous()
     v = _vector(gate.numel(), d_out, gate, up)
     _, backward = _swiglu_kernels(gate.device, gate.dtype, v)
-    backward(-(-gate.numel() // (256 * v)), 256, d_out, gate, up, d_gate, d_up, gate.numel())
+    backward(-(-gate.numel() // (256 * v)), 256, d_out, gate, up, d_gate, d_up, gate.numel(), int(again))
     return d_gate, d_up
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return _launch_cross_entropy(logits.contiguous(), targets, None, write=False)
-
-
-def _cross_entropy_gradient(logits: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
-    assert logits.is_contiguous()
-    return _launch_cross_entropy(logits, targets, scale, write=True)
-
-
-def _launch_cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor | None, *, write: bool) -> Tensor:
-    rows, vocabulary = logits.shape
-    losses = logits.new_empty(rows, dtype=torch.float32)
-    v = _vector(vocabulary, logits)
-    vectors, width = vocabulary // v, v * logits.element_size()
-    block = next((b for b in (128, 256, 512) if vectors <= 4 * b), 1024)
-    # As much of the row as fits beside the block's own few numbers stays on the multiprocessor between its two passes.
-    kept = min(vectors, (_shared_memory(logits.device) - 512) // width) if write else 0
-    _cross_entropy_kernel("cross_entropy", logits, v, block)(
-        rows, block, logits, targets.contiguous(), scale, losses, vocabulary, kept, int(write), shared=kept * width
-    )
-    return losses
-
-
-def scale_in_place(x: Tensor, by: Tensor) -> None:
-    """See fused.scale_in_place."""
-    v = _vector(x.numel(), x)
-    grid = min(-(-x.numel() // (256 * v)), 8 * _multiprocessors(x.device))
-    _cross_entropy_kernel("scale_in_place", x, v, 1024)(grid, 256, x, by, x.numel())
-
-
-def _cross_entropy_kernel(name: str, x: Tensor, v: int, block: int) -> Any:
-    return cuda.kernel("cross_entropy.cu", name, x.device, T=cuda.TYPES[x.dtype], V=v, BLOCK=block)
 
 
 # ---- Shapes of results, and what of a tensor a thread moves
 
 
-def _norm_outputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.dense(x, weight.dtype), x.new_empty(*x.shape[:-1], dtype=torch.float32)
+def _norm_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return ops.dense(x, dtype), x.new_empty(*x.shape[:-1], dtype=torch.float32)
 
 
-def _norm_gradients(total: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_gradients(
+    d_y: Tensor, total: Tensor, weight: Tensor, dtype: torch.dtype, again: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     narrow = total.new_empty(0) if dtype == total.dtype else ops.dense(total, dtype)
-    return ops.dense(total), narrow, ops.dense(weight)
+    return ops.dense(total), narrow, ops.dense(weight), ops.dense(d_y) if again else d_y.new_empty(0)
 
 
 def _small_outputs(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -291,7 +280,13 @@ class _NormKernels(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _norm_kernels(
-    device: torch.device, stream: torch.dtype, added: torch.dtype, weight: torch.dtype, v: int, size: int
+    device: torch.device,
+    stream: torch.dtype,
+    added: torch.dtype,
+    weight: torch.dtype,
+    result: torch.dtype,
+    v: int,
+    size: int,
 ) -> _NormKernels:
     vectors = -(-size // v)
     if vectors <= 32:
@@ -300,7 +295,8 @@ def _norm_kernels(
         # Two vectors a thread: loads under way enough with few threads to meet at the barrier.
         team = min(512 if vectors <= 2048 else 1024, 32 * -(-vectors // 64))
     block = team if team > 32 else 128
-    macros = {"R": cuda.TYPES[stream], "X": cuda.TYPES[added], "W": cuda.TYPES[weight]}
+    types = {"R": stream, "X": added, "W": weight, "Y": result}
+    macros = {letter: cuda.TYPES[dtype] for letter, dtype in types.items()}
     sizes = {"SIZE": size, "V": v, "TEAM": team, "PER": -(-vectors // team)}
     forward, backward, add = (
         cuda.kernel("norm.cu", f"norm_{name}", device, **macros, **sizes) for name in ("forward", "backward", "sum")
@@ -331,36 +327,26 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache(maxsize=64)
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
 # ---- Registration
 
 
-def _fake_losses(logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32)
-
-
 rms_norm = ops.define(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     _rms_norm,
-    lambda x, weight, eps: _norm_outputs(x, weight),
+    lambda x, weight, eps, dtype: _norm_outputs(x, dtype),
     _RMSNorm,
 )
 add_rms_norm = ops.define(
-    "add_rms_norm(Tensor residual, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    "add_rms_norm(Tensor residual, Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _add_rms_norm,
-    lambda residual, x, weight, eps: (ops.dense(residual), *_norm_outputs(residual, weight)),
+    lambda residual, x, weight, eps, dtype: (ops.dense(residual), *_norm_outputs(residual, dtype)),
     _AddRMSNorm,
 )
 rms_norm_backward = ops.define(
-    "rms_norm_backward(Tensor d_y, Tensor? d_total, Tensor total, Tensor weight, Tensor rstd, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor)",
+    "rms_norm_backward(Tensor d_y, Tensor? d_total, Tensor total, Tensor weight, Tensor rstd, ScalarType dtype,"
+    " bool again) -> (Tensor, Tensor, Tensor, Tensor)",
     _rms_norm_backward,
-    lambda d_y, d_total, total, weight, rstd, dtype: _norm_gradients(total, weight, dtype),
+    lambda d_y, d_total, total, weight, rstd, dtype, again: _norm_gradients(d_y, total, weight, dtype, again),
 )
 small_norms = ops.define(
     "small_norms(Tensor x, Tensor weight0, Tensor weight1, Tensor weight2, float eps)"
@@ -381,9 +367,8 @@ swiglu_backward = ops.define(
     _swiglu_backward,
     lambda d_out, gate, up: (ops.dense(gate), ops.dense(up)),
 )
-cross_entropy = ops.define("cross_entropy(Tensor logits, Tensor targets) -> Tensor", _cross_entropy, _fake_losses)
-cross_entropy_gradient = ops.define(
-    "cross_entropy_gradient(Tensor(a!) logits, Tensor targets, Tensor? scale) -> Tensor",
-    _cross_entropy_gradient,
-    _fake_losses,
+swiglu_backward_again = ops.define(
+    "swiglu_backward_again(Tensor(a!) d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _swiglu_backward_again,
+    lambda d_out, gate, up: (ops.dense(gate), ops.dense(up)),
 )

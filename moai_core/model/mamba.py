@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from moai_core import scan as kernels
-from moai_core.model import fused
+from moai_core.model import fused, products
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.norm import RMSNorm
+from moai_core.model.products import Projected
 from moai_core.model.recompute import Recomputed, call, repeatable, split_halves, tensor_of
 from moai_core.quant.scaled_mm import Quantized
+from moai_core.scan import cuda_conv
 
 LayerState = tuple[Tensor, Tensor]
 
@@ -62,18 +64,24 @@ class MambaMixer(nn.Module):
         self.out_proj.writes_residual = True  # type: ignore[assignment]
 
     def forward(
-        self, x: Tensor | Recomputed | Quantized, state: LayerState | None, seq_idx: Tensor | None, backend: str
+        self,
+        x: Tensor | Recomputed | Projected | Quantized,
+        state: LayerState | None,
+        seq_idx: Tensor | None,
+        backend: str,
     ) -> tuple[Tensor, LayerState]:
-        """x (B, L, H), state as in MoaiState.layers, seq_idx (B, L) int32 with padding (-1) only at the end of a row.
+        """x (B, L, H), or in_proj's result of it, state as in MoaiState.layers, seq_idx (B, L) int32 with padding (-1)
+        only at the end of a row.
 
         Returns the output (B, L, H) and the state after the last real token.
         """
-        if state is not None and tensor_of(x).shape[1] == 1 and seq_idx is None and not torch.is_grad_enabled():
+        if state is not None and not torch.is_grad_enabled() and tensor_of(x).shape[1] == 1 and seq_idx is None:
             return self._step(tensor_of(x), state, backend)
         conv_state, ssm_state = state if state is not None else (None, None)
-        inner, z = split_halves(call(self.in_proj, x))
-        u, conv_state = self._conv(inner, conv_state, seq_idx, backend, keep=not isinstance(x, Recomputed))
-        dt, B, C = self._select(u)
+        keep = x.keep if isinstance(x, Projected) else not isinstance(x, Recomputed)
+        xz = x.results[0] if isinstance(x, Projected) else call(self.in_proj, x)
+        u, z, conv_state = self._conv(xz, conv_state, seq_idx, backend, keep=keep)
+        u, dt, B, C = self._select(u, ssm_state, seq_idx, backend)
         options = {"state": ssm_state, "seq_idx": seq_idx, "backend": backend}
         y, ssm_state = call(kernels.scan, u, dt, self.A(), B, C, self.D, z, self.dt_bias, **options)
         return self.out_proj(y), (conv_state, ssm_state)
@@ -82,14 +90,14 @@ class MambaMixer(nn.Module):
         u, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)
         u, conv_state = kernels.conv_step(u, self.conv1d.weight, self.conv1d.bias, state[0], backend=backend)
         u = self._scaled(u)
-        dt, B, C = self._select(u)
+        u, dt, B, C = self._select(u, state[1], None, backend)
         y, ssm_state = kernels.step(u, dt, self.A(), B, C, self.D, z, self.dt_bias, state[1], backend=backend)
         return self.out_proj(y)[:, None], (conv_state, ssm_state)
 
     def _conv(
-        self, x: Tensor, state: Tensor | None, seq_idx: Tensor | None, backend: str, *, keep: bool
-    ) -> tuple[Tensor | Recomputed, Tensor]:
-        """The convolution's result u (B, L, I) and its new state."""
+        self, xz: Tensor, state: Tensor | None, seq_idx: Tensor | None, backend: str, *, keep: bool
+    ) -> tuple[Tensor | Recomputed, Tensor, Tensor]:
+        """The convolution's result u (B, L, I), the gate z, and the convolution's new state."""
 
         def run(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
             # Weights are read from the module at each call: a sharded one has others in the backward pass.
@@ -97,18 +105,40 @@ class MambaMixer(nn.Module):
             y, new = kernels.conv(x, weight, bias, state=state, seq_idx=seq_idx, backend=backend)
             return self._scaled(y), new
 
-        u, new = run(x, state)
+        if torch.is_grad_enabled() and self._own_kernels("conv", xz, state, seq_idx, backend):
+            weight, bias = self.conv1d.weight, self.conv1d.bias
+            u, new, z = cuda_conv.conv_of_half(xz, weight, bias, state=state, seq_idx=seq_idx)
+            u = self._scaled(u)
+        else:
+            x, z = split_halves(xz)
+            u, new = run(x, state)
         if keep:
-            return u, new
-        x, state = x.detach(), None if state is None else state.detach()
-        return Recomputed(u, lambda: run(x, state)[0]), new
+            return u, z, new
+        x, state = xz.detach().chunk(2, dim=-1)[0], None if state is None else state.detach()
+        return Recomputed(u, lambda: run(x, state)[0]), z, new
+
+    def _own_kernels(self, op: str, x: Tensor, state: Tensor | None, seq_idx: Tensor | None, backend: str) -> bool:
+        """Whether moai's CUDA kernels will do such a call."""
+        if torch.compiler.is_compiling():
+            return False
+        (inner, states), width = self.A_log.shape, self.conv1d.weight.shape[-1]
+        size = {"I": inner, "N": states} if op == "scan" else {"I": inner, "K": width}
+        given = {"state": state is not None, "seq_idx": seq_idx is not None}
+        return kernels.pick(x.device, x.dtype, backend=backend, op=op, **size, **given) is kernels.cuda
 
     def _scaled(self, u: Tensor) -> Tensor:
         return u if self.conv_scale is None else u * self.conv_scale.to(u.dtype)
 
-    def _select(self, u: Tensor | Recomputed) -> tuple[Any, Tensor, Tensor]:
-        """The input-dependent parameters: raw dt (..., I), made again if u is, B and C (..., N)."""
-        mixed = call(self.x_proj, u)
+    def _select(
+        self, u: Tensor | Recomputed, state: Tensor | None, seq_idx: Tensor | None, backend: str
+    ) -> tuple[Any, Any, Tensor, Tensor]:
+        """u for the scan, and its input-dependent parameters: raw dt (..., I), made again if u is, B and C (..., N)."""
+        raw = tensor_of(u)
+        if products.fusable(raw, self.x_proj) and self._own_kernels("scan", raw, state, seq_idx, backend):
+            # That scan returns the gradient of u as memory of its own.
+            mixed, u = products.product_beside(u, self.x_proj)
+        else:
+            mixed = call(self.x_proj, u)
         if self.norms:
             weights: list[Tensor] = [norm.weight for norm in (self.dt_layernorm, self.b_layernorm, self.c_layernorm)]
             rank, B, C = fused.small_norms(mixed, weights, self.dt_layernorm.eps)
@@ -118,7 +148,7 @@ class MambaMixer(nn.Module):
         if isinstance(u, Recomputed) and repeatable(self.dt_proj):
             rank = rank.detach()
             dt = Recomputed(dt, lambda: self.dt_proj(rank))
-        return dt, B, C
+        return u, dt, B, C
 
     def A(self) -> Tensor:
         """(I, N) fp32, negative."""

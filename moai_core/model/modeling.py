@@ -24,12 +24,13 @@ from transformers.utils import ModelOutput
 
 from moai_core import scan as kernels
 from moai_core.errors import UsageError
-from moai_core.model import fused, fused_fp8, padding, step
+from moai_core.model import fused, fused_fp8, padding, products, step
 from moai_core.model import loss as losses
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.ffn import SwiGLU
 from moai_core.model.mamba import LayerState, MambaMixer, dt_bias_init
 from moai_core.model.norm import RMSNorm
+from moai_core.model.products import Projected
 from moai_core.model.recompute import Recomputed
 from moai_core.model.state import MoaiState
 from moai_core.quant import linear as quant
@@ -93,10 +94,14 @@ class MoaiMambaLayer(nn.Module):
 
 def _add_norm(
     residual: Tensor, x: Tensor | None, norm: RMSNorm, selective: bool, *readers: nn.Module
-) -> tuple[Tensor, Tensor | Recomputed | Quantized]:
-    """readers: the matrices that read the norm. A prompt's is rounded once for all of them where they multiply fp8."""
+) -> tuple[Tensor, Tensor | Recomputed | Projected | Quantized]:
+    """The stream, and its norm or what `readers`, the matrices that read it, make of it. A prompt's norm is rounded
+    once for all of them where they multiply fp8.
+    """
     if residual.shape[1] > 1 and fused_fp8.ready(readers, residual, x, norm.weight):
         return fused_fp8.add_rms_norm(residual, x, norm.weight, norm.eps)
+    if products.fusable(residual, *readers, norm=norm):
+        return products.norm_products(residual, x, norm, readers, keep=not selective)
     residual, h = fused.add_rms_norm(residual, x, norm.weight, norm.eps)
     if not selective or torch.compiler.is_compiling():
         return residual, h

@@ -5,7 +5,8 @@ A `Recomputed` is a tensor with the way to make it again. `call` hands its tenso
 what autograd saves there: whatever is saved of its storage (views and reshapes too) becomes a note of how to make it
 again. The function is called as it is, so that quantized and adapted projections work, and nothing but the cheap parts
 (norms, convolution, dt_proj, SwiGLU's product) runs twice: no large matrix product, not the scan. The same kernels on
-the same inputs give the same bits, so gradients don't change by one.
+the same inputs give the same bits, so gradients don't change by one. Where products.py has a node of its own, norms and
+SwiGLU's product are made again there, by the kernels that compute the gradients beside them.
 
 Why not `torch.utils.checkpoint` with a policy: it runs the whole layer again under a dispatch mode, tens of
 microseconds of Python an operation; here a layer pays for the twenty tensors that its matrix products and scan save.
@@ -66,6 +67,13 @@ class Recomputed:
         alone = tensor.untyped_storage().nbytes() == tensor.nbytes
         self.tensor, self.storage = tensor, _storage(tensor) if alone else None
         self.again = _Again(make, tensor.device.type, source)
+
+    def passed_on(self, tensor: Tensor) -> Recomputed:
+        """The same under another name: `tensor` looks at the same memory, with a history of its own."""
+        assert _storage(tensor) == _storage(self.tensor)
+        other = object.__new__(Recomputed)
+        other.tensor, other.storage, other.again = tensor, self.storage, self.again
+        return other
 
     def cast(self) -> Recomputed:
         """What autocast makes of the tensor for a matrix product, so that this copy isn't kept either."""
@@ -131,22 +139,7 @@ class _SplitHalves(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:
-        whole = _whole(other)
-        if whole is None:
-            return torch.cat([one, other], dim=-1)
-        whole[..., : one.shape[-1]] = one
-        return whole
-
-
-def _whole(half: Tensor) -> Tensor | None:
-    """The tensor of which `half` is the second half of the last axis, if its storage holds that tensor and no more: so
-    the scan on GPUs returns the gradient of z, and only the first half is left to be written.
-    """
-    width = half.shape[-1]
-    if half.storage_offset() != width or half.untyped_storage().nbytes() != 2 * half.nbytes:
-        return None
-    whole = half.as_strided((*half.shape[:-1], 2 * width), half.stride(), 0)
-    return whole if whole.is_contiguous() else None
+        return torch.cat([one, other], dim=-1)
 
 
 def _storage(tensor: Tensor) -> int:

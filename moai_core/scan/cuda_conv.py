@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from moai_core import cuda
 from moai_core.cuda import ops
@@ -51,6 +52,28 @@ def conv(
     return conv_forward(u, weight, bias, state, seq_idx)
 
 
+def conv_of_half(
+    xz: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`conv` of the first half of xz's last axis, and the second half as it is: (u, its state, z), of xz (B, L, 2I).
+
+    The gradients of the two halves need no putting together where that of z lies in memory for both, as the scan's
+    backward pass returns it: the convolution's writes the first half there.
+    """
+    if xz.numel() == 0:
+        half, z = xz.chunk(2, dim=-1)
+        return *reference.conv(half, weight, bias, state=state, seq_idx=seq_idx), z
+    weight, bias = _filter(xz, weight, bias)
+    state = None if state is None else state.to(xz.dtype)
+    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32)
+    return _ConvOfHalf.apply(xz, weight, bias, state, seq_idx)  # type: ignore[no-any-return]
+
+
 def conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """See `moai_core.scan.conv_step`."""
     if u.numel() == 0 or _differentiable(u, weight, bias, state):
@@ -78,6 +101,41 @@ class _Conv(Function):
             d_y = torch.zeros_like(u)
         d_u, d_weight, d_bias, d_state = conv_backward(u, weight, bias, state, seq_idx, d_y, d_last)
         return d_u, d_weight, None if bias is None else d_bias, None if state is None else d_state, None
+
+
+class _ConvOfHalf(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, xz: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        half, z = xz.chunk(2, dim=-1)
+        y, last = conv_forward(half, weight, bias, state, seq_idx)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(xz, weight, bias, state, seq_idx)
+        return y, last, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor | None, d_last: Tensor | None, d_z: Tensor | None) -> tuple[Tensor | None, ...]:
+        xz, weight, bias, state, seq_idx = ctx.saved_tensors
+        half, _ = xz.chunk(2, dim=-1)
+        d_y = torch.zeros_like(half) if d_y is None else d_y
+        whole = None if d_z is None else _whole(d_z)
+        if whole is None:
+            whole = ops.dense(xz)
+            whole[..., half.shape[-1] :] = 0 if d_z is None else d_z
+        place = whole[..., : half.shape[-1]]
+        d_weight, d_bias, d_state = conv_backward_into(half, weight, bias, state, seq_idx, d_y, d_last, place)
+        return whole, d_weight, None if bias is None else d_bias, None if state is None else d_state, None
+
+
+def _whole(half: Tensor) -> Tensor | None:
+    """The tensor of which `half` is the second half of the last axis, if its storage holds that tensor and no more."""
+    width = half.shape[-1]
+    if half.storage_offset() != width or half.untyped_storage().nbytes() != 2 * half.nbytes:
+        return None
+    whole = half.as_strided((*half.shape[:-1], 2 * width), half.stride(), 0)
+    return whole if whole.is_contiguous() else None
 
 
 def _conv_forward(
@@ -108,9 +166,26 @@ def _conv_backward(
     d_last: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, weight, bias and the first state; the last two are empty where there is none."""
+    d_u = ops.dense(u)
+    return d_u, *_conv_backward_into(u, weight, bias, state, seq_idx, d_y, d_last, d_u)
+
+
+def _conv_backward_into(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    d_y: Tensor,
+    d_last: Tensor | None,
+    d_u: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_conv_backward`, with the gradient of u written to `d_u`, whose rows are dense and begin at multiples of 16
+    bytes."""
     batch, length, channels = u.shape
     width = weight.shape[-1]
-    d_u, d_weight, d_bias, d_state = _gradients(u, weight, bias, state)
+    d_weight, d_bias, d_state = _gradients(u, weight, bias, state)
+    assert rows(d_u) is d_u
     u, d_y = rows(u), rows(d_y)
     weight, bias, state, seq_idx, d_last = (solid(x) for x in (weight, bias, state, seq_idx, d_last))
     run, groups = _division(u, width)
@@ -124,7 +199,7 @@ def _conv_backward(
     _kernel("conv_sum", u, weight)(
         -(-(width + 1) * channels // 32), 256, partial, d_weight, None if bias is None else d_bias, shares, channels
     )
-    return d_u, d_weight, d_bias, d_state
+    return d_weight, d_bias, d_state
 
 
 def _conv_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,11 +220,8 @@ def _outputs(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return ops.dense(u), u.new_empty(batch, channels, weight.shape[-1] - 1)
 
 
-def _gradients(
-    u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        ops.dense(u),
         ops.dense(weight),
         weight.new_empty(0) if bias is None else ops.dense(bias),
         u.new_empty(0) if state is None else ops.dense(state),
@@ -216,7 +288,13 @@ conv_backward = ops.define(
     "conv_backward(Tensor u, Tensor weight, Tensor? bias, Tensor? state, Tensor? seq_idx, Tensor d_y, Tensor? d_last)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _conv_backward,
-    lambda u, weight, bias, state, seq_idx, d_y, d_last: _gradients(u, weight, bias, state),
+    lambda u, weight, bias, state, seq_idx, d_y, d_last: (ops.dense(u), *_gradients(u, weight, bias, state)),
+)
+conv_backward_into = ops.define(
+    "conv_backward_into(Tensor u, Tensor weight, Tensor? bias, Tensor? state, Tensor? seq_idx, Tensor d_y,"
+    " Tensor? d_last, Tensor(a!) d_u) -> (Tensor, Tensor, Tensor)",
+    _conv_backward_into,
+    lambda u, weight, bias, state, seq_idx, d_y, d_last, d_u: _gradients(u, weight, bias, state),
 )
 conv_step_forward = ops.define(
     "conv_step(Tensor u, Tensor weight, Tensor? bias, Tensor state) -> (Tensor, Tensor)",

@@ -12,7 +12,7 @@ import torch
 
 from moai_core import cuda
 from moai_core.scan import reference
-from moai_core.scan.cuda_conv import conv, conv_step
+from moai_core.scan.cuda_conv import conv, conv_of_half, conv_step
 from moai_core.scan.cuda_step import STATES, step
 
 pytestmark = pytest.mark.gpu
@@ -295,6 +295,35 @@ def test_opcheck(device, dtype, bare):
     torch.library.opcheck(torch.ops.moai.conv_forward, leaves)
     state = torch.randn(2, 16, 3, device=device).to(dtype)
     torch.library.opcheck(torch.ops.moai.conv_step, (x["u"][:, 0].contiguous(), x["weight"], x["bias"], state))
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["gradients side by side", "apart"])
+@pytest.mark.parametrize("types", TYPES[:3], ids=str)
+def test_of_the_first_half(device, poison, types, beside):
+    """The same bits as convolution and halves one by one; the gradient of z may lie where both belong."""
+    numbers = numbering(2, 19, 0.2)
+    x = problem(2, 19, 16, 4, types, device, seq_idx=numbers)
+    xz = torch.cat([x["u"].nan_to_num(), torch.randn_like(x["u"])], -1).requires_grad_()
+    leaves = [xz, *(x[n].detach().requires_grad_() for n in NAMES[1:])]
+    whole = torch.randn(2, 19, 32, device=device).to(types[0])
+    d_z = whole[..., 16:] if beside else whole[..., 16:].clone()
+    given = [x["d_y"].nan_to_num(), x["d_last"], d_z]
+
+    def one_by_one(xz, weight, bias, state):
+        u, z = xz.chunk(2, -1)
+        return *conv(u, weight, bias, state=state, seq_idx=x["seq_idx"]), z
+
+    want = one_by_one(*leaves)
+    d_want = torch.autograd.grad(want, leaves, [g.clone() for g in given], retain_graph=True)
+    (alone,) = torch.autograd.grad(want[0], xz, given[0])
+    got = conv_of_half(*leaves[:3], state=leaves[3], seq_idx=x["seq_idx"])
+    d_got = torch.autograd.grad(got, leaves, given, retain_graph=True)
+    assert all(map(torch.equal, (*got, *d_got), (*want, *d_want)))
+    assert (d_got[0].data_ptr() == whole.data_ptr()) == beside
+    (only,) = torch.autograd.grad(got[0], xz, given[0], retain_graph=True)
+    assert torch.equal(only, alone)
+    (only,) = torch.autograd.grad(got[2], xz, given[2].clone())
+    assert torch.equal(only[..., 16:], given[2]) and not only[..., :16].any()
 
 
 def loss(u, weight, bias, state):

@@ -265,8 +265,8 @@ def test_operators_keep_the_rules_of_torch(device):
         return random(device, *shape, dtype=dtype).requires_grad_()
 
     ops, check = torch.ops.moai, torch.library.opcheck
-    check(ops.rms_norm, (new(3, 24), new(24), 1e-5))
-    check(ops.add_rms_norm, (new(3, 24), new(3, 24, dtype=B), new(24), 1e-5))
+    check(ops.rms_norm, (new(3, 24), new(24), 1e-5, S))
+    check(ops.add_rms_norm, (new(3, 24), new(3, 24, dtype=B), new(24), 1e-5, S))
     check(ops.small_norms, (new(3, 24), new(8), new(12), new(4), 1e-5))
     check(ops.swiglu, (new(3, 24), new(3, 24)))
     targets = torch.tensor([1, 2, -100], device=device)
