@@ -8,8 +8,8 @@
 //
 //   decode_embed  the embedding's row of each token begins the residual stream
 //   decode_norm   (wide batches) residual += sums of the product before, then its RMSNorm
-//   decode_conv   (wide batches) the convolution's step behind in_proj, decode_gate silu(gate) up: where a library made
-//                 the product
+//   decode_conv   (wide batches) the convolution's step behind in_proj, decode_gate silu(gate) up, from the sums of
+//                 decode_wide.cu
 //   decode_mix    (wide batches) the sums of x_proj to dt's vector, B and C, with their norms
 //   decode_scan   dt_proj, softplus, the selective scan's step, the gate; for few rows also what decode_mix does
 //   decode_rotate the online Hadamard rotation of a product's inputs (moai_core/quant/hadamard.py)
@@ -77,26 +77,50 @@ decode_norm(R* residual, const float* partial, const T* weight, T* y, const unsi
   }
 }
 
-// Grid: x 256 PIECE channels each, y a row each. product (rows, 2 I), of which u's half is read.
+// The numbers that a product in slices stands for, as the model stores them. sums (slices, rows, size); at: from the first
+// row on.
+DEVICE void whole_sums(float (&to)[PIECE], const float* sums, int64 slices, int64 rows, int64 size, int64 at) {
+#pragma unroll
+  for (int i = 0; i < PIECE; i++) to[i] = 0.0f;
+  for (int64 slice = 0; slice < slices; slice++) {
+    float part[PIECE];
+    load_piece<float, PIECE>(part, sums + slice * rows * size + at);
+#pragma unroll
+    for (int i = 0; i < PIECE; i++) to[i] += part[i];
+  }
+#pragma unroll
+  for (int i = 0; i < PIECE; i++) to[i] = rounded<T>(to[i]);
+}
+
+// Grid: x 256 PIECE numbers each, y a row each. sums (slices, rows, 2 I): u and z.
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode_conv(const T* product, const T* weight, const T* bias, const T* scale, const T* window, T* next_window, T* u,
-            const unsigned char* ahead, int64 ahead_bytes, int64 I) {
+decode_conv(const float* sums, const T* weight, const T* bias, const T* scale, const T* window, T* next_window, T* u, T* z,
+            const unsigned char* ahead, int64 ahead_bytes, int64 slices, int64 I) {
   bring(ahead, ahead_bytes);
   const int64 c = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE, row = blockIdx.y;
-  if (c >= I) return;
+  const bool convolved = c < I;
   alignas(16) T past[PIECE * (KC - 1)], w[PIECE * KC];
-  const int64 at = (row * I + c) * (KC - 1);
-#pragma unroll
-  for (int i = 0; i < KC - 1; i++) *(Vec<T, PIECE>*)(past + i * PIECE) = load_vec<T, PIECE>(window + at + i * PIECE);
-#pragma unroll
-  for (int i = 0; i < KC; i++) *(Vec<T, PIECE>*)(w + i * PIECE) = load_vec<T, PIECE>(weight + c * KC + i * PIECE);
   Vec<T, PIECE> add{}, times{}, y;
-  if (bias) add = load_vec<T, PIECE>(bias + c);
-  if (scale) times = load_vec<T, PIECE>(scale + c);
+  const int64 at = (row * I + c) * (KC - 1);
+  if (convolved) {
+#pragma unroll
+    for (int i = 0; i < KC - 1; i++) *(Vec<T, PIECE>*)(past + i * PIECE) = load_vec<T, PIECE>(window + at + i * PIECE);
+#pragma unroll
+    for (int i = 0; i < KC; i++) *(Vec<T, PIECE>*)(w + i * PIECE) = load_vec<T, PIECE>(weight + c * KC + i * PIECE);
+    if (bias) add = load_vec<T, PIECE>(bias + c);
+    if (scale) times = load_vec<T, PIECE>(scale + c);
+  }
   wait_for_previous();
   let_next_begin();
+  if (c >= 2 * I) return;
   float x[PIECE];
-  load_piece<T, PIECE>(x, product + row * 2 * I + c);
+  whole_sums(x, sums, slices, gridDim.y, 2 * I, row * 2 * I + c);
+  if (!convolved) {
+#pragma unroll
+    for (int i = 0; i < PIECE; i++) y.at[i] = from_float<T>(x[i]);
+    store_vec<T, PIECE>(z + row * I + c - I, y);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < PIECE; i++) {
     float sum = bias ? to_float(add.at[i]) : 0.0f;
@@ -116,20 +140,21 @@ decode_conv(const T* product, const T* weight, const T* bias, const T* scale, co
   store_vec<T, PIECE>(u + row * I + c, y);
 }
 
-// gate <- silu(gate) up. Grid: 256 PIECE numbers a block.
+// y = silu(gate) up. Grid: x 256 PIECE numbers each, y a row each. sums (slices, rows, 2 F): gate and up.
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode_gate(T* gate, const T* up, const unsigned char* ahead, int64 ahead_bytes, int64 size) {
+decode_gate(const float* sums, T* y, const unsigned char* ahead, int64 ahead_bytes, int64 slices, int64 F) {
   bring(ahead, ahead_bytes);
   wait_for_previous();
   let_next_begin();
-  const int64 at = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE;
-  if (at >= size) return;
+  const int64 c = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE, row = blockIdx.y;
+  if (c >= F) return;
   float g[PIECE], x[PIECE];
-  load_piece<T, PIECE>(g, gate + at), load_piece<T, PIECE>(x, up + at);
-  Vec<T, PIECE> y;
+  whole_sums(g, sums, slices, gridDim.y, 2 * F, row * 2 * F + c);
+  whole_sums(x, sums, slices, gridDim.y, 2 * F, row * 2 * F + F + c);
+  Vec<T, PIECE> found;
 #pragma unroll
-  for (int i = 0; i < PIECE; i++) y.at[i] = from_float<T>(g[i] * sigmoid(g[i]) * x[i]);
-  store_vec<T, PIECE>(gate + at, y);
+  for (int i = 0; i < PIECE; i++) found.at[i] = from_float<T>(g[i] * sigmoid(g[i]) * x[i]);
+  store_vec<T, PIECE>(y + row * F + c, found);
 }
 
 // ---- dt's vector, B and C of `count` rows from the sums of x_proj, into mixed[row][MIX].
@@ -200,13 +225,12 @@ struct Place {
       : lane(i % LANES), own(i / LANES % CHANNELS), m(i / (LANES * CHANNELS)), c(first + own < I ? first + own : I - 1), real(first + own < I) {}
 };
 
-// Grid: x 32 channels each, y 8 rows each. A_log2: -exp(A_log) log2(e), (I, N). z: rows z_stride apart. Shared memory:
-// mixed, ROWS MIX floats.
+// Grid: x 32 channels each, y 8 rows each. A_log2: -exp(A_log) log2(e), (I, N). Shared memory: mixed, ROWS MIX floats.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* norm_C, const T* dt_weight,
             const float* dt_bias, const float* A_log2, const float* D, const T* u, const T* z, const float* state,
             float* next_state, T* y, const unsigned char* ahead, int64 ahead_bytes, int64 slices, int64 batch, int64 I,
-            int64 z_stride, float eps) {
+            float eps) {
   extern __shared__ float mixed[];
   __shared__ float rstd[3 * ROWS], steps[ROWS][CHANNELS];
   const int64 first = (int64)blockIdx.x * CHANNELS, row0 = (int64)blockIdx.y * ROWS;
@@ -242,7 +266,7 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
     const Place at(threadIdx.x + e * THREADS, first, I);
     if (at.m < rows) {
       x[e] = load_fresh_number<T>(u + (row0 + at.m) * I + at.c);
-      gates[e] = load_fresh_number<T>(z + (row0 + at.m) * z_stride + at.c);
+      gates[e] = load_fresh_number<T>(z + (row0 + at.m) * I + at.c);
     }
   }
   if constexpr (MIXED) {
@@ -290,7 +314,7 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
     const Place at(i, first, I);
     const int64 row = row0 + at.m;
     go(at, load_vec<float, 4>(A_log2 + at.c * N + at.lane * 4), load_vec<float, 4>(state + (row * I + at.c) * N + at.lane * 4),
-       load_fresh_number<T>(u + row * I + at.c), load_fresh_number<T>(z + row * z_stride + at.c));
+       load_fresh_number<T>(u + row * I + at.c), load_fresh_number<T>(z + row * I + at.c));
   }
 }
 

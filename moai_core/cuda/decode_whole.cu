@@ -145,15 +145,6 @@ DEVICE T half_of(uint32 word, int high) {
   return x;
 }
 
-DEVICE void copy_async_4(void* shared, const void* global, bool valid) {
-#ifdef MOAI_HOST
-  if (valid) __builtin_memcpy(shared, global, 4);
-#else
-  uint32 to = (uint32)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(valid ? 4 : 0) : "memory");
-#endif
-}
-
 // ---- The block
 
 struct Block {
@@ -217,7 +208,7 @@ struct Fetch {
     copy_async_16(to + b.lane, upper, chunk < upper_end);
     copy_async_16(to + 32 + b.lane, lower, chunk < lower_end);
     if constexpr (SCALED)
-      if (chunk < group_end) copy_async_4((uint32*)(to + 64) + b.lane, scales + ((parity + (chunk >> shift)) & ~1), true);
+      if (chunk < group_end) copy_async_4((uint32*)(to + 64) + b.lane, scales + ((parity + (chunk >> shift)) & ~1));
     copy_async_commit();
     upper += TEAM * 64, lower += TEAM * 64, chunk += TEAM;
     if (--step > 0 || layer > b.layers) return;

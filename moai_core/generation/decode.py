@@ -20,7 +20,6 @@ Letters: M rows of a step, H hidden, I inner, N states, K convolution width, R r
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from moai_core import cuda
 from moai_core.generation import decode_kernels as kernels
+from moai_core.generation import decode_wide
 from moai_core.generation.decode_kernels import Launch, Matrix, Product, linear, matrix
 from moai_core.generation.decode_weights import Layer, Rotation, layer_of, why_not
 from moai_core.generation.decode_whole import Whole
@@ -110,19 +110,18 @@ class Decoder:
         """What a step leaves behind for itself."""
         c, rows = self.config, self.capacity
         width = c.time_step_rank + 2 * c.state_size
-        partial = [kernels.slices_of(self.layers[0].x_proj, kernels.PARTIAL) * width]
-        for m in (self.layers[0].out_proj, self.layers[0].down):
-            partial += [] if m is None else [kernels.slices_of(m, kernels.RESIDUAL) * c.hidden_size]
-        # torch's products always take the most rows there can be, so that a row's bits don't depend on the width.
-        padded = self.most if rows > self.narrow else rows
+        one = self.layers[0]
+        mixes = kernels.slices_of(one.x_proj, kernels.PARTIAL) * width
+        sums = [kernels.slices_of(m, kernels.RESIDUAL) * m.rows for m in (one.out_proj, one.down) if m is not None]
+        if rows > self.narrow:
+            products = [(one.in_proj, 1), (one.x_proj, 1), (one.out_proj, 1), (one.gate, 2), (one.down, 1)]
+            sums += [decode_wide.slices_of(m) * m.rows * n for m, n in products if m is not None]
         self.residual = make(rows, c.hidden_size, dtype=self.stream)
-        self.x = make(padded, c.hidden_size, dtype=self.dtype)
+        self.x = make(rows, c.hidden_size, dtype=self.dtype)
         self.u, self.z = (make(rows, c.inner_size, dtype=self.dtype) for _ in range(2))
-        self.inputs = make(padded if rows > self.narrow else 0, 2 * c.inner_size, dtype=self.dtype)
         self.y = make(rows, c.inner_size, dtype=self.dtype)
-        self.product = make(padded, c.intermediate_size, dtype=self.dtype)
-        self.ups = make(padded if rows > self.narrow else 0, c.intermediate_size, dtype=self.dtype)
-        self.mixed, self.mixes, self.sums = make(rows, width), make(rows * partial[0]), make(rows * max(partial))
+        self.product = make(rows, c.intermediate_size, dtype=self.dtype)
+        self.mixed, self.mixes, self.sums = make(rows, width), make(rows * mixes), make(rows * max(sums))
         self.logits = make(rows, c.vocab_size, dtype=self.dtype)
         slices = -(-self.known // _SLICE)
         self.best, self.best_id = make(rows, slices), make(rows, slices, dtype=torch.int32)
@@ -199,8 +198,7 @@ class Decoder:
         if width <= self.narrow:
             return None
         hidden, slices = self.config.hidden_size, 0 if pending is None else pending.shape[0]
-        ahead = (then.weight, kernels.early(then.weight, kernels.AHEAD_SMALL))
-        args = (self.residual, pending, norm, self.x, *ahead, hidden, slices, float(self.config.rms_norm_eps))
+        args = (self.residual, pending, norm, self.x, *_ahead(then), hidden, slices, float(self.config.rms_norm_eps))
         steps.append(Launch(self._kernel("decode_norm"), width, 256, args))
         return self.x[:width]
 
@@ -212,33 +210,41 @@ class Decoder:
         x = self._norm(steps, layer.norm, width, pending, layer.in_proj)
         u, z, y = self.u[:width], self.z[:width], self.y[:width]
         windows = (self.conv[turn, index, :width], self.conv[1 - turn, index, :width])
-        if wide and layer.in_proj.format == "Plain":
-            z = self.inputs[:width, c.inner_size :]
-            steps.append(Product(self.inputs, self.x, layer.in_proj.weight))
-            grid = (-(-c.inner_size // (256 * (16 // self.dtype.itemsize))), width, 1)
-            args: tuple[Any, ...] = (
-                self.inputs, *layer.conv, *windows, u, layer.out_proj.weight,
-                kernels.early(layer.out_proj.weight, kernels.AHEAD_SMALL), c.inner_size,
-            )  # fmt: skip
-            steps.append(Launch(self._kernel("decode_conv"), grid, 256, args))
+        if wide and decode_wide.fits(layer.in_proj, self.dtype):
+            sums = self._sums(steps, layer.in_proj, x)
+            grid = (-(-2 * c.inner_size // (256 * (16 // self.dtype.itemsize))), width, 1)
+            moved: tuple[Any, ...] = (
+                sums,
+                *layer.conv,
+                *windows,
+                u,
+                z,
+                *_ahead(layer.out_proj),
+                len(sums),
+                c.inner_size,
+            )
+            steps.append(Launch(self._kernel("decode_conv"), grid, 256, moved))
         else:
             steps += linear(
                 layer.in_proj, x, u, result=kernels.CONV, conv=(*layer.conv, *windows, z), width=c.conv_kernel_size,
                 **common, **self._stream_of(layer.norm, width),
             )  # fmt: skip
-        slices = kernels.slices_of(layer.x_proj, kernels.PARTIAL)
-        mixes = self.mixes[: slices * width * layer.x_proj.rows].view(slices, width, -1)
-        ahead = layer.out_proj.weight
-        steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, ahead=ahead, **common)
+        if wide and decode_wide.fits(layer.x_proj, self.dtype):
+            mixes = self._sums(steps, layer.x_proj, u, ahead=layer.out_proj)
+        else:
+            slices = kernels.slices_of(layer.x_proj, kernels.PARTIAL)
+            mixes = self.mixes[: slices * width * layer.x_proj.rows].view(slices, width, -1)
+            steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, ahead=layer.out_proj.weight, **common)
         eps = float(c.dt_bc_norm_eps or c.rms_norm_eps)
         if wide:
             steps.append(
-                Launch(self._kernel("decode_mix"), width, 256, (mixes, *layer.norms, self.mixed, slices, width, eps))
+                Launch(
+                    self._kernel("decode_mix"), width, 256, (mixes, *layer.norms, self.mixed, len(mixes), width, eps)
+                )
             )
         args = (
             self.mixed if wide else mixes, *layer.norms, layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z,
-            self.ssm[turn, index], self.ssm[1 - turn, index], y, None, 0, slices, width, c.inner_size,
-            z.stride(0), eps,
+            self.ssm[turn, index], self.ssm[1 - turn, index], y, None, 0, len(mixes), width, c.inner_size, eps,
         )  # fmt: skip
         grid = (-(-c.inner_size // 32), -(-width // 8), 1)
         shared = 8 * (c.time_step_rank + 2 * c.state_size) * 4
@@ -250,14 +256,12 @@ class Decoder:
         assert layer.gate is not None and layer.down is not None and layer.ffn_norm is not None
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": width > self.narrow}
         x, product = self._norm(steps, layer.ffn_norm, width, pending, layer.gate), self.product[:width]
-        if common["wide"] and layer.gate.format == "Plain":
-            assert layer.up is not None
-            beside = Product(self.ups, self.x, layer.up.weight, beside=True)
-            steps += [beside, Product(self.product, self.x, layer.gate.weight)]
-            blocks = -(-product.numel() // (256 * (16 // self.dtype.itemsize)))
-            early = kernels.early(layer.down.weight, kernels.AHEAD_SMALL)
-            args = (self.product, self.ups, layer.down.weight, early, product.numel())
-            steps.append(Launch(self._kernel("decode_gate"), blocks, 256, args))
+        if x is not None and decode_wide.fits(layer.gate, self.dtype):
+            sums, size = self._sums(steps, layer.gate, x, second=layer.up), self.config.intermediate_size
+            grid = (-(-size // (256 * (16 // self.dtype.itemsize))), width, 1)
+            steps.append(
+                Launch(self._kernel("decode_gate"), grid, 256, (sums, product, *_ahead(layer.down), len(sums), size))
+            )
         else:
             steps += linear(
                 layer.gate, x, product, result=kernels.SWIGLU, up=layer.up, **common,
@@ -273,9 +277,22 @@ class Decoder:
 
     def _add(self, steps: Step, m: Matrix, x: Tensor, common: dict[str, Any]) -> Tensor | None:
         """A product that is added to the residual stream: at once, or (wide) by the next norm, which gets its sums."""
-        width, slices = common["batch"], kernels.slices_of(m, kernels.RESIDUAL)
+        width = common["batch"]
+        if common["wide"] and decode_wide.fits(m, self.dtype):
+            return self._sums(steps, m, x)
+        slices = kernels.slices_of(m, kernels.RESIDUAL)
         sums = self.sums[: slices * width * m.rows].view(slices, width, m.rows) if common["wide"] else None
         steps += linear(m, x, sums, result=kernels.RESIDUAL, residual=self.residual[:width], **common)
+        return sums
+
+    def _sums(
+        self, steps: Step, m: Matrix, x: Tensor, *, second: Matrix | None = None, ahead: Matrix | None = None
+    ) -> Tensor:
+        """A wide product's sums, (slices, M, O)."""
+        slices, rows = decode_wide.slices_of(m), m.rows * (1 if second is None else 2)
+        sums = self.sums[: slices * x.shape[0] * rows].view(slices, x.shape[0], rows)
+        early = (None, 0) if ahead is None else _ahead(ahead)
+        steps.append(decode_wide.product(m, x, sums, second=second, ahead=early))
         return sums
 
     def _embed(self, width: int) -> Launch:
@@ -345,41 +362,22 @@ class Decoder:
         return graph.replay
 
 
+def _ahead(m: Matrix | None) -> tuple[Tensor | None, int]:
+    """A weight and how much of it a small kernel brings into the L2 cache."""
+    return (None, 0) if m is None else (m.weight, kernels.early(m.weight, kernels.AHEAD_SMALL))
+
+
 def run(steps: Step, *, overlap: bool = False) -> None:
     """Launch them on torch's current stream. overlap: a kernel may begin before the one in front of it has ended; the
     first never does."""
     options: dict[str, Any] = {}
-    beside: Product | None = None
     for one in steps:
         if isinstance(one, Product):
-            if one.beside and one.out.is_cuda:
-                beside = one
-                continue
-            _multiply(one, beside)
-            beside = None
+            torch.mm(one.x, one.weight.t(), out=one.out)
         else:
             how = {"cooperative": True} if one.cooperative else options
             one.kernel(one.grid, one.block, *one.args, shared=one.shared, **how)
         options = {"overlap": True} if overlap else {}
-
-
-def _multiply(one: Product, beside: Product | None) -> None:
-    """A product, and another one at the same time: together they fill the GPU better."""
-    if beside is not None:
-        here = torch.cuda.current_stream(one.out.device)
-        other = _side_stream(one.out.device)
-        other.wait_stream(here)
-        with torch.cuda.stream(other):
-            torch.mm(beside.x, beside.weight.t(), out=beside.out)
-        torch.mm(one.x, one.weight.t(), out=one.out)
-        here.wait_stream(other)
-    else:
-        torch.mm(one.x, one.weight.t(), out=one.out)
-
-
-@lru_cache(maxsize=64)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 # ---- which engine ---------------------------------------------------------------------------------------------------

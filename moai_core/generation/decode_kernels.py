@@ -54,12 +54,11 @@ class Launch(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A product that torch makes: out = x weight^T. beside: at the same time as the one behind it."""
+    """A product that torch makes: out = x weight^T."""
 
     out: Tensor
     x: Tensor
     weight: Tensor
-    beside: bool = False
 
 
 class Matrix(NamedTuple):

@@ -44,6 +44,21 @@ QUANTIZED = {
     },
 }
 
+FP8 = {"format": "fp8", "group_size": 0, "symmetric": True}
+WHOLE = {
+    "bf16": {},
+    "fp16": {"dtype": torch.float16, "residual_in_fp32": True},
+    "mamba": SHAPES["mamba"],
+    "int4": {"quantization": QUANTIZED["int4"]},
+    "bytes": {
+        "quantization": {
+            **{"in_proj": INT8, "x_proj": FP8, "dt_proj": INT8, "out_proj": FP8, "gate_proj": INT8, "up_proj": INT8},
+            **{"down_proj": {**INT4, "group_size": 256}, "lm_head": FP8, "embed_tokens": {**INT4, "group_size": 64}},
+        },
+        "residual_in_fp32": True,
+    },
+}
+
 # 192 columns are no multiple of 128.
 ROTATED = {"out_proj": {**INT4, "group_size": 64}, "in_proj": {**INT4, "group_size": 64}}
 
@@ -166,7 +181,20 @@ def test_rotations_and_the_scale_behind_the_convolution(device, hidden):
     want = plain(exact, ids[:2], 5)[0]
     got, theirs = follow(model, ids[:2], 5, 2)[0], plain(model, ids[:2], 5)[0]
     assert relative(got, want) < 1.2 * relative(theirs, want) + 1e-4
-    assert torch.equal(follow(model, ids, 5, 10)[0][:, :2], got)
+    assert relative(follow(model, ids, 5, 10)[0][:, :2], want) < 1.2 * relative(theirs, want) + 1e-4
+
+
+@pytest.mark.parametrize("width", [9, 33])
+@pytest.mark.parametrize("kind", ["bf16", "int4", "bytes"])
+def test_a_wide_batch_is_as_exact_as_the_model(device, kind, width):
+    """K of several slices; a vocabulary of no multiple of 16 beside it."""
+    fields = {"hidden_size": 1152, "intermediate_size": 1280, "num_hidden_layers": 1, "vocab_size": 401, **WHOLE[kind]}
+    model = make(device, torch.bfloat16, **fields)
+    exact = make(device, torch.bfloat16, **fields).float()
+    ids = ids_of(model, width, 6)
+    want = plain(exact, ids, 4)[0]
+    got, theirs = follow(model, ids, 4, width)[0], plain(model, ids, 4)[0]
+    assert relative(got, want) < 1.2 * relative(theirs, want) + 1e-4
 
 
 # ---- company ----------------------------------------------------------------------------------------------------------
@@ -185,29 +213,13 @@ def test_a_row_has_the_same_bits_at_every_width(device, kind, width):
         return
     ids = ids_of(model, width, 5)
     got, states = follow(model, ids, 3, width)
-    # torch makes the products of wide batches of 16-bit weights: there a row is the same in any other wide batch.
-    others = [] if width <= 8 or kind != "bf16" else list(range(9))
+    # Wide batches sum in another order: there a row is the same in any other wide batch.
+    others = [] if width <= 8 else list(range(9))
     for row in (0, width - 1):
         alone, state = follow(model, ids[[row, *others]], 3, 1 + len(others))
         assert torch.equal(alone[:, 0], got[:, row])
         for one, other in zip(state[0].layers, states[row].layers, strict=True):
             assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-
-
-FP8 = {"format": "fp8", "group_size": 0, "symmetric": True}
-WHOLE = {
-    "bf16": {},
-    "fp16": {"dtype": torch.float16, "residual_in_fp32": True},
-    "mamba": SHAPES["mamba"],
-    "int4": {"quantization": QUANTIZED["int4"]},
-    "bytes": {
-        "quantization": {
-            **{"in_proj": INT8, "x_proj": FP8, "dt_proj": INT8, "out_proj": FP8, "gate_proj": INT8, "up_proj": INT8},
-            **{"down_proj": {**INT4, "group_size": 256}, "lm_head": FP8, "embed_tokens": {**INT4, "group_size": 64}},
-        },
-        "residual_in_fp32": True,
-    },
-}
 
 
 @pytest.mark.parametrize("name", WHOLE)
