@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from moai_core import checkpoint, storage, tensors
 from moai_core.convert import folder as hf
 from moai_core.convert import moai, packed
 from moai_core.convert.source import Lazy, OnEvent, Source
-from moai_core.errors import CheckpointError, UsageError
+from moai_core.errors import CheckpointError, StorageError, UsageError
 from moai_core.model import MoaiMambaConfig
 from moai_core.model.modeling import MoaiMambaLayer
 from moai_core.quant import linear
@@ -74,9 +74,10 @@ def quantize_folder(
     job = Job(source, settings, torch.device(device), on_event)
     data = _calibration(settings, calibration)
     work = _workplace(target, job.key(data.key if data else None), on_event)
-    layers = job.layers(work, data)
-    job.vocabulary(work)
-    with storage.new_folder(target) as folder:
+    with _keeping(work):
+        layers = job.layers(work, data)
+        job.vocabulary(work)
+    with _keeping(work), storage.new_folder(target) as folder:
         found = job.result(work)
         hf.write(folder, job.config_json(), found, source.files, on_event)
         result = report.build(job, found, layers, data)
@@ -148,6 +149,15 @@ def _workplace(target: Path, key: str, on_event: OnEvent | None) -> Path:
     work.mkdir(parents=True)
     storage.write_file(work / KEY, storage.json_bytes({"key": key}))
     return work
+
+
+@contextlib.contextmanager
+def _keeping(work: Path) -> Iterator[None]:
+    """Errors of the disk say where the finished layers are."""
+    try:
+        yield
+    except StorageError as exc:
+        raise StorageError(exc.message, hint=f"{exc.hint}; {work} keeps the finished layers until then") from exc
 
 
 class Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ import sys
 import time
 
 import pytest
+
+from moai_core import storage
 
 FAST = ["--group-size", "32", "--eval-limit", "3"]
 CALIB = ["--calib-sequences", "4", "--calib-length", "64"]
@@ -144,6 +147,20 @@ def test_the_source_is_never_replaced(moai, folder, tmp_path):
             "quantize", "-m", tmp_path / "run" / "step", "--group-size", "32", "-o", tmp_path / target, "--force"
         )
         assert code == 2 and "would replace the source" in err and "hint: " in err
+
+
+def test_a_full_disk_says_what_is_kept(moai, folder, tmp_path, monkeypatch):
+    def full(writer, name, chunks):
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.FolderWriter, "write", full)
+        code, _, err = moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "out")
+    assert code == 4 and "disk full" in err and "out.partial keeps the finished layers" in err, err
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    code, _, err = moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "out")
+    assert code == 0 and "going on after 1 finished layers" in err
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_nan_outside_the_layers(moai, folder, tmp_path):
