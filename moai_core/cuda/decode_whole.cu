@@ -22,6 +22,9 @@
 //           and up, down, head, embedding
 #include "decode.cuh"
 
+#ifndef FLIGHT
+#define FLIGHT 2  // stages of a feeder that may be on their way
+#endif
 #ifndef PAUSE
 #define PAUSE 0  // nanoseconds between two looks for a packet
 #endif
@@ -29,6 +32,7 @@
 using uint64 = unsigned long long;
 
 constexpr int TEAM = 8, TEAMS = 2, WARPS = TEAM * TEAMS, THREADS = 32 * WARPS, TEAM_THREADS = 32 * TEAM;
+constexpr int FED = 4, FEEDERS = WARPS / FED;  // warps that one warp reads weights for
 constexpr int PIECE = 16 / sizeof(T);  // numbers of 16 bytes
 static_assert(sizeof(T) == 2, "16-bit arithmetic");
 
@@ -91,6 +95,33 @@ DEVICE int count_one(int* counter) {
 #endif
 }
 
+// All threads but the feeders.
+DEVICE void block_barrier() {
+#ifdef MOAI_HOST
+  host_barrier(3, THREADS);
+#else
+  asm volatile("bar.sync 3, %0;" ::"n"(THREADS) : "memory");
+#endif
+}
+
+// Counters in shared memory, from warp to warp: what was written before `tell` is there after `told`.
+DEVICE void tell(int* counter, int value) {
+#ifdef MOAI_HOST
+  *(volatile int*)counter = value;
+#else
+  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"((uint32)__cvta_generic_to_shared(counter)), "r"(value) : "memory");
+#endif
+}
+DEVICE int told(const int* counter) {
+#ifdef MOAI_HOST
+  return *(const volatile int*)counter;
+#else
+  int value;
+  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"((uint32)__cvta_generic_to_shared(counter)) : "memory");
+  return value;
+#endif
+}
+
 DEVICE void send(uint64* to, uint32 data, uint32 tag) {
   const uint64 packet = (uint64)tag << 32 | data;
 #ifdef MOAI_HOST
@@ -116,6 +147,12 @@ DEVICE void pause(int& looks) {
 #else
   if (++looks > 1 << 23) asm volatile("trap;");
   if (PAUSE > 0) asm volatile("nanosleep.u32 %0;" ::"n"(PAUSE));
+#endif
+}
+
+DEVICE void breathe() {
+#ifdef MOAI_HOST
+  host_yield();
 #endif
 }
 
@@ -166,7 +203,7 @@ struct Block {
   DEVICE const X* numbers(int layer, int place) const { return (const X*)records[layer * RECORD + place]; }
 };
 
-// What a warp reads next.
+// What a feeder reads next, for FED warps beside each other.
 struct Fetch {
   int layer, kind, unit, slice, step;
   int chunk, upper_end, lower_end;
@@ -203,12 +240,15 @@ struct Fetch {
     }
   }
 
-  // Starts a stage of the ring and moves on.
-  DEVICE void stage(const Block& b, Words* to) {
-    copy_async_16(to + b.lane, upper, chunk < upper_end);
-    copy_async_16(to + 32 + b.lane, lower, chunk < lower_end);
-    if constexpr (SCALED)
-      if (chunk < group_end) copy_async_4((uint32*)(to + 64) + b.lane, scales + ((parity + (chunk >> shift)) & ~1));
+  // Starts a stage of each of the rings, `apart` words from each other, and moves on.
+  DEVICE void stage(const Block& b, Words* to, int apart) {
+#pragma unroll
+    for (int fed = 0; fed < FED; fed++, to += apart) {
+      copy_async_16(to + b.lane, upper + fed * 64, chunk + fed < upper_end);
+      copy_async_16(to + 32 + b.lane, lower + fed * 64, chunk + fed < lower_end);
+      if constexpr (SCALED)
+        if (chunk + fed < group_end) copy_async_4((uint32*)(to + 64) + b.lane, scales + ((parity + ((chunk + fed) >> shift)) & ~1));
+    }
     copy_async_commit();
     upper += TEAM * 64, lower += TEAM * 64, chunk += TEAM;
     if (--step > 0 || layer > b.layers) return;
@@ -225,18 +265,45 @@ struct Fetch {
   }
 };
 
-struct Ring {
-  Words* stages;
-  int ready;
-  Fetch fetch;
-
-  // The stage that comes next, there; another one is on its way behind it.
-  DEVICE const Words* take(const Block& b) {
-    copy_async_wait<DEPTH - 2>();
+// A feeder: it fills the rings of FED warps as far as there is room, but has few stages on their way at a time: memory is
+// busy with those, and packets would wait behind more.
+DEVICE void feed(const Block& b, Words* rings, int* landed, const int* taken) {
+  Fetch fetch{};
+  fetch.unit = b.first(0, IN);
+  fetch.begin(b);
+  int step = 0, place = 0, known = 0;
+  while (fetch.layer <= b.layers) {
+    if (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) {
+      copy_async_wait<0>();
+      __syncwarp();
+      if (b.lane == 0) tell(landed, known = step);
+      while (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) breathe();
+    }
+    fetch.stage(b, rings + place * STAGE, DEPTH * STAGE);
+    step++, place = place + 1 == DEPTH ? 0 : place + 1;
+    copy_async_wait<FLIGHT>();
     __syncwarp();
-    fetch.stage(b, stages + (ready == 0 ? DEPTH - 1 : ready - 1) * STAGE);
-    const Words* found = stages + ready * STAGE;
-    ready = ready + 1 == DEPTH ? 0 : ready + 1;
+    if (b.lane == 0 && step - FLIGHT > known) tell(landed, known = step - FLIGHT);
+  }
+  copy_async_wait<0>();
+  __syncwarp();
+  if (b.lane == 0) tell(landed, step);
+}
+
+// A warp's own side of its ring.
+struct Ring {
+  const Words* stages;
+  const int* landed;
+  int* taken;
+  int step, place;
+
+  // The stage that comes next; the one before is given back.
+  DEVICE const Words* take(const Block& b) {
+    __syncwarp();
+    if (b.lane == 0) tell(taken, step);
+    while (told(landed) <= step) breathe();
+    const Words* found = stages + place * STAGE;
+    step++, place = place + 1 == DEPTH ? 0 : place + 1;
     return found;
   }
 };
@@ -500,7 +567,7 @@ DEVICE void norm_stream(Words* xs, R* stream, float* scratch, const uint64* from
     sum = warp_sum(sum);
     if (thread % 32 == 0) scratch[thread / 32] = sum;
   }
-  __syncthreads();
+  block_barrier();
   const float rstd = rstd_of(scratch, H, eps);
   for (int piece = thread; thread < TEAM_THREADS && piece * PIECE < H; piece += TEAM_THREADS) {
     const Vec<T, PIECE> w = piece == thread ? first : load_vec<T, PIECE>(weight + piece * PIECE);
@@ -509,7 +576,7 @@ DEVICE void norm_stream(Words* xs, R* stream, float* scratch, const uint64* from
     for (int i = 0; i < PIECE; i++) y.at[i] = from_float<T>(to_float(stream[piece * PIECE + i]) * rstd * to_float(w.at[i]));
     put_piece<typename W::Format>(xs, piece, *reinterpret_cast<const Words*>(&y));
   }
-  __syncthreads();
+  block_barrier();
 }
 
 // ---- dt_proj, softplus, the scan's step and the gate
@@ -528,14 +595,14 @@ DEVICE void mix(float* mixed, float* sums, float* rstd, const Block& b, int laye
     receive<1>(data, from + 2 * i, b.tag, true);
     sums[2 * i] = bits_float(data[0]), sums[2 * i + 1] = bits_float(data[1]);
   }
-  __syncthreads();
+  block_barrier();
   for (int i = threadIdx.x; i < MIX; i += THREADS) {
     float sum = 0.0f;
 #pragma unroll 4
     for (int slice = 0; slice < slices; slice++) sum += sums[slice * MIX + i];
     mixed[i] = rounded<T>(sum);
   }
-  __syncthreads();
+  block_barrier();
   if constexpr (NORMS) {
     const int part = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (part < 3) {
@@ -546,13 +613,13 @@ DEVICE void mix(float* mixed, float* sums, float* rstd, const Block& b, int laye
       sum = warp_sum(sum);
       if (lane == 0) rstd[part] = rsqrtf(sum / (float)size + eps);
     }
-    __syncthreads();
+    block_barrier();
     for (int i = threadIdx.x; i < MIX; i += THREADS) {
       const int which = i < RANK ? 0 : i < RANK + N ? 1 : 2;
       const T* weight = b.numbers<T>(layer, NORM_DT + which) + (i - (which == 0 ? 0 : RANK + (which - 1) * N));
       mixed[i] = rounded<T>(mixed[i] * rstd[which] * to_float(*weight));
     }
-    __syncthreads();
+    block_barrier();
   }
 }
 
@@ -604,7 +671,7 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
       for (int other = 4; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
       if (part == 0) steps[own] = softplus(rounded<T>(sum) + bias);
     }
-    __syncthreads();
+    block_barrier();
     if (threadIdx.x < CHANNELS * LANES) {
       const float step = steps[place];
       const float* B = mixed + RANK + lane * 4;
@@ -621,7 +688,7 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
       if (states && lane == 0 && c % 2 == 0) send(at.y + c / 2, bits | next << 16, b.tag);
       if (states) store_vec<float, 4>(next_state + (int64)c * N + lane * 4, h);
     }
-    __syncthreads();  // `steps` is free
+    block_barrier();  // `steps` is free
   }
 }
 
@@ -655,7 +722,7 @@ DEVICE void bring_layer(const Block& b, int layer, const T* window, const float*
 // packets of all layers. clock: steps so far, blocks that have ended this one. windows (layers, I, KC - 1) and states
 // (layers, I, N), rows `capacity` apart. Shared memory: 16 rings of DEPTH stages; 2 `room` bytes for x; the stream, H
 // numbers of 16 bytes' multiple; the table.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(32 * (WARPS + FEEDERS), 1)
 decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* token, const unsigned char* embedding,
              const Embedding::Scale* embedding_scales, const fp16* embedding_zeros, const T* window, T* next_window,
              const float* state, float* next_state, T* logits, int64 layers, int64 H, int64 I, int64 F, int64 V,
@@ -663,30 +730,37 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
   extern __shared__ Words shared[];
   __shared__ float red_of[TEAMS][2 * 4 * TEAM * 16], scratch[TEAM], rstd[3], steps[CHANNELS], mixed[MIX];
   __shared__ Shape shapes[KINDS];
+  __shared__ int landed[FEEDERS], taken[WARPS];
   Words* const x = shared + WARPS * DEPTH * STAGE;
   R* const stream = (R*)(x + 2 * room / 16);
   int64* const records = (int64*)(x + 2 * room / 16 + (H * sizeof(R) + 15) / 16);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
+  if (threadIdx.x < FEEDERS) landed[threadIdx.x] = 0;
+  if (threadIdx.x < WARPS) taken[threadIdx.x] = 0;
   const uint32 tag = (uint32)(*(const volatile int64*)clock + 1);
-  for (int i = threadIdx.x; i < (layers + 1) * RECORD; i += THREADS) records[i] = table[i];
+  for (int i = threadIdx.x; i < (layers + 1) * RECORD; i += 32 * (WARPS + FEEDERS)) records[i] = table[i];
   if (threadIdx.x < KINDS) {
     const int64* n = table + (layers + 1) * RECORD + threadIdx.x * SHAPE;
     shapes[threadIdx.x] = {n[0], (int)n[1], (int)n[2], (int)n[3], (int)n[4], (int)n[5], (int)n[6], (int)n[7], (int)n[8], (int)n[9], (int)n[10]};
   }
   const int64 id = *token < 0 ? 0 : *token;
-  for (int c = threadIdx.x; c < H; c += THREADS)
+  for (int c = threadIdx.x; c < H; c += 32 * (WARPS + FEEDERS))
     stream[c] = from_float<R>(embedded<Embedding::Format, T>(embedding + id * row_bytes, embedding_scales, embedding_zeros, id * groups, c, group));
   __syncthreads();
 
-  Block b{records, shapes, (int)layers, (int)gridDim.x * TEAMS, (int)blockIdx.x + (warp >= TEAM ? (int)gridDim.x : 0), warp % TEAM, lane,
-          shapes[LAYER_KINDS - 1].before + shapes[LAYER_KINDS - 1].units, tag};
-  Ring ring{shared + warp * DEPTH * STAGE, 0, Fetch{}};
-  ring.fetch.layer = 0, ring.fetch.kind = IN, ring.fetch.slice = 0, ring.fetch.unit = b.first(0, IN);
-  ring.fetch.begin(b);
-  for (int d = 0; d < DEPTH - 1; d++) ring.fetch.stage(b, ring.stages + d * STAGE);
+  const bool feeder = warp >= WARPS;
+  const int side = feeder ? (warp - WARPS) * FED / TEAM : warp / TEAM;
+  const Block b{records, shapes, (int)layers, (int)gridDim.x * TEAMS, (int)blockIdx.x + side * (int)gridDim.x,
+                feeder ? (warp - WARPS) * FED % TEAM : warp % TEAM, lane, shapes[LAYER_KINDS - 1].before + shapes[LAYER_KINDS - 1].units, tag};
+  if (feeder) {
+    const int group = warp - WARPS;
+    feed(b, shared + group * FED * DEPTH * STAGE, landed + group, taken + group * FED);
+    return;
+  }
+  Ring ring{shared + warp * DEPTH * STAGE, landed + warp / FED, taken + warp, 0, 0};
 
-  float* const red = red_of[warp / TEAM];
+  float* const red = red_of[side];
   int turn = 0;
   int64 which = 0;  // where the next x goes
   const int slices = shapes[MIX_IN].parts * shapes[MIX_IN].inner;
@@ -717,7 +791,7 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
     } else {
       take_vector<MixIn>(x + which, at.u, 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
     }
-    __syncthreads();
+    block_barrier();
     product<MixIn>(b, ring, red, turn, layer, MIX_IN, x + which, SendSums{b, layer, at.sums});
     which = room / 16 - which;
 
@@ -725,7 +799,7 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
     which = room / 16 - which;
 
     if (busy(b, layer, OUT)) take_vector<Out>(x + which, at.y, 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
-    __syncthreads();
+    block_barrier();
     product<Out>(b, ring, red, turn, layer, OUT, x + which, AddToStream<Out>{b, layer, OUT, (int)H, stream, at.middle});
     which = room / 16 - which;
 
@@ -734,7 +808,7 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
       product<Up>(b, ring, red, turn, layer, UP, x + which, Gated{b, layer, (int)F, at.product});
       which = room / 16 - which;
       if (busy(b, layer, DOWN)) take_vector<Down>(x + which, at.product, 0, (int)F / PIECE, threadIdx.x, THREADS, tag);
-      __syncthreads();
+      block_barrier();
       product<Down>(b, ring, red, turn, layer, DOWN, x + which, AddToStream<Down>{b, layer, DOWN, (int)H, stream, at.end});
       which = room / 16 - which;
     }
@@ -743,7 +817,6 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
   norm_stream<Head>(x + which, stream, scratch, before, b.numbers<T>((int)layers, NORM), (int)H, eps, tag);
   product<Head>(b, ring, red, turn, (int)layers, HEAD, x + which, Logits{b, (int)V, logits});
 
-  copy_async_wait<0>();
-  __syncthreads();
+  block_barrier();
   if (threadIdx.x == 0 && count_one((int*)(clock + 1)) == (int)gridDim.x - 1) clock[0] += 1, clock[1] = 0;
 }
