@@ -1,4 +1,4 @@
-// moai: kernels sample_best, sample_masses, sample_pick; macros T=bf16 | T=float | T=fp16
+// moai: kernels sample_best, sample_masses, sample_gather, sample_pick; macros T=bf16 | T=float | T=fp16
 //
 // The next token of each row from its logits, as generation/sampling.py defines it: repetition penalty, temperature,
 // top-k, top-p, min-p, and the number of the row's own random stream (Philox 4x64-10) looked up in the distribution.
@@ -8,6 +8,7 @@
 //
 //   sample_best    slices of the vocabulary: the largest score and where it first occurs
 //   sample_masses  slices: how many tokens, and how much weight, at each distance from the best
+//   sample_gather  slices: the tokens of the best bins, as many as the last kernel can keep
 //   sample_pick    a block a row: the filters' thresholds, the draw
 //
 // Tokens are ordered by score, equal ones by id. So every filter is a threshold in that order: the token's key, score
@@ -24,6 +25,7 @@ constexpr int SLICE = 4096;   // tokens of a block of sample_best and sample_mas
 constexpr int BINS = 1312;    // of 1/32 of a factor of two: down to 2^-41
 constexpr int LIST = 4096;    // tokens of a bin that are gathered
 constexpr float UNIT = 1099511627776.0f;  // 2^40
+constexpr uint64 MOST = (1ull << 40) - 1;  // whose halves of 20 bits add up SLICE times in 32 bits
 
 struct Row {
   const T* logits;
@@ -39,7 +41,10 @@ struct Row {
   // Powers of two below the best.
   DEVICE float distance(float score) const { return (best - score) * inverse; }
   DEVICE static float weight(float distance) { return exp2_approx(-distance); }
-  DEVICE static uint64 mass(float distance) { return (uint64)(weight(distance) * UNIT); }
+  DEVICE static uint64 mass(float distance) {
+    const uint64 whole = (uint64)(weight(distance) * UNIT);
+    return whole < MOST ? whole : MOST;
+  }
   DEVICE static int bin(float distance) { return distance < (BINS - 1) / 32.0f ? (int)(distance * 32.0f) : BINS - 1; }
 };
 
@@ -73,7 +78,7 @@ DEVICE void each_token(const Row& r, int64 begin, int64 end, int thread, int thr
     }
     return x;
   };
-  constexpr int AHEAD = 4;  // loads under way: a block alone waits for each
+  constexpr int AHEAD = 2;  // loads under way: a block alone waits for each
   const int64 step = (int64)threads * PIECE;
   int64 id = begin + (int64)thread * PIECE;
   Vec<T, PIECE> next[AHEAD];
@@ -151,14 +156,14 @@ extern "C" __global__ void __launch_bounds__(256)
 sample_masses(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty,
               const float* best_score, const int* best_id, int* counts, uint64* masses, int64 V, int64 known) {
   __shared__ int count[BINS];
-  __shared__ uint64 mass[BINS];
+  __shared__ uint32 low[BINS], high[BINS];  // of masses: adding 64 bits takes a loop
   __shared__ Best best;
   wait_for_previous();
   let_next_begin();
   const int64 row = blockIdx.y;
   Row r = row_of(logits, seen, temperature, penalty, row, V);
   if (r.inverse == 0.0f) return;
-  for (int b = threadIdx.x; b < BINS; b += 256) count[b] = 0, mass[b] = 0;
+  for (int b = threadIdx.x; b < BINS; b += 256) count[b] = 0, low[b] = 0, high[b] = 0;
   r.best = whole_best(best_score, best_id, row, gridDim.x, &best).score;
   if (!finite(r.best)) return;
   const int64 begin = (int64)blockIdx.x * SLICE, end = begin + SLICE < known ? begin + SLICE : known;
@@ -167,13 +172,58 @@ sample_masses(const T* logits, const unsigned char* seen, const double* temperat
     const int b = Row::bin(distance);
     if (b == BINS - 1) return;  // most of them, and never drawn
     atomicAdd(&count[b], 1);
-    atomicAdd(&mass[b], Row::mass(distance));
+    const uint64 mass = Row::mass(distance);
+    atomicAdd(&low[b], (uint32)mass & 0xfffffu);
+    atomicAdd(&high[b], (uint32)(mass >> 20));
   });
   __syncthreads();
   for (int b = threadIdx.x; b < BINS; b += 256) {
     if (count[b]) atomicAdd(&counts[row * BINS + b], count[b]);
-    if (mass[b]) atomicAdd(&masses[row * BINS + b], mass[b]);
+    if (low[b] | high[b]) atomicAdd(&masses[row * BINS + b], ((uint64)high[b] << 20) + low[b]);
   }
+}
+
+// Grid: x slices, y rows. The keys of the tokens in the bins that are searched first: as many of the best bins as have no
+// more than LIST tokens together. keys (rows, LIST); filled (rows), zeros before, how many there are.
+extern "C" __global__ void __launch_bounds__(256)
+sample_gather(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty,
+              const float* best_score, const int* best_id, const int* counts, uint64* keys, int* filled, int64 V, int64 known) {
+  constexpr int OWN = (BINS - 1 + 255) / 256;  // bins of a thread
+  __shared__ int warps[8], limit;
+  __shared__ Best best;
+  wait_for_previous();
+  let_next_begin();
+  const int64 row = blockIdx.y;
+  Row r = row_of(logits, seen, temperature, penalty, row, V);
+  if (r.inverse == 0.0f) return;
+  if (threadIdx.x == 0) limit = BINS - 1;
+  r.best = whole_best(best_score, best_id, row, gridDim.x, &best).score;
+  if (!finite(r.best)) return;
+  const int lane = threadIdx.x % 32, first = threadIdx.x * OWN;
+  int own[OWN], sum = 0;
+#pragma unroll
+  for (int i = 0; i < OWN; i++) sum += own[i] = first + i < BINS - 1 ? counts[row * BINS + first + i] : 0;
+  int until = sum;
+#pragma unroll
+  for (int other = 1; other < 32; other *= 2) {
+    const int left = __shfl_up_sync(0xffffffffu, until, other);
+    if (lane >= other) until += left;
+  }
+  if (lane == 31) warps[threadIdx.x / 32] = until;
+  __syncthreads();
+  for (int w = 0; w < (int)threadIdx.x / 32; w++) until += warps[w];
+  int before = until - sum;
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    if (before <= LIST && before + own[i] > LIST) limit = first + i;  // the first bin that is left out
+    before += own[i];
+  }
+  __syncthreads();
+  const int end_bin = limit;
+  const int64 begin = (int64)blockIdx.x * SLICE, end = begin + SLICE < known ? begin + SLICE : known;
+  each_token(r, begin, end, threadIdx.x, 256, [&](int64 id, float score) {
+    if (Row::bin(r.distance(score)) < end_bin) keys[row * LIST + atomicAdd(&filled[row], 1)] = key_of(score, id);
+  });
 }
 
 // ---- Thresholds
@@ -210,6 +260,8 @@ struct Picker {
   Work& w;
   const int* counts;
   const uint64* masses;
+  const uint64* keys;  // of the tokens in bins before `listed`
+  int filled, listed;
   int64 known;
 
   // The first of n <= 2 THREADS values that takes their sum beyond `target`, n if none does; `before`: the sum in front
@@ -257,7 +309,13 @@ struct Picker {
       __syncthreads();
       if (threadIdx.x == 0) w.filled = 0, w.bin = bin;
       __syncthreads();
-      scan_row(bin, [&](uint64 key, float) { w.keys[atomicAdd(&w.filled, 1)] = key; });
+      const auto keep = [&](uint64 key) { w.keys[atomicAdd(&w.filled, 1)] = key; };
+      if (bin < listed) {
+        for (int i = threadIdx.x; i < filled; i += THREADS)
+          if (Row::bin(distance_of(keys[i])) == bin) keep(keys[i]);
+      } else {
+        scan_row(bin, [&](uint64 key, float) { keep(key); });
+      }
       __syncthreads();
     }
     for (int i = threadIdx.x; i < count; i += THREADS) f(w.keys[i], distance_of(w.keys[i]));
@@ -338,7 +396,8 @@ DEVICE double uniform(uint64 seed, uint64 n) {
 extern "C" __global__ void __launch_bounds__(THREADS)
 sample_pick(const T* logits, unsigned char* seen, const double* temperature, const double* top_p, const double* min_p,
             const double* penalty, const int64* top_k, const int64* seed, int64* draws, const float* best_score,
-            const int* best_id, int* counts, uint64* masses, int64* token, int64 slices, int64 V, int64 known) {
+            const int* best_id, int* counts, uint64* masses, const uint64* keys, int* filled, int64* token, int64 slices,
+            int64 V, int64 known) {
   extern __shared__ uint64 shared[];
   Work& w = *reinterpret_cast<Work*>(shared);
   wait_for_previous();
@@ -355,10 +414,11 @@ sample_pick(const T* logits, unsigned char* seen, const double* temperature, con
   }
   if (r.inverse > 0.0f) {
     counts += row * BINS, masses += row * BINS;
-    Picker p{r, w, counts, masses, known};
+    Picker p{r, w, counts, masses, keys + row * LIST, filled[row], 0, known};
     Value kept{false, 0, 0.0f};  // what is kept in bin `last`; of those before, all
     int last = BINS - 2;
     uint64 before;
+    p.listed = p.beyond(BINS - 1, LIST, before, [&](int b) { return (uint64)counts[b]; });
     const int64 k = top_k[row];
     const double nucleus = top_p[row];
     if (k > 0 && k < known) {
@@ -420,7 +480,7 @@ sample_pick(const T* logits, unsigned char* seen, const double* temperature, con
     }
     __syncthreads();
     for (int b = threadIdx.x; b < BINS; b += THREADS) counts[b] = 0, masses[b] = 0;
-    if (threadIdx.x == 0) draws[row] += 1;
+    if (threadIdx.x == 0) draws[row] += 1, filled[row] = 0;
   }
   if (threadIdx.x > 0) return;
   token[row] = chosen;

@@ -21,6 +21,12 @@
 //   MIXED  1: decode_mix has been there     KC  width of the convolution
 #include "decode.cuh"
 
+#ifndef ROWS
+#define ROWS 8  // of a block of decode_scan at most
+#endif
+#ifndef BLOCKS
+#define BLOCKS 3
+#endif
 constexpr int THREADS = 256, WARPS = 8;
 constexpr int PIECE = 16 / sizeof(T);
 constexpr int MIX = RANK + 2 * N;
@@ -208,7 +214,6 @@ decode_mix(const float* partial, const T* norm_dt, const T* norm_B, const T* nor
 // ---- The step
 
 constexpr int CHANNELS = 32;  // of a block; 8 threads each for dt_proj
-constexpr int ROWS = 8;       // of a block at most
 constexpr int VEC = RANK % PIECE == 0 ? PIECE : 1;
 constexpr int PER = (RANK + 8 * VEC - 1) / (8 * VEC);  // vectors of dt_proj's row that a thread has
 constexpr int LANES = N / 4;                           // threads that share a channel's states
@@ -225,8 +230,8 @@ struct Place {
       : lane(i % LANES), own(i / LANES % CHANNELS), m(i / (LANES * CHANNELS)), c(first + own < I ? first + own : I - 1), real(first + own < I) {}
 };
 
-// Grid: x 32 channels each, y 8 rows each. A_log2: -exp(A_log) log2(e), (I, N). Shared memory: mixed, ROWS MIX floats.
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
+// Grid: x 32 channels each, y ROWS rows each. A_log2: -exp(A_log) log2(e), (I, N). Shared memory: mixed, ROWS MIX floats.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* norm_C, const T* dt_weight,
             const float* dt_bias, const float* A_log2, const float* D, const T* u, const T* z, const float* state,
             float* next_state, T* y, const unsigned char* ahead, int64 ahead_bytes, int64 slices, int64 batch, int64 I,

@@ -39,7 +39,7 @@ __all__ = ["Decoder", "decoder", "run", "why_not"]
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 # As decode_sample.cu has them.
-_SLICE, _BINS, _WORK = 4096, 1312, 40 << 10
+_SLICE, _BINS, _LIST, _WORK = 4096, 1312, 4096, 40 << 10
 
 Step = list[Launch | Product]
 
@@ -126,6 +126,7 @@ class Decoder:
         slices = -(-self.known // _SLICE)
         self.best, self.best_id = make(rows, slices), make(rows, slices, dtype=torch.int32)
         self.bins, self.masses = make(rows, _BINS, dtype=torch.int32), make(rows, _BINS, dtype=torch.int64)
+        self.keys, self.filled = make(rows, _LIST, dtype=torch.int64), make(rows, dtype=torch.int32)
 
     def put(self, place: int, state: MoaiState, token: int, settings: Settings, seed: int, draws: int) -> None:
         """A row that goes on from `state` (of one row) by reading `token`."""
@@ -246,9 +247,10 @@ class Decoder:
             self.mixed if wide else mixes, *layer.norms, layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z,
             self.ssm[turn, index], self.ssm[1 - turn, index], y, None, 0, len(mixes), width, c.inner_size, eps,
         )  # fmt: skip
-        grid = (-(-c.inner_size // 32), -(-width // 8), 1)
-        shared = 8 * (c.time_step_rank + 2 * c.state_size) * 4
-        steps.append(Launch(self._kernel("decode_scan", MIXED=int(wide)), grid, 256, args, shared))
+        rows = kernels.SCAN_ROWS
+        grid = (-(-c.inner_size // 32), -(-width // rows), 1)
+        shared = rows * (c.time_step_rank + 2 * c.state_size) * 4
+        steps.append(Launch(self._kernel("decode_scan", MIXED=int(wide), **kernels.SCAN), grid, 256, args, shared))
         self._rotate(steps, layer.rotation, y)
         return self._add(steps, layer.out_proj, y, common)
 
@@ -314,13 +316,17 @@ class Decoder:
         slices, size = self.best.shape[1], self.config.vocab_size
         first = (self.logits, self.seen, temperature, penalty, self.best, self.best_id)
         found = (self.best, self.best_id, self.bins, self.masses)
+        listed = (self.keys, self.filled)
         return [
             Launch(kernel("sample_best"), (slices, width, 1), 256, (*first, size, self.known)),
             Launch(kernel("sample_masses"), (slices, width, 1), 256, (*first, *found[2:], size, self.known)),
             Launch(
+                kernel("sample_gather"), (slices, width, 1), 256, (*first, self.bins, *listed, size, self.known)
+            ),
+            Launch(
                 kernel("sample_pick"), width, 1024,
-                (self.logits, self.seen, temperature, top_p, min_p, penalty, top_k, seed, draws, *found, token, slices,
-                 size, self.known),
+                (self.logits, self.seen, temperature, top_p, min_p, penalty, top_k, seed, draws, *found, *listed, token,
+                 slices, size, self.known),
                 _WORK,
             ),
         ]  # fmt: skip

@@ -36,6 +36,8 @@ WIDE_TILES = 4
 AHEAD = 24 << 20
 # The same of the next product's weight while a small kernel of a wide batch runs: what memory brings meanwhile.
 AHEAD_SMALL = 8 << 20
+SCAN_ROWS = 8
+SCAN = {"ROWS": 8, "BLOCKS": 3}
 _TILE_SUMS = 8 * 20
 _WHOLE_ROW = 1 << 30
 
