@@ -104,12 +104,13 @@ DEVICE void block_barrier() {
 #endif
 }
 
-// Counters in shared memory, from warp to warp: what was written before `tell` is there after `told`.
+// Counters in shared memory, from warp to warp: what was read and written there before `tell` is done after `told`. Shared
+// memory serves a warp in order, and a fence would wait for copies under way, so there is none.
 DEVICE void tell(int* counter, int value) {
 #ifdef MOAI_HOST
   *(volatile int*)counter = value;
 #else
-  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"((uint32)__cvta_generic_to_shared(counter)), "r"(value) : "memory");
+  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"((uint32)__cvta_generic_to_shared(counter)), "r"(value) : "memory");
 #endif
 }
 DEVICE int told(const int* counter) {
@@ -117,7 +118,7 @@ DEVICE int told(const int* counter) {
   return *(const volatile int*)counter;
 #else
   int value;
-  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"((uint32)__cvta_generic_to_shared(counter)) : "memory");
+  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(value) : "r"((uint32)__cvta_generic_to_shared(counter)) : "memory");
   return value;
 #endif
 }
