@@ -30,7 +30,7 @@ from moai_core.paths import cache_dir
 # Elementary operations; below it a second thread costs more than it gives.
 SMALL = 1 << 16
 # Who compiles kernels beside this process (warm.Helper), if anybody does.
-helper: Any = None
+helpers: list[Any] = []
 _forked = False
 
 
@@ -63,7 +63,7 @@ def start(kernel: Any, address: int, threads: int) -> None:
 @cache
 def entry(module: str, name: str) -> Any:
     """The C function of a kernel: compiled, or read from disk, at first use."""
-    if helper is not None:
+    for helper in helpers:
         helper.wait(module, name)
     compiled = getattr(load(module), name)()
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)

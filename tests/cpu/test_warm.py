@@ -13,32 +13,38 @@ from moai_core.cpu import warm
 
 
 def test_every_kernel_of_an_answer_is_known():
-    for module, kernel in warm.kernels(quantized=True):
+    for module, kernel in (one for kind in warm.KERNELS.values() for one in kind):
         assert callable(getattr(cpu.load(module), kernel))
 
 
 def test_it_waits_for_names_and_not_for_a_process_that_died(monkeypatch):
     said = "print('moai_core.scan.cpu_kernels conv_forward')\n"
     helper = warm.Helper.__new__(warm.Helper)
-    helper.known = set(warm.kernels(quantized=False))
+    helper.left = set(warm.KERNELS["plain"])
     helper.process = subprocess.Popen([sys.executable, "-c", said], stdout=subprocess.PIPE, text=True)
     helper.wait("moai_core.scan.cpu_kernels", "conv_forward")
-    assert ("moai_core.scan.cpu_kernels", "conv_forward") not in helper.known
+    assert ("moai_core.scan.cpu_kernels", "conv_forward") not in helper.left
     helper.wait("moai_core.scan.cpu_kernels", "scan_forward")
-    assert not helper.known
+    assert not helper.left
     helper.process.wait()
 
 
 def test_nothing_is_started_where_the_cache_is_full_or_there_is_one_core(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(cpu, "helper", None)
+    monkeypatch.setattr(cpu, "helpers", [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     warm.begin()
-    assert cpu.helper is None
+    assert cpu.helpers == []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    warm._mark(False).touch()
+    warm._mark("plain").touch()
     warm.begin()
-    assert cpu.helper is None
+    assert cpu.helpers == []
+    started = []
+    monkeypatch.setattr(warm, "Helper", lambda kind: started.append(kind) or kind)
+    warm.begin(quantized=True)
+    assert cpu.helpers == started == ["quantized"]
+    warm.begin(quantized=True)
+    assert len(started) == 1
 
 
 @pytest.mark.slow
@@ -46,12 +52,12 @@ def test_the_other_process_needs_no_torch_and_fills_the_cache(tmp_path):
     program = """
 import sys
 from moai_core.cpu import warm
-warm.main(False)
+warm.main("plain")
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert [tuple(line.split()) for line in done.stdout.splitlines()] == warm.kernels(quantized=False)
+    assert [tuple(line.split()) for line in done.stdout.splitlines()] == warm.KERNELS["plain"]
     assert len(list(tmp_path.glob("*/all-plain-*"))) == 1
 
 
