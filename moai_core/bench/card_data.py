@@ -16,8 +16,8 @@ from moai_core.bench.report import Table
 from moai_core.errors import CheckpointError
 
 ATTRIBUTION = "ATTRIBUTION.md"
-# Words of licences that ask for themselves.
-_SHARE_ALIKE = re.compile(r"GPL|GFDL|MPL|BY-SA|mixed|as each")
+# Words of licences that ask for themselves; not of a package around what is in the public domain.
+_SHARE_ALIKE = re.compile(r"^(?!public domain).*(GPL|GFDL|MPL|BY-SA|mixed|as each)")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -67,8 +67,9 @@ def _by_language(used: list[tuple[dict[str, Any], int]]) -> Table:
     rows: list[tuple[str, ...]] = []
     for lang in sorted({str(one["lang"]) for one, _ in used}):
         mine = [(one, size) for one, size in used if one["lang"] == lang]
-        largest = sorted(mine, key=lambda pair: -pair[1])[:3]
-        named = ", ".join(str(one.get("kind") or one["name"]).replace("|", "/") for one, _ in largest)
+        largest = sorted(mine, key=lambda pair: -pair[1])
+        kinds = list(dict.fromkeys(str(one.get("kind") or one["name"]).replace("|", "/") for one, _ in largest))
+        named = ", ".join(kinds[:3])
         once = sum(one["kept"].get("train with weight", one["kept"]["train"])["bytes"] for one, _ in mine)
         rows.append((lang, named, str(len(mine)), f"{sum(size for _, size in mine):,}", f"{once:,}"))
     return Table("", ("language", "most of it", "sources", "bytes", "read in one pass"), rows, left=2)

@@ -120,7 +120,7 @@ def test_sources_travel_in_a_file_where_the_mix_has_one(folder, mix, run):
     card.write(folder, title="moai-30m", runs=[run], data=[mix, mix.parent], licence="apache-2.0")
     text = (folder / "README.md").read_text(encoding="utf-8")
     for words in (
-        "| ko | a, b | 2 | 8,642 | 8,642 |", "[ATTRIBUTION.md](ATTRIBUTION.md)", "published under apache-2.0", "67% of their bytes",
+        "| ko | a, b | 2 | 8,642 | 8,642 |", "[ATTRIBUTION.md](ATTRIBUTION.md)", "published under apache-2.0", "50% of their bytes",
         "    moai chat\n", "![validation sets of run](valid.png)",
     ):  # fmt: skip
         assert words in text, words
