@@ -113,6 +113,9 @@ def test_sources_travel_in_a_file_where_the_mix_has_one(folder, mix, run):
     value["sources"] += [
         {**value["sources"][0], "name": n, "kind": n, "lang": "ko", "licence": "CC-BY-SA-4.0"} for n in "ab"
     ]
+    value["sources"] += [
+        {**value["sources"][0], "name": "c", "kind": "old verse", "licence": "public domain (package GPL-3)"}
+    ]
     mix.write_text(json.dumps(value))
     (mix.parent / "ATTRIBUTION.md").write_text("# 누가 썼나\n\n| a | CC-BY-SA-4.0 |\n", encoding="utf-8")
     rows = [json.loads(line) for line in (run / metrics.METRICS).read_text().splitlines()]
