@@ -132,12 +132,14 @@ def required_model(path: Path | None) -> Path:
     there is none."""
     if path is not None:
         return path
-    if (folder := paths.pretrained()) is not None:
-        console.note(f"using {folder.name}, the model that comes with moai ({_about(folder)}); --model takes another")
-        return folder
     runs = sorted(Path("runs").glob("*/step-*/manifest.json"), key=lambda file: file.stat().st_mtime)
-    if runs:
-        raise UsageError("no model given", hint=f"the newest one here: --model {runs[-1].parent.parent}")
+    newest = f"--model {runs[-1].parent.parent}" if runs else None
+    if (folder := paths.pretrained()) is not None:
+        other = f"{newest} takes the newest run here" if newest else "--model takes another"
+        console.note(f"using {folder.name}, the model that comes with moai ({_about(folder)}); {other}")
+        return folder
+    if newest:
+        raise UsageError("no model given", hint=f"the newest one here: {newest}")
     raise UsageError("no model given", hint="train one with `moai train --recipe cpu-tiny`, then --model runs/cpu-tiny")
 
 

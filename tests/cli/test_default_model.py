@@ -57,6 +57,12 @@ def test_generate_eval_and_benchmarks_take_the_packaged_model_and_say_so(moai, p
     assert code == 0 and NOTE in err and "moai-30m" in out
 
 
+def test_the_newest_run_here_is_named_beside_it(moai, packaged, tmp_path):
+    (tmp_path / "runs" / "mine" / "step-3").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "step-3" / "manifest.json").touch()
+    assert "; --model runs/mine takes the newest run here" in moai("generate", "x", "-n", 1)[2]
+
+
 def test_chat_takes_it_too(moai, packaged):
     code, out, err = moai("chat", "-n", 2, stdin="안녕\n/stats\n".encode())
     assert code == 0 and err.count(NOTE) == 1 and "turns" in out
