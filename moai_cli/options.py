@@ -106,7 +106,7 @@ def loading(model: Path, device: str) -> Iterator[None]:
     if device == "cpu" or (device == "auto" and not Path("/dev/nvidia0").exists()):
         from moai_core.cpu import warm
 
-        warm.begin(_method(model) is not None)
+        warm.begin(bool(_formats(model)))
     if "torch" in sys.modules:
         yield
         return
@@ -118,13 +118,13 @@ def loading(model: Path, device: str) -> Iterator[None]:
         gc.enable()
 
 
-def _method(model: Path) -> str | None:
-    """How a model is quantized, as far as its config.json says it legibly; whoever loads it says what is wrong."""
+def _formats(model: Path) -> list[str]:
+    """Of a quantized model's modules, as far as its config.json says it legibly; who loads it says what is wrong."""
     try:
-        found = json.loads((model / "config.json").read_text(encoding="utf-8")).get("quantization")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return str(found.get("method")) if isinstance(found, dict) else None
+        modules = json.loads((model / "config.json").read_text(encoding="utf-8"))["quantization"]["modules"]
+        return [one["format"] for one in modules.values()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def required_model(path: Path | None) -> Path:
@@ -148,4 +148,5 @@ def _about(folder: Path) -> str:
 
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     numbers = config.fields(**{name: values[name] for name in config.DEFAULTS if name in values})
-    return f"{footprint.parameters(numbers)['total'] / 1e6:.1f}M parameters, {_method(folder) or values.get('dtype')}"
+    stored = max(formats, key=formats.count) if (formats := _formats(folder)) else values.get("dtype")
+    return f"{footprint.parameters(numbers)['total'] / 1e6:.1f}M parameters, {stored}"

@@ -115,7 +115,7 @@ def _source(path: Path, requantize: bool) -> Source:
                 hint="quantize the model that it was made of, or decode this one first with --allow-requantize",
             )
         source = moai.read(folder)
-        source.notes.append(f"was {method} already: decoded first, so what {method} lost comes on top")
+        source.notes.append(f"was quantized already ({method}): decoded first, so what that lost comes on top")
         return source
     if moai.detect(folder) is None:
         raise CheckpointError(

@@ -72,7 +72,7 @@ def test_quantize_decodes_it_and_says_so(moai, packaged, tmp_path):
     code, out, err = moai("quantize", "--group-size", 32, "--bits", 8, "--eval", "none", "--json")
     assert code == 0 and NOTE in err
     report = json.loads(out)
-    assert report["path"] == "runs/moai-30m-int4" and "was int4 already" in report["notes"][-1]
+    assert report["path"] == "runs/moai-30m-int4" and "was quantized already (int4)" in report["notes"][-1]
     assert report["bytes_before"] < report["bytes_after"]
     assert moai("generate", "-m", report["path"], "-p", "x", "-n", 2)[0] == 0
 
