@@ -145,6 +145,19 @@ def load_model(
     return model
 
 
+def _load_plain(
+    path: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, on_event: Any
+) -> MoaiMambaForCausalLM:
+    """As load_model; UsageError for a quantized one, most of which would stand still."""
+    model = load_model(path, recipe, tokenizer, dtype, on_event)
+    if model.config.quantization is not None:
+        raise UsageError(
+            f"{path}: is quantized, and what is quantized can't be trained here",
+            hint=f"`moai qat` trains it, and `moai convert {path} PLAIN --to moai --outtype bf16` decodes it before",
+        )
+    return model
+
+
 def make_ready(model: MoaiMambaForCausalLM, recipe: Recipe, dtype: torch.dtype) -> None:
     """Type, scan backend and checkpointing of the recipe; training mode."""
     model.to(dtype=dtype)  # type: ignore[call-arg]
@@ -183,7 +196,7 @@ class Kind:
     label: str = ""
 
 
-MAMBA = Kind(new_model, load_model, make_ready, lambda model: plan.flops_per_token(model.config.numbers())["training"])
+MAMBA = Kind(new_model, _load_plain, make_ready, lambda model: plan.flops_per_token(model.config.numbers())["training"])
 
 
 def total_steps(recipe: Recipe, rows_in_epoch: int | None, rows_in_step: int) -> int:

@@ -88,6 +88,15 @@ def test_its_name_is_a_model_everywhere(moai, packaged, tmp_path):
     assert not json.loads((tmp_path / "plain" / "config.json").read_text())["quantization"]
 
 
+def test_training_it_as_it_is_is_refused_and_decoding_it_shown(moai, packaged, tmp_path):
+    small = ["train.steps=1", "train.eval_every=0", "train.sample_every=0", "train.batch_size=1", "data.max_length=32"]
+    code, _, err = moai("train", "-r", "cpu-tiny", "-m", "moai-30m", *small, "-o", "tuned")
+    assert code == 2 and "is quantized" in err and "hint: `moai qat` trains it" in err, err
+    assert not (tmp_path / "tuned").exists()
+    assert moai("convert", "moai-30m", "plain", "--to", "moai", "--outtype", "bf16", "--no-check")[0] == 0
+    assert moai("train", "-r", "cpu-tiny", "-m", "plain", *small, "-o", "tuned")[0] == 0
+
+
 def test_a_folder_of_that_name_comes_first(moai, packaged, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "moai-30m")
     code, out, _ = moai("generate", "-m", "moai-30m", "-p", "x", "-n", 1, "--json")
