@@ -1,8 +1,8 @@
 """Kernels compiled beside a program while it starts, so that the very first answer waits for no compiler.
 
-A command that will need them calls `begin` first of all. Where the cache lacks them it starts `python -m
-moai_core.cpu.warm KIND`, which compiles into the cache and names each kernel when it is there; `cpu.entry` waits for
-the name instead of compiling a second time. Those processes import neither torch nor transformers, which take the
+A command that will need them calls `begin` first of all. Where the cache lacks them it starts processes that run
+`main`: they compile into the cache and name each kernel when it is there; `cpu.entry` waits for the name instead of
+compiling a second time. Those processes import neither torch nor transformers, which take the
 program itself longer than the first kernels take here. A quantized model needs two kinds, in two processes: once the
 program waits, its core is free for one of them. With one core there is nothing to gain.
 """
@@ -39,11 +39,15 @@ KERNELS = {
 }
 
 
+# The folder that a command is called in is no place to import from: a file there may be called numba.py.
+_PROGRAM = "import sys; sys.path[0] = sys.argv[1]; from moai_core.cpu import warm; warm.main(sys.argv[2])"
+
+
 class Helper:
     """A process that compiles, and what it hasn't named yet."""
 
     def __init__(self, kind: str) -> None:
-        command = [sys.executable, "-m", "moai_core.cpu.warm", kind]
+        command = [sys.executable, "-c", _PROGRAM, str(_ROOT.parent), kind]
         null = subprocess.DEVNULL
         self.process = subprocess.Popen(command, stdin=null, stdout=subprocess.PIPE, stderr=null, text=True)
         self.left = set(KERNELS[kind])
@@ -95,7 +99,3 @@ def main(kind: str) -> None:
     mark = _mark(kind)
     if mark.parent.is_dir():
         mark.touch()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

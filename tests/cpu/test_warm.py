@@ -47,6 +47,17 @@ def test_nothing_is_started_where_the_cache_is_full_or_there_is_one_core(monkeyp
     assert len(started) == 1
 
 
+def test_files_of_the_current_folder_are_not_imported(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "numba.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    one = warm.Helper("quantized")
+    one.wait(*warm.KERNELS["quantized"][0])
+    one.process.kill()
+    one.process.wait()
+    assert one.left == set(warm.KERNELS["quantized"][1:]) and not (tmp_path / "ran").exists()
+
+
 @pytest.mark.slow
 def test_the_other_process_needs_no_torch_and_fills_the_cache(tmp_path):
     program = """
