@@ -279,7 +279,17 @@ struct Picker {
     if (lane == 31) w.scan[warp] = until;
     if (threadIdx.x == 0) w.chosen = n;
     __syncthreads();
-    for (int other = 0; other < warp; other++) until += w.scan[other];
+    if (warp == 0) {
+      uint64 sum = w.scan[lane];
+      const uint64 own = sum;
+      for (int other = 1; other < 32; other *= 2) {
+        const uint64 left = __shfl_up_sync(0xffffffffu, sum, other);
+        if (lane >= other) sum += left;
+      }
+      w.scan[lane] = sum - own;
+    }
+    __syncthreads();
+    until += w.scan[warp];
     const uint64 from = until - one - two;
     if (from <= target && until > target) {
       w.chosen = from + one > target ? i : i + 1;
@@ -300,24 +310,27 @@ struct Picker {
       if (Row::bin(distance) == bin) f(key_of(score, id), distance);
     });
   }
+  // The keys of a bin's tokens, at most LIST, come to w.keys.
+  DEVICE void load(int bin) {
+    if (w.bin == bin) return;  // the same for all threads: it changes between barriers only
+    __syncthreads();
+    if (threadIdx.x == 0) w.filled = 0, w.bin = bin;
+    __syncthreads();
+    const auto keep = [&](uint64 key) { w.keys[atomicAdd(&w.filled, 1)] = key; };
+    if (bin < listed) {
+      for (int i = threadIdx.x; i < filled; i += THREADS)
+        if (Row::bin(distance_of(keys[i])) == bin) keep(keys[i]);
+    } else {
+      scan_row(bin, [&](uint64 key, float) { keep(key); });
+    }
+    __syncthreads();
+  }
   template <class F>
   DEVICE void each(int bin, F f) {
     const int count = counts[bin];
     if (count == 0) return;
     if (count > LIST) return scan_row(bin, f);
-    if (w.bin != bin) {  // the same for all threads: it changes between barriers only
-      __syncthreads();
-      if (threadIdx.x == 0) w.filled = 0, w.bin = bin;
-      __syncthreads();
-      const auto keep = [&](uint64 key) { w.keys[atomicAdd(&w.filled, 1)] = key; };
-      if (bin < listed) {
-        for (int i = threadIdx.x; i < filled; i += THREADS)
-          if (Row::bin(distance_of(keys[i])) == bin) keep(keys[i]);
-      } else {
-        scan_row(bin, [&](uint64 key, float) { keep(key); });
-      }
-      __syncthreads();
-    }
+    load(bin);
     for (int i = threadIdx.x; i < count; i += THREADS) f(w.keys[i], distance_of(w.keys[i]));
   }
 
@@ -350,6 +363,19 @@ struct Picker {
   // Tokens of a bin from the largest key down: the key of the first whose value takes the sum beyond `target`, digit by
   // digit. The bin's sum is beyond it.
   OUT_OF_LINE uint64 key_beyond(int bin, uint64 target, Value value) {
+    const int count = counts[bin], own = threadIdx.x;
+    if (count <= DIGITS) {  // few: each adds up what stands before it
+      load(bin);
+      uint64 key = 0, mine = 0, before = 0;
+      if (own < count) key = w.keys[own], w.digit[own] = mine = value(key, distance_of(key));
+      __syncthreads();
+      if (own < count) {
+        for (int i = 0; i < count; i++) before += w.keys[i] > key ? w.digit[i] : 0;
+        if (before <= target && target < before + mine) w.found = key;
+      }
+      __syncthreads();
+      return w.found;
+    }
     uint64 prefix = 0;
     for (int shift = 64 - DIGIT; shift >= 0; shift -= DIGIT) {
       __syncthreads();

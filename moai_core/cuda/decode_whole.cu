@@ -340,40 +340,53 @@ DEVICE void multiply(float (&sum)[4], const Block& b, const Words* stage, const 
   }
 }
 
-// The product of a kind: each tile's 16 sums go to `finish`, in the team's first warp, lane r and r + 16 for row r.
+constexpr int SLOTS = 4;  // tiles, or slices of a tile, whose sums wait for each other
+
+// The product of a kind, some of the team's tiles at a time: then each tile's 16 sums go to `finish` in a warp of its own,
+// lane r and r + 16 for row r.
 template <class W, class Finish>
 DEVICE void product(const Block& b, Ring& ring, float* red, int& turn, int layer, int kind, const Words* xs, Finish finish) {
   const Shape s = b.shapes[kind];
-  for (int unit = b.first(layer, kind); unit < s.units; unit += b.teams) {
-    const int tile = s.parts > 1 ? unit / s.parts : unit, part = unit - tile * s.parts;
-    if (b.warp == 0) finish.prepare(tile);
-    float* const mine = red + turn * (4 * TEAM * 16);
+  const int most = SLOTS / s.inner;
+  const auto tile_of = [&](int unit) { return s.parts > 1 ? unit / s.parts : unit; };
 #pragma unroll 1
-    for (int slice = 0; slice < s.inner; slice++) {
-      const int own = (s.parts > 1 ? part : slice) * s.slice;
-      const int end = own + s.slice < s.chunks ? own + s.slice : s.chunks;
-      float sum[4] = {};
-      int chunk = own + b.warp;
+  for (int unit = b.first(layer, kind); unit < s.units; unit += most * b.teams) {
+    const int own_unit = unit + b.warp * b.teams, own_tile = tile_of(own_unit);
+    const bool finishes = b.warp < most && own_unit < s.units;
+    if (finishes) finish.prepare(own_tile);
+    float* const sums = red + turn * (SLOTS * TEAM * 16);
+    int slot = 0;
 #pragma unroll 1
-      for (int step = 0; step < s.steps; step++, chunk += TEAM) {
-        const Words* stage = ring.take(b);
-        if (chunk < end) multiply<W>(sum, b, stage, xs, chunk, s.groups, s.shift);
-      }
-      if (b.lane % 4 == 0) {
-        float* to = mine + (slice * TEAM + b.warp) * 16 + b.lane / 4;
-        to[0] = sum[0], to[8] = sum[2];
+    for (int now = unit; now < s.units && slot < SLOTS; now += b.teams) {
+      const int part = s.parts > 1 ? now - tile_of(now) * s.parts : 0;
+#pragma unroll 1
+      for (int slice = 0; slice < s.inner; slice++, slot++) {
+        const int own = (s.parts > 1 ? part : slice) * s.slice;
+        const int end = own + s.slice < s.chunks ? own + s.slice : s.chunks;
+        float sum[4] = {};
+        int chunk = own + b.warp;
+#pragma unroll 1
+        for (int step = 0; step < s.steps; step++, chunk += TEAM) {
+          const Words* stage = ring.take(b);
+          if (chunk < end) multiply<W>(sum, b, stage, xs, chunk, s.groups, s.shift);
+        }
+        if (b.lane % 4 == 0) {
+          float* to = sums + (slot * TEAM + b.warp) * 16 + b.lane / 4;
+          to[0] = sum[0], to[8] = sum[2];
+        }
       }
     }
     team_barrier(b.team >= b.teams / TEAMS);
-    if (b.warp == 0) {
+    if (finishes) {
+      const float* from = sums + b.warp * s.inner * TEAM * 16 + b.lane % 16;
       float total = 0.0f;
       for (int slice = 0; slice < s.inner; slice++) {
         float sum = 0.0f;
 #pragma unroll
-        for (int warp = 0; warp < TEAM; warp++) sum += mine[(slice * TEAM + warp) * 16 + b.lane % 16];
+        for (int warp = 0; warp < TEAM; warp++) sum += from[(slice * TEAM + warp) * 16];
         total += sum;
       }
-      finish.put(tile, part, total);
+      finish.put(own_tile, own_unit - own_tile * s.parts, total);
     }
     turn ^= 1;
   }
@@ -729,7 +742,7 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
              const float* state, float* next_state, T* logits, int64 layers, int64 H, int64 I, int64 F, int64 V,
              int64 room, int64 row_bytes, int64 group, int64 groups, int64 capacity, float eps, float mix_eps) {
   extern __shared__ Words shared[];
-  __shared__ float red_of[TEAMS][2 * 4 * TEAM * 16], scratch[TEAM], rstd[3], steps[CHANNELS], mixed[MIX];
+  __shared__ float red_of[TEAMS][2 * SLOTS * TEAM * 16], scratch[TEAM], rstd[3], steps[CHANNELS], mixed[MIX];
   __shared__ Shape shapes[KINDS];
   __shared__ int landed[FEEDERS], taken[WARPS];
   Words* const x = shared + WARPS * DEPTH * STAGE;

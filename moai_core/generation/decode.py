@@ -1,16 +1,18 @@
 """One token for every row of a batch, on a GPU, as few launches: the step of the decode engine.
 
 A step of the plain path asks torch for about twenty operators a layer, and the host is slower than the GPU. Here it is
-six kernels a layer (nine for wide batches) that read each weight once at nearly the memory's rate, recorded as a CUDA
-graph for each width of the batch, the choice of the next token included:
+recorded as a CUDA graph for each width of the batch, the choice of the next token by four kernels included, and reads
+each weight once at nearly the memory's rate:
 
-    embedding | norm, in_proj, convolution | x_proj | norms, dt_proj, scan, gate | out_proj, + residual
-    | norm, gate and up, silu | down, + residual | ... | norm, head | three kernels that sample
+    1 row         one kernel for the whole step (decode_whole.py), where it takes the model
+    to 8 rows     embedding | norm, in_proj, convolution | x_proj | norms, dt_proj, scan, gate | out_proj, + residual
+                  | norm, gate and up, silu | down, + residual | ... | norm, head
+    to 64 rows    the same, but products leave sums (decode_wide.py) that a small kernel takes in behind each
 
 Where kernels may overlap (compute capability 9.0) the next one's weights are on their way before the last one ends. A
-row has the same bits whatever stands beside it, at any width: sums over K are divided by the shape alone
-(decode_kernels.py). States are kept twice: a step reads one copy and writes the other, so that the state before a token
-is still there when the host gets to see the token.
+row has the same bits whatever stands beside it, at any width to 8 and at any from 9 on: sums over K are divided by the
+shape alone. States are kept twice: a step reads one copy and writes the other, so that the state before a token is
+still there when the host gets to see the token.
 
 Left out: gradients, prompts (the model itself reads them), logits for the host, everything `why_not` names.
 
@@ -116,13 +118,14 @@ class Decoder:
         if rows > self.narrow:
             products = [(one.in_proj, 1), (one.x_proj, 1), (one.out_proj, 1), (one.gate, 2), (one.down, 1)]
             sums += [decode_wide.slices_of(m) * m.rows * n for m, n in products if m is not None]
+        padded = self.most if rows > self.narrow else rows
         self.residual = make(rows, c.hidden_size, dtype=self.stream)
-        self.x = make(rows, c.hidden_size, dtype=self.dtype)
+        self.x = make(padded, c.hidden_size, dtype=self.dtype)
         self.u, self.z = (make(rows, c.inner_size, dtype=self.dtype) for _ in range(2))
         self.y = make(rows, c.inner_size, dtype=self.dtype)
         self.product = make(rows, c.intermediate_size, dtype=self.dtype)
         self.mixed, self.mixes, self.sums = make(rows, width), make(rows * mixes), make(rows * max(sums))
-        self.logits = make(rows, c.vocab_size, dtype=self.dtype)
+        self.logits = make(padded, c.vocab_size, dtype=self.dtype)
         slices = -(-self.known // _SLICE)
         self.best, self.best_id = make(rows, slices), make(rows, slices, dtype=torch.int32)
         self.bins, self.masses = make(rows, _BINS, dtype=torch.int32), make(rows, _BINS, dtype=torch.int64)
@@ -182,10 +185,14 @@ class Decoder:
             if layer.gate is not None:
                 pending = self._ffn(steps, layer, width, pending)
         x = self._norm(steps, self.final, width, pending, self.head)
-        steps += linear(
-            self.head, x, self.logits[:width], dtype=self.dtype, batch=width, wide=width > self.narrow,
-            **self._stream_of(self.final, width),
-        )  # fmt: skip
+        if x is not None and self.head.format == "Plain":
+            # Always the most rows there can be, so that a row's bits don't depend on the width.
+            steps.append(Product(self.logits, self.x, self.head.weight))
+        else:
+            steps += linear(
+                self.head, x, self.logits[:width], dtype=self.dtype, batch=width, wide=width > self.narrow,
+                **self._stream_of(self.final, width),
+            )  # fmt: skip
         if sample:
             steps += self._sample(width)
         return steps

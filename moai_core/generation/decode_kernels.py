@@ -35,9 +35,9 @@ WIDE_TILES = 4
 # Bytes of out_proj's weight that are brought into the L2 cache (50 MB on an H100) while x_proj and the scan run.
 AHEAD = 24 << 20
 # The same of the next product's weight while a small kernel of a wide batch runs: what memory brings meanwhile.
-AHEAD_SMALL = 8 << 20
-SCAN_ROWS = 8
-SCAN = {"ROWS": 8, "BLOCKS": 3}
+AHEAD_SMALL = 0
+SCAN_ROWS = 2
+SCAN = {"ROWS": 2, "BLOCKS": 6}
 _TILE_SUMS = 8 * 20
 _WHOLE_ROW = 1 << 30
 
