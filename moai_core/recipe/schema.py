@@ -167,7 +167,7 @@ class Train:
     sample_prompts: tuple[str, ...] = _f((), "prompts of these samples")
     sample_tokens: int = _f(64, "tokens a sample", min=1)
     max_nonfinite: int = _f(3, "NaN or infinite steps in a row that stop the run", min=1)
-    threads: int | None = _f(None, "CPU threads; null: all", min=1, max=1024)
+    threads: int | None = _f(None, "CPU threads; null: all, or 4 beside a GPU", min=1, max=1024)
 
 
 @dataclass(frozen=True)
