@@ -39,10 +39,10 @@ from moai_core.training.run import Fetched, OnEvent, Run
 from moai_core.training.sample import sample
 from moai_core.training.stop import StopFlag
 
-# Train losses that the mean in `Result.loss` is taken over.
 # Threads of torch's products on the processor while a GPU trains: what is left to them is small, and a team of one
 # thread a core waits for each other. On 64 cores that took a GPU from 980 to 360 thousand tokens/s.
 GPU_THREADS = 4
+# Train losses that the mean in `Result.loss` is taken over.
 RECENT = 10
 
 
