@@ -25,6 +25,12 @@
 #ifndef FLIGHT
 #define FLIGHT 2  // stages of a feeder that may be on their way
 #endif
+#ifndef LOOKAHEAD
+#define LOOKAHEAD 2  // units behind its rings that a feeder brings into the L2 cache
+#endif
+#ifndef PACE
+#define PACE 1200  // clocks from one piece of them to the next
+#endif
 #ifndef PAUSE
 #define PAUSE 0  // nanoseconds between two looks for a packet
 #endif
@@ -206,7 +212,7 @@ struct Block {
 
 // What a feeder reads next, for FED warps beside each other.
 struct Fetch {
-  int layer, kind, unit, slice, step;
+  int layer, kind, unit, slice, step, count;  // count: units so far
   int chunk, upper_end, lower_end;
   const unsigned char *upper, *lower;
   const fp16* scales;  // of row `lane` of the tile, for 16 lanes
@@ -261,10 +267,49 @@ struct Fetch {
       if constexpr (SCALED) group_end = group_end ? end : 0;
       return;
     }
-    slice = 0, unit += b.teams;
+    slice = 0, unit += b.teams, count++;
     begin(b);
   }
 };
+
+// What a feeder brings into the L2 cache while its rings are full: the units that come behind them, a piece at a time. Two
+// feeders share a unit, whose rows lie side by side in memory.
+struct Ahead {
+  int layer, kind, unit, count;  // count: units so far, as Fetch counts them
+  int64 done, size;              // bytes of this one
+
+  DEVICE void begin(const Block& b) {
+    while (layer <= b.layers && unit >= b.shapes[kind].units) {
+      if (layer == b.layers || ++kind == LAYER_KINDS) layer++, kind = layer == b.layers ? HEAD : IN;
+      if (layer <= b.layers) unit = b.first(layer, kind);
+    }
+    const Shape& s = b.shapes[kind];
+    done = 0, size = layer > b.layers || s.parts > 1 ? 0 : s.row_bytes * (kind == UP ? 8 : 16);
+  }
+  DEVICE void next(const Block& b) { unit += b.teams, count++, begin(b); }
+
+  // Runs of 4 KB, one a lane.
+  DEVICE void bring(const Block& b, int lanes) {
+    const Shape& s = b.shapes[kind];
+    const int half = b.warp >= TEAM / 2, paired = kind == UP;
+    // gate's rows are one feeder's, up's the other's; of other weights each has a half.
+    const unsigned char* from = b.pointer(layer, paired && half ? SECOND : 2 * kind) + (int64)unit * (paired ? 8 : 16) * s.row_bytes;
+    const int64 begin = paired || !half ? 0 : size / 2, end = paired || half ? size : size / 2;
+    const int64 rows = s.rows * s.row_bytes - (int64)unit * (paired ? 8 : 16) * s.row_bytes, last = end < rows ? end : rows;
+    const int64 at = begin + done + b.lane * 4096;
+    if (b.lane < lanes && at < last) prefetch_run(from + at, (uint32)(last - at < 4096 ? last - at : 4096));
+    done += lanes * 4096;
+    if (begin + done >= end) next(b);
+  }
+};
+
+DEVICE long long clock_now() {
+#ifdef MOAI_HOST
+  return 0;
+#else
+  return clock64();
+#endif
+}
 
 // A feeder: it fills the rings of FED warps as far as there is room, but has few stages on their way at a time: memory is
 // busy with those, and packets would wait behind more.
@@ -272,13 +317,25 @@ DEVICE void feed(const Block& b, Words* rings, int* landed, const int* taken) {
   Fetch fetch{};
   fetch.unit = b.first(0, IN);
   fetch.begin(b);
+  Ahead ahead{0, IN, fetch.unit, 0, 0, 0};
+  long long last = 0;
   int step = 0, place = 0, known = 0;
   while (fetch.layer <= b.layers) {
     if (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) {
       copy_async_wait<0>();
       __syncwarp();
       if (b.lane == 0) tell(landed, known = step);
-      while (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) breathe();
+      while (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) {
+        breathe();
+        if (LOOKAHEAD == 0 || clock_now() - last < PACE) continue;
+        if (ahead.count <= fetch.count) {
+          ahead.layer = fetch.layer, ahead.kind = fetch.kind, ahead.unit = fetch.unit, ahead.count = fetch.count;
+          ahead.next(b);
+        }
+        if (ahead.layer > b.layers || ahead.count > fetch.count + LOOKAHEAD) continue;
+        if (ahead.size == 0) ahead.next(b);
+        else ahead.bring(b, 1), last = clock_now();
+      }
     }
     fetch.stage(b, rings + place * STAGE, DEPTH * STAGE);
     step++, place = place + 1 == DEPTH ? 0 : place + 1;
@@ -602,13 +659,40 @@ constexpr int PER = (RANK + 8 * VEC - 1) / (8 * VEC);
 constexpr int LANES = N / 4;
 static_assert(CHANNELS * LANES <= THREADS, "a thread has 4 states");
 
-// dt's vector, B and C from the sums of x_proj, as decode_mix makes them; `sums` is scratch of slices MIX numbers.
-DEVICE void mix(float* mixed, float* sums, float* rstd, const Block& b, int layer, const uint64* from, int slices, float eps) {
-  for (int i = threadIdx.x; i < slices * MIX / 2; i += THREADS) {
+// All that the scan waits for, looked for at once: a pair of packets of u and one of z, where `states`, and the sums of
+// x_proj, which come to shared memory.
+DEVICE void receive_inputs(uint32 (&u)[2], uint32 (&z)[2], float* sums, const uint64* from_u, const uint64* from_z,
+                           const uint64* from, int pairs, bool states, uint32 tag) {
+  constexpr int OWN = 3;
+  int looks = 0;
+  bool missing = true;
+  while (missing) {
+    uint64 v[2 + OWN][2];
+    if (states) look(v[0], from_u), look(v[1], from_z);
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
+      if ((int)threadIdx.x + k * THREADS < pairs) look(v[2 + k], from + 2 * (threadIdx.x + k * THREADS));
+    missing = false;
+#pragma unroll
+    for (int k = 0; k < 2 + OWN; k++) {
+      const int i = (int)threadIdx.x + (k - 2) * THREADS;
+      if (k < 2 ? !states : i >= pairs) continue;
+      missing |= (uint32)(v[k][0] >> 32) != tag || (uint32)(v[k][1] >> 32) != tag;
+      if (k == 0) u[0] = (uint32)v[k][0], u[1] = (uint32)v[k][1];
+      else if (k == 1) z[0] = (uint32)v[k][0], z[1] = (uint32)v[k][1];
+      else sums[2 * i] = bits_float((uint32)v[k][0]), sums[2 * i + 1] = bits_float((uint32)v[k][1]);
+    }
+    if (missing) pause(looks);
+  }
+  for (int i = (int)threadIdx.x + OWN * THREADS; i < pairs; i += THREADS) {
     uint32 data[2];
-    receive<1>(data, from + 2 * i, b.tag, true);
+    receive<1>(data, from + 2 * i, tag, true);
     sums[2 * i] = bits_float(data[0]), sums[2 * i + 1] = bits_float(data[1]);
   }
+}
+
+// dt's vector, B and C from the sums (slices, MIX) of x_proj, as decode_mix makes them.
+DEVICE void mix(float* mixed, const float* sums, float* rstd, const Block& b, int layer, int slices, float eps) {
   block_barrier();
   for (int i = threadIdx.x; i < MIX; i += THREADS) {
     float sum = 0.0f;
@@ -661,18 +745,21 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
     const bool states = place < CHANNELS && first + place < I;
     const int c = states ? first + place : first;
     Vec<float, 4> a{}, h{};
-    float x = 0.0f, gate = 0.0f, skip = 0.0f;
+    float skip = 0.0f;
     if (states) {
       a = load_vec<float, 4>(b.numbers<float>(layer, A_LOG2) + (int64)c * N + lane * 4);
       h = load_vec<float, 4>(state + (int64)c * N + lane * 4);
       skip = b.numbers<float>(layer, SKIP)[c];
-      uint32 data[2];
-      receive<1>(data, at.u + c / 4 * 2, b.tag, true);
-      x = to_float(half_of(c % 4 < 2 ? data[0] : data[1], c % 2));
-      receive<1>(data, at.z + c / 4 * 2, b.tag, true);
-      gate = to_float(half_of(c % 4 < 2 ? data[0] : data[1], c % 2));
     }
-    if (!ready) mix(mixed, sums, rstd, b, layer, at.sums, slices, eps), ready = true;
+    uint32 data[2] = {}, gates[2] = {};
+    if (!ready) {
+      receive_inputs(data, gates, sums, at.u + c / 4 * 2, at.z + c / 4 * 2, at.sums, slices * MIX / 2, states, b.tag);
+      mix(mixed, sums, rstd, b, layer, slices, eps), ready = true;
+    } else {
+      receive<1>(data, at.u + c / 4 * 2, b.tag, states);
+      receive<1>(gates, at.z + c / 4 * 2, b.tag, states);
+    }
+    const float x = to_float(half_of(c % 4 < 2 ? data[0] : data[1], c % 2)), gate = to_float(half_of(c % 4 < 2 ? gates[0] : gates[1], c % 2));
     if (mine) {
       float sum = 0.0f;
 #pragma unroll
