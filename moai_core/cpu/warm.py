@@ -65,7 +65,8 @@ class Helper:
 
 
 def begin(quantized: bool = False) -> None:
-    """Starts other processes where they help; costs a few milliseconds where the cache has everything."""
+    """Starts other processes where they help; costs a few milliseconds where the cache has everything. To be called
+    before torch is imported, whose OpenMP reads the environment then."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores == 1 or cpu.helpers:
         return
@@ -73,6 +74,8 @@ def begin(quantized: bool = False) -> None:
         for kind in KERNELS if quantized else ["plain"]:
             if not _mark(kind).exists():
                 cpu.helpers.append(Helper(kind))
+                # Torch's threads would spin between their tasks, on the cores of those that compile: half a second.
+                os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     except (OSError, metadata.PackageNotFoundError):
         return  # then each kernel is compiled where it is needed
 
