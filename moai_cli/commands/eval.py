@@ -19,7 +19,7 @@ def evaluate(
         typer.Option(
             "--data",
             "-d",
-            help="File, folder or glob: txt, md, jsonl, json, parquet (also .gz, .zst).",
+            help="File, folder or glob: txt, md, jsonl, json, csv, tsv, parquet (also .gz, .zst).",
             show_default=False,
         ),
     ] = "",
