@@ -23,7 +23,7 @@ name: {name}
 extends: {extends}
 tokenizer: {tokenizer}
 data:
-  train: data/train          # your text: a file, a folder, a glob or hf://dataset; txt, md, jsonl, json, csv, tsv, parquet
+  train: data/train          # your text: file, folder, glob or hf://dataset; txt, md, jsonl, json, csv, tsv, parquet
   valid: data/valid
 train:
   steps: {steps}                  # enough to see the sample data learned; remove both lines for your own text

@@ -17,8 +17,8 @@ app = typer.Typer(no_args_is_help=True, help="Train, extend and compare tokenize
 Texts = Annotated[
     list[str],
     typer.Argument(
-        help="Files, folders or globs: txt, md, jsonl, json, csv, tsv, parquet (also .gz, .zst); FILE=3 counts its text thrice, "
-        "FILE=0.25 a quarter of it.",
+        help="Files, folders or globs: txt, md, jsonl, json, csv, tsv, parquet (also .gz, .zst); FILE=3 counts its "
+        "text thrice, FILE=0.25 a quarter of it.",
         show_default=False,
     ),
 ]
