@@ -283,11 +283,12 @@ def divisions(shape: Shape, gpu: Gpu) -> Iterator[Plan | Tiles]:
             ):
                 yield made
         return
-    for mt, (most, blocks), stages in product((1, 2, 3, 4, 6), ((16, 1), (16, 2), (8, 2), (8, 4)), (2, 4, 8)):
-        for share in range(1, blocks + 1):
-            found = cuda_ops.divide(shape, gpu, mt, 1, stages, most, blocks, min(shape.m, 8), share)
-            if found is not None:
-                yield found
+    for mt, warps, stages, (blocks, share) in product(
+        (1, 2, 3, 4, 6), (8, 11, 16), (1, 2, 4), ((1, 1), (2, 1), (2, 2), (4, 2))
+    ):
+        found = cuda_ops.divide(shape, gpu, mt, 1, 1, stages, warps, share, shape.m, blocks)
+        if found is not None and warps * blocks <= 32:
+            yield found
 
 
 def parts(case: Case, clock: Clock, rate: float) -> list[dict[str, Any]]:

@@ -97,8 +97,33 @@ DEVICE void read_weights(const unsigned char* at, int half, uint32 (&a)[2][4]) {
   }
 }
 
+// The low halves of two words, their high ones, in one instruction each.
+DEVICE uint32 low_halves(uint32 a, uint32 b) {
+#ifdef MOAI_HOST
+  return (a & 0xffffu) | b << 16;
+#else
+  return __byte_perm(a, b, 0x5410);
+#endif
+}
+DEVICE uint32 high_halves(uint32 a, uint32 b) {
+#ifdef MOAI_HOST
+  return a >> 16 | (b & 0xffff0000u);
+#else
+  return __byte_perm(a, b, 0x7632);
+#endif
+}
+
 // 8 numbers of x in the order of the fragments: two words for each step.
-DEVICE Words arranged(const Words& x) { return WIDTH == 4 ? Int4<bf16>::arranged(x) : Int8<bf16>::arranged(x); }
+DEVICE Words arranged(const Words& x) {
+  constexpr int apart = WIDTH == 4 ? 2 : 1;
+  Words y;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint32 a = x.at[WIDTH == 4 ? i : 2 * i], b = x.at[(WIDTH == 4 ? i : 2 * i) + apart];
+    y.at[2 * i] = low_halves(a, b), y.at[2 * i + 1] = high_halves(a, b);
+  }
+  return y;
+}
 // Which of 8 numbers comes i-th.
 DEVICE constexpr int arranged_at(int i) { return WIDTH == 4 ? i / 2 + i % 2 * 4 : i / 4 * 4 + i % 4 / 2 + i % 2 * 2; }
 

@@ -1,11 +1,9 @@
 // moai: kernels quant_linear
-// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=1 NT=1 STAGES=4 WARPS=8 BLOCKS=4
-// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=4 NT=1 STAGES=2 WARPS=16 BLOCKS=2
-// moai: macros T=fp16 WIDTH=4 GROUPS=4 ZEROS=1 MT=2 NT=2 STAGES=4 WARPS=16 BLOCKS=1
-// moai: macros T=float WIDTH=4 GROUPS=2 ZEROS=1 MT=1 NT=1 STAGES=4 WARPS=8 BLOCKS=4
-// moai: macros T=bf16 WIDTH=8 GROUPS=0 ZEROS=0 MT=1 NT=1 STAGES=4 WARPS=8 BLOCKS=4
-// moai: macros T=fp16 WIDTH=8 GROUPS=1 ZEROS=0 MT=1 NT=2 STAGES=2 WARPS=16 BLOCKS=1
-// moai: macros T=float WIDTH=8 GROUPS=0 ZEROS=0 MT=1 NT=2 STAGES=2 WARPS=16 BLOCKS=1
+// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=1 NT=1 UNITS=16 STAGES=2 WARPS=8 BLOCKS=2 EARLY=1
+// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=4 NT=1 UNITS=16 STAGES=1 WARPS=16 BLOCKS=1 EARLY=1
+// moai: macros T=fp16 WIDTH=4 GROUPS=4 ZEROS=1 MT=2 NT=2 UNITS=8 STAGES=4 WARPS=8 BLOCKS=1 EARLY=1
+// moai: macros T=float WIDTH=4 GROUPS=2 ZEROS=1 MT=1 NT=1 UNITS=8 STAGES=4 WARPS=8 BLOCKS=2 EARLY=1
+// moai: macros T=bf16 WIDTH=8 GROUPS=0 ZEROS=0 MT=1 NT=1 UNITS=16 STAGES=4 WARPS=8 BLOCKS=1 EARLY=1
 //
 // out = x W^T of few rows of x (M, K) and an integer W (O, K): for generation, where reading W is nearly all there is
 // to do.
@@ -14,17 +12,15 @@
 // integers become 16-bit numbers in pairs (quant.cuh), are summed exactly as they are, in fp32, and scaled group by
 // group; weights are never rounded. Where T is float, x is split into three bf16 that add up to it.
 //
-// The warps of a block share out the units of MT tiles, and each reads ahead STAGES of them into shared memory of its
-// own, beyond the end of a tile, so that nothing waits for the others but the sum at a tile's end, in the order of the
-// warps. Blocks take tiles in turns, with x in place.
+// A block takes groups of MT tiles in turns, with x in place. A group comes in pieces of UNITS units, through STAGES of
+// shared memory, by the copy engine (compute capability 9.0) row by row: it needs no warp's attention, and its queue is not
+// the one in which x waits. The warps of a block share out the units; their sums are added in the order of the warps.
 //
 // Launches may overlap (gemv.cuh): a block asks for its first weights at once and looks at x, and lets out be seen, only
-// after the kernel in front has ended. The next kernel's blocks may begin from the start, and do where this one leaves
-// room: memory is then never idle while kernels wait for each other.
+// after the kernel in front has ended.
 //
 //   T         type of x, of the arithmetic and of out: bf16, fp16, float
 //   MT, NT    tiles of 16 rows of W, of 8 rows of x, at once
-//   STAGES    units that a warp reads ahead
 //   WARPS, BLOCKS  what a multiprocessor has room for
 //   WIDTH, GROUPS, ZEROS: quant.cuh
 #include "quant.cuh"
@@ -32,7 +28,9 @@
 constexpr int PER = 16 / sizeof(T);   // numbers of x in 16 bytes of shared memory
 constexpr int SLOTS = UNIT / PER;     // such pieces in a unit, 16 or 32
 constexpr int ROW_BYTES = UNIT * sizeof(T);
-constexpr int STAGE_BYTES = MT * PART_BYTES;
+constexpr int PITCH = UNITS * UNIT_BYTES + 4 * WIDTH;  // of rows of W in shared memory: neighbours share no banks
+constexpr int SCALES_AT = MT * TILE * PITCH, STAGE_BYTES = SCALES_AT + MT * UNITS * SCALE_BYTES;
+constexpr int BARRIERS = (8 * STAGES + 127) / 128 * 128;  // bytes
 constexpr int CHAINS = MT * NT == 1 ? 2 : 1;  // independent sums, where a warp has nothing else to overlap
 
 template <class A>
@@ -48,6 +46,65 @@ struct Arithmetic<float> {
 using C = Arithmetic<T>::type;
 constexpr int PARTS = Arithmetic<T>::parts;
 
+// ---- W: as in memory, row by row
+
+// Fragments A of the two steps of 32 columns (`half`, of 4). at: the lane's place in the tile's unit.
+template <class Number, int DOWN>
+DEVICE void read_rows(const unsigned char* at, int half, uint32 (&a)[2][4]) {
+#pragma unroll
+  for (int second = 0; second < 2; second++) {
+    const Vec<uint32, WORDS> words = *reinterpret_cast<const Vec<uint32, WORDS>*>(at + half * (4 * WIDTH) + second * DOWN);
+    if constexpr (WIDTH == 4) {
+      uint32 pairs[4];
+      from_nibbles<Number>(words.at[0], pairs);
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i / 2][i % 2 * 2 + second] = pairs[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        a[i / 2][i % 2 * 2 + second] = Int8<Number>::pair(words.at[i / 2 % WORDS] >> 8 * (i % 2));
+    }
+  }
+}
+
+#if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
+#define ENGINE 1
+#else
+#define ENGINE 0  // every thread copies
+#endif
+
+// One warp calls: a barrier that `bytes` will reach, and copies to be counted there.
+DEVICE void expect(void* barrier, uint32 bytes) {
+#if ENGINE
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((uint32)__cvta_generic_to_shared(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+DEVICE void copy_run(void* to, const void* from, uint32 bytes, void* barrier) {
+#if ENGINE
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   (uint32)__cvta_generic_to_shared(to)),
+               "l"(from), "r"(bytes), "r"((uint32)__cvta_generic_to_shared(barrier))
+               : "memory");
+#endif
+}
+DEVICE void begin(void* barrier) {
+#if ENGINE
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((uint32)__cvta_generic_to_shared(barrier)) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+DEVICE void wait(void* barrier, uint32 parity) {
+#if ENGINE
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+          (uint32)__cvta_generic_to_shared(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
 // ---- x
 
 // Where in its row a 16-byte piece lies: neighbouring rows are read together and must not share banks. Pieces of 16-bit
@@ -61,6 +118,7 @@ DEVICE void fetch_x(const T* x, int64 x_row, unsigned char* x_s, int m0, int row
                     int warps, int lane) {
   const int slot = lane % SLOTS;
   constexpr int TURNS = 32 / SLOTS;  // units that a warp's lanes read at once
+  bool told = m0 > 0;
   for (int j0 = lane / SLOTS; warp + j0 * warps < units; j0 += TURNS * PIECES) {
     Words piece[ROWS][PIECES];
 #pragma unroll
@@ -71,6 +129,7 @@ DEVICE void fetch_x(const T* x, int64 x_row, unsigned char* x_s, int m0, int row
         piece[r][i] = {};
         if (k < K) piece[r][i] = *reinterpret_cast<const Words*>(x + min(m0 + r, rows - 1) * x_row + k);
       }
+    if (EARLY == 3 && !told) let_next_begin(), told = true;
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -81,6 +140,7 @@ DEVICE void fetch_x(const T* x, int64 x_row, unsigned char* x_s, int m0, int row
         *reinterpret_cast<Words*>(to) = sizeof(T) == 2 ? arranged(piece[r][i]) : piece[r][i];
       }
   }
+  if (EARLY == 3 && !told) let_next_begin();
 }
 
 // The lane's 8 numbers of 32 columns of a row, in pairs; `row` points to what would be its first piece of those columns
@@ -131,7 +191,7 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < MT; i++) {
       uint32 a[2][4];
-      read_weights<C>(tiles + i * PART_BYTES, half, a);
+      read_rows<C, 8 * PITCH>(tiles + i * TILE * PITCH, half, a);
 #pragma unroll
       for (int s = 0; s < 2; s++) {
 #pragma unroll
@@ -167,55 +227,66 @@ struct Sums {
   }
 };
 
-// Grid: x blocks that take groups of MT tiles in turns, y passes over `pass` rows of x each; up to 16 warps, with MT / 2
-// at least. Dynamic shared memory: x, units * pass * ROW_BYTES; then STAGES * STAGE_BYTES a warp; then, a warp, 16 MT *
+// Grid: x blocks that take groups of MT tiles in turns, y passes over `pass` rows of x each; up to 16 warps, with MT
+// at least. Dynamic shared memory: BARRIERS; x, units * pass * ROW_BYTES; STAGES * STAGE_BYTES; then, a warp, 16 MT *
 // (pass | 1) sums. The rows of x are x_row numbers apart, those of W row_bytes; all of them begin at multiples of 16
-// bytes; K is a multiple of 8. out is dense. x may come from a kernel that still runs when this one begins, W may not. So
-// x is not __restrict__: the compiler would take it for constant.
+// bytes; K is a multiple of 8. UNITS is a multiple of the warps or not less than all units. out is dense. x may come from
+// a kernel that still runs when this one begins, W may not. So x is not __restrict__: the compiler would take it for
+// constant.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     quant_linear(const T* x, const unsigned char* __restrict__ weights, const unsigned char* __restrict__ scales, T* out,
-                 int64 M, int64 K, int64 O, int64 x_row, int64 row_bytes, int64 all_units, int64 all_turns,
-                 int64 rows_a_pass) {
-  let_next_begin();
-  extern __shared__ __align__(16) unsigned char memory[];
+                 int64 M, int64 K, int64 O, int64 x_row, int64 row_bytes, int64 all_units, int64 rows_a_pass) {
+  extern __shared__ __align__(128) unsigned char memory[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int tiles = (int)((O + TILE - 1) / TILE), units = (int)all_units, turns = (int)all_turns, pass = (int)rows_a_pass;
-  const int groups = (tiles + MT - 1) / MT, last_unit = turns * warps;
+  const int tiles = (int)((O + TILE - 1) / TILE), units = (int)all_units, pass = (int)rows_a_pass;
+  const int groups = (tiles + MT - 1) / MT, pieces = (units + UNITS - 1) / UNITS;
   const int64 first_row = (int64)blockIdx.y * pass;
   const int rows = (int)min((int64)pass, M - first_row), stride = pass | 1;
-  unsigned char* const x_s = memory;
-  unsigned char* const stages = memory + units * pass * ROW_BYTES;
-  // The lane's place in the warp's stages: where it copies to, where it reads weights and scales.
-  const int stage_0 = units * pass * ROW_BYTES + warp * STAGES * STAGE_BYTES;
-  const int copy_mine = kept(stage_0 + piece_place(lane / 8, lane % 8));
-  const int mine = kept(stage_0 + lane_place(g, t)), scale_mine = kept(stage_0 + TILE_BYTES + g * 4 * (1 + ZEROS));
-  float* const sums_s = reinterpret_cast<float*>(stages + warps * STAGES * STAGE_BYTES);
+  unsigned char* const x_s = memory + BARRIERS;
+  unsigned char* const stages = x_s + units * pass * ROW_BYTES;
+  float* const sums_s = reinterpret_cast<float*>(stages + STAGES * STAGE_BYTES);
 
-  // What is read ahead next.
-  int next_group = blockIdx.x, next_unit = warp;
-  const unsigned char* next = weights + ((int64)next_group * MT * TILE + lane % 8) * row_bytes + warp * UNIT_BYTES + lane / 8 * 16;
-  const unsigned char* next_scale = scales + ((int64)next_group * MT * units + warp) * SCALE_BYTES + lane * 16;
-  const int64 a_tile = TILE * row_bytes, a_group = (int64)gridDim.x * MT * a_tile - (int64)last_unit * UNIT_BYTES;
-  const int64 scale_group = ((int64)gridDim.x * MT * units - last_unit) * SCALE_BYTES;
-  auto read_ahead = [&](int slot) {
-    if (next_group < groups && next_unit < units) {
-      const int64 left = O - (int64)next_group * MT * TILE - lane % 8, bytes = row_bytes - next_unit * UNIT_BYTES - lane / 8 * 16;
-#pragma unroll
-      for (int i = 0; i < MT; i++) {
-        copy_tile(memory + (copy_mine + slot + i * PART_BYTES), next + i * a_tile, row_bytes, left - i * TILE, bytes);
-        if (lane < SCALE_BYTES / 16)
-          copy_async_16(memory + (stage_0 + TILE_BYTES + lane * 16 + slot + i * PART_BYTES),
-                        next_scale + (int64)i * units * SCALE_BYTES, next_group * MT + i < tiles);
+  // What comes next: piece `next_piece` of group `next_group`.
+  int next_group = blockIdx.x, next_piece = 0;
+  auto fetch = [&](int stage) {
+    if (next_group < groups) {
+      unsigned char* const to = stages + stage * STAGE_BYTES;
+      const int first = next_piece * UNITS, some = min(UNITS, units - first);
+      const int bytes = (int)min((int64)some * UNIT_BYTES, row_bytes - (int64)first * UNIT_BYTES);
+      const int w_rows = (int)min((int64)(MT * TILE), O - (int64)next_group * (MT * TILE));
+      const int w_tiles = min(MT, tiles - next_group * MT);
+      const unsigned char* const from = weights + (int64)next_group * (MT * TILE) * row_bytes + (int64)first * UNIT_BYTES;
+      const unsigned char* const scales_from = scales + ((int64)next_group * MT * units + first) * SCALE_BYTES;
+      if (ENGINE) {
+        if (lane == 0) {  // of each warp, for a warp's copies are begun one after the other
+          if (warp == 0) expect(memory + 8 * stage, (uint32)(w_rows * bytes + w_tiles * some * SCALE_BYTES));
+          for (int r = warp; r < w_rows; r += warps) copy_run(to + r * PITCH, from + r * row_bytes, bytes, memory + 8 * stage);
+          if (SCALE_BYTES && warp < w_tiles)
+            copy_run(to + SCALES_AT + warp * UNITS * SCALE_BYTES, scales_from + (int64)warp * units * SCALE_BYTES,
+                     some * SCALE_BYTES, memory + 8 * stage);
+        }
+      } else {
+        for (int i = threadIdx.x * 16; i < w_rows * bytes; i += blockDim.x * 16)
+          copy_async_16(to + i / bytes * PITCH + i % bytes, from + i / bytes * row_bytes + i % bytes, true);
+        for (int i = threadIdx.x * 16; i < w_tiles * some * SCALE_BYTES; i += blockDim.x * 16) {
+          const int tile = i / (some * max(SCALE_BYTES, 1)), inside = i % (some * max(SCALE_BYTES, 1));
+          copy_async_16(to + SCALES_AT + tile * UNITS * SCALE_BYTES + inside, scales_from + (int64)tile * units * SCALE_BYTES + inside, true);
+        }
       }
     }
-    copy_async_commit();
-    next += warps * UNIT_BYTES, next_scale += warps * SCALE_BYTES, next_unit += warps;
-    if (next_unit >= last_unit) next_unit = warp, next_group += gridDim.x, next += a_group, next_scale += scale_group;
+    if (!ENGINE) copy_async_commit();
+    if (++next_piece == pieces) next_piece = 0, next_group += gridDim.x;
   };
+  if (ENGINE) {
+    if (threadIdx.x < STAGES) begin(memory + 8 * threadIdx.x);
+    __syncthreads();
+  }
 #pragma unroll
-  for (int i = 0; i < STAGES; i++) read_ahead(i * STAGE_BYTES);
+  for (int i = 0; i < STAGES; i++) fetch(i);
+  if (EARLY == 1) let_next_begin();
 
   wait_for_previous();
+  if (EARLY == 0) let_next_begin();
   x += first_row * x_row;
   // As many loads at once as registers hold, for x is late already: it came after the first of W.
   if (NT == 1 && rows == 1)
@@ -225,16 +296,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   else
     for (int m = 0; m < rows; m += 8)
       fetch_x<8, 1>(x, x_row, x_s, m, rows, (int)K, units, pass, warp, warps, lane);
+  __syncwarp();
+  if (EARLY == 2) let_next_begin();
 
   int x_lane[NT];  // where the lane's part of a row is in a unit of x; nobody reads the sums of rows beyond the last
 #pragma unroll
   for (int n = 0; n < NT; n++) x_lane[n] = kept(min(n * 8 + g, rows - 1) * ROW_BYTES + t * 8 * (int)sizeof(T));
-  const int odd = kept(g % 2 * SWAPPED);
+  const int odd = kept(g % 2 * SWAPPED), w_lane = kept(g * PITCH + t * WIDTH), scale_lane = kept(SCALES_AT + g * 4 * (1 + ZEROS));
 
   constexpr int GROUP_OUT = MT * TILE;
   const int row = threadIdx.x % GROUP_OUT, m_first = threadIdx.x / GROUP_OUT, m_step = blockDim.x / GROUP_OUT;
-  const int x_turn = warps * pass * ROW_BYTES;
-  int slot = 0;
+  int stage = 0;
+  uint32 parity = 0;
   for (int group = blockIdx.x; group < groups; group += gridDim.x) {
     Scale whole[MT];
     if constexpr (GROUPS == 0) {
@@ -245,29 +318,32 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     float total[MT][NT][4] = {};
     Sums sums;
     sums.clear();
-    int x_unit = warp * pass * ROW_BYTES;
-    for (int unit = warp; unit < last_unit; unit += warps, x_unit += x_turn) {
-      copy_async_wait<STAGES - 1>();
-      __syncwarp();
-      if (unit < units) {
-        const unsigned char *stage = memory + (mine + slot), *x_at[NT];
+    for (int piece = 0; piece < pieces; piece++) {
+      if (ENGINE) wait(memory + 8 * stage, parity);
+      else copy_async_wait<STAGES - 1>(), __syncthreads();
+      const unsigned char* const at = stages + stage * STAGE_BYTES;
+      const int some = min(UNITS, units - piece * UNITS);
+      for (int unit = warp; unit < some; unit += warps) {
+        const unsigned char* x_at[NT];
 #pragma unroll
-        for (int n = 0; n < NT; n++) x_at[n] = memory + (x_unit + x_lane[n]);
+        for (int n = 0; n < NT; n++) x_at[n] = x_s + ((piece * UNITS + unit) * pass * ROW_BYTES + x_lane[n]);
 #pragma unroll
         for (int half = 0; half < 4; half++) {
-          sums.add(half, stage, x_at, odd);
+          sums.add(half, at + (unit * UNIT_BYTES + w_lane), x_at, odd);
           if constexpr (GROUPS > 0)
             if ((half + 1) % HALVES == 0) {
 #pragma unroll
               for (int i = 0; i < MT; i++)
-                sums.scaled(i, read_scale(memory + (scale_mine + slot) + i * PART_BYTES + half / HALVES * (32 * (1 + ZEROS))), total);
+                sums.scaled(i, read_scale(at + (unit * SCALE_BYTES + scale_lane) + i * UNITS * SCALE_BYTES + half / HALVES * (32 * (1 + ZEROS))), total);
               sums.clear();
             }
         }
       }
-      __syncwarp();
-      read_ahead(slot);
-      slot = slot == (STAGES - 1) * STAGE_BYTES ? 0 : slot + STAGE_BYTES;
+      if (piece + 1 < pieces) {
+        __syncthreads();
+        fetch(stage);
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
     }
     if constexpr (GROUPS == 0) {
 #pragma unroll
@@ -284,6 +360,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
           if (m < rows) sums_s[((warp * MT + i) * TILE + g + j / 2 * 8) * stride + m] = total[i][n][j];
         }
     __syncthreads();
+    const bool more = group + (int)gridDim.x < groups;
+    if (more) {
+      fetch(stage);
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
     const int64 o = (int64)group * GROUP_OUT + row;
     for (int m = m_first; m < rows && o < O; m += m_step) {
       float sum = 0.0f;
@@ -291,6 +372,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       for (int w = 0; w < warps; w++) sum += sums_s[(w * GROUP_OUT + row) * stride + m];
       out[(first_row + m) * O + o] = from_float<T>(sum);
     }
-    if (group + (int)gridDim.x < groups) __syncthreads();
+    if (more) __syncthreads();
   }
 }

@@ -26,7 +26,7 @@ constexpr int THREADS = 32 * WO * WM * WK;
 constexpr int TILES = MT * WO, BO = TILE * TILES, BM = 8 * NT * WM;
 constexpr int ROW_BYTES = UNIT * 2;
 constexpr int X_BYTES = BM * ROW_BYTES, STAGE_BYTES = X_BYTES + TILES * PART_BYTES;
-constexpr int PITCH = BM | 1;             // of sums in shared memory
+constexpr int PITCH = BO + 4;             // of sums in shared memory, those of a row of x side by side
 constexpr int MINE = 4 / WK;              // times 32 columns of a unit that a warp has
 constexpr int TOGETHER = HALVES < MINE ? HALVES : MINE;  // of them that share a scale
 static_assert(sizeof(T) == 2 && WK * MINE == 4 && THREADS % 16 == 0, "no such division");
@@ -47,16 +47,19 @@ DEVICE void cluster_sync() {
 }
 
 // What block `rank` of the cluster has at this place of its shared memory.
-DEVICE float of_block(const float* shared, int rank) {
+DEVICE Vec<float, 4> of_block(const float* shared, int rank) {
+  Vec<float, 4> x;
 #if !defined(MOAI_HOST) && SPLIT > 1
   uint32 at = (uint32)__cvta_generic_to_shared(shared);
-  float x;
   asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
-  return x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.at[0]), "=f"(x.at[1]), "=f"(x.at[2]), "=f"(x.at[3])
+               : "r"(at)
+               : "memory");
 #else
-  return *shared;
+  x = load_vec<float, 4>(shared);
 #endif
+  return x;
 }
 
 struct Sums {
@@ -113,13 +116,12 @@ struct Sums {
 };
 
 // Grid: x, SPLIT blocks for each BO rows of W; y, BM rows of x each. Dynamic shared memory: STAGES * STAGE_BYTES, and WK
-// * BO * PITCH sums at least. The rows of x are x_row numbers apart, those of W row_bytes; all of them begin at multiples
+// * BM * PITCH sums at least. The rows of x are x_row numbers apart, those of W row_bytes; all of them begin at multiples
 // of 16 bytes; K is a multiple of 8. out is dense. x may come from a kernel that still runs when this one begins, W may
 // not.
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     quant_tiles(const T* x, const unsigned char* __restrict__ weights, const unsigned char* __restrict__ scales, T* out,
                 int64 M, int64 K, int64 O, int64 x_row, int64 row_bytes, int64 all_units) {
-  let_next_begin();
   extern __shared__ __align__(128) unsigned char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int wo = warp % WO, wk = warp / WO % WK, wm = warp / (WO * WK);
@@ -127,62 +129,85 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
   const int tile_0 = blockIdx.x / SPLIT * TILES, first = rank * units / SPLIT, last = (rank + 1) * units / SPLIT;
   const int64 m_0 = (int64)blockIdx.y * BM;
 
-  // Each warp copies whole tiles, each thread one 16-byte piece of every THREADS / 16-th row of x.
-  const unsigned char* const w_from = weights + ((int64)tile_0 * TILE + lane % 8) * row_bytes + lane / 8 * 16;
-  const int w_to = kept(X_BYTES + piece_place(lane / 8, lane % 8));
+  // Each warp copies whole tiles, each thread one 16-byte piece of every THREADS / 16-th row of x. Rows beyond the last
+  // are the last once more: nobody stores what comes of them.
+  constexpr int WARPS = THREADS / 32, OURS = (TILES + WARPS - 1) / WARPS, APART = THREADS / 16, X_ROWS = (BM + APART - 1) / APART;
   const int slot = threadIdx.x % 16, m_mine = threadIdx.x / 16;
-  const T* const x_from = x + (m_0 + m_mine) * x_row + slot * 8;
+  const unsigned char* w_from[OURS][2];
+  const unsigned char* scale_from[OURS];
+  const T* x_from[X_ROWS];
+#pragma unroll
+  for (int i = 0; i < OURS; i++) {
+    const int tile = min(tile_0 + warp + i * WARPS, tiles - 1);
+#pragma unroll
+    for (int down = 0; down < 2; down++)
+      w_from[i][down] = weights + min((int64)tile * TILE + lane % 8 + down * 8, O - 1) * row_bytes + lane / 8 * 16 + (int64)first * UNIT_BYTES;
+    scale_from[i] = scales + ((int64)tile * units + first) * SCALE_BYTES + lane * 16;
+  }
+#pragma unroll
+  for (int i = 0; i < X_ROWS; i++)
+    x_from[i] = x + min(m_0 + m_mine + i * APART, M - 1) * x_row + slot * 8 + (int64)first * UNIT;
+  const int w_to = kept(X_BYTES + piece_place(lane / 8, lane % 8) + warp * PART_BYTES);
+  const int scale_to = kept(X_BYTES + warp * PART_BYTES + TILE_BYTES + lane * 16);
   const int x_to = kept(m_mine * ROW_BYTES + (slot * 16 ^ m_mine % 2 * 64));
-  auto copy_w = [&](int stage, int unit) {
-    const int64 left = O - (int64)tile_0 * TILE - lane % 8, bytes = row_bytes - (int64)unit * UNIT_BYTES - lane / 8 * 16;
+  int64 w_left = row_bytes - lane / 8 * 16 - (int64)first * UNIT_BYTES, x_left = K - slot * 8 - (int64)first * UNIT;
+  auto copy_w = [&](int stage) {
 #pragma unroll
-    for (int i = warp; i < TILES; i += THREADS / 32) {
-      copy_tile(memory + (stage + w_to + i * PART_BYTES), w_from + (int64)i * TILE * row_bytes + (int64)unit * UNIT_BYTES,
-                row_bytes, left - i * TILE, bytes);
-      if (lane < SCALE_BYTES / 16)
-        copy_async_16(memory + (stage + X_BYTES + i * PART_BYTES + TILE_BYTES + lane * 16),
-                      scales + ((int64)(tile_0 + i) * units + unit) * SCALE_BYTES + lane * 16, tile_0 + i < tiles);
-    }
+    for (int i = 0; i < OURS; i++)
+      if (TILES % WARPS == 0 || warp + i * WARPS < TILES) {
+#pragma unroll
+        for (int c = 0; c < TILE_BYTES / 512; c++)
+          copy_async_16(memory + (stage + w_to + i * WARPS * PART_BYTES + c % 2 * 128 + c / 2 * 1024), w_from[i][c % 2] + c / 2 * 64,
+                        c / 2 * 64 < w_left);
+        if (lane < SCALE_BYTES / 16) copy_async_16(memory + (stage + scale_to + i * WARPS * PART_BYTES), scale_from[i], true);
+        w_from[i][0] += UNIT_BYTES, w_from[i][1] += UNIT_BYTES, scale_from[i] += SCALE_BYTES;
+      }
+    w_left -= UNIT_BYTES;
   };
-  auto copy_x = [&](int stage, int unit) {
-    const bool inside = unit * UNIT + slot * 8 < K;
+  auto copy_x = [&](int stage) {
 #pragma unroll
-    for (int m = 0; m < BM; m += THREADS / 16)
-      if (BM % (THREADS / 16) == 0 || m + m_mine < BM)
-        copy_async_16(memory + (stage + x_to + m * ROW_BYTES), x_from + m * x_row + unit * UNIT,
-                      inside && m_0 + m_mine + m < M);
+    for (int i = 0; i < X_ROWS; i++) {
+      if (BM % APART == 0 || m_mine + i * APART < BM)
+        copy_async_16(memory + (stage + x_to + i * APART * ROW_BYTES), x_from[i], x_left > 0);
+      x_from[i] += UNIT;
+    }
+    x_left -= UNIT;
   };
 
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++)
-    if (first + i < last) copy_w(i * STAGE_BYTES, first + i);
+    if (first + i < last) copy_w(i * STAGE_BYTES);
   wait_for_previous();
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
-    if (first + i < last) copy_x(i * STAGE_BYTES, first + i);
+    if (first + i < last) copy_x(i * STAGE_BYTES);
     copy_async_commit();
   }
+  let_next_begin();  // what it reads ahead queues up behind x
 
   Sums sums;
   sums = {};
-  const int w_mine = kept(X_BYTES + wo * MT * PART_BYTES + lane_place(g, t));
-  const int scale_mine = kept(X_BYTES + wo * MT * PART_BYTES + TILE_BYTES + g * 4 * (1 + ZEROS));
-  const int x_mine = kept((wm * NT * 8 + g) * ROW_BYTES + t * 16), odd = g % 2 * 64;
+  // The lane's places in a stage, in the first of the warp's parts of a unit.
+  const int w_mine = kept(X_BYTES + wo * MT * PART_BYTES + lane_place(g, t) + wk * MINE * (64 * WIDTH));
+  const int scale_mine = kept(X_BYTES + wo * MT * PART_BYTES + TILE_BYTES + (g + wk * MINE / HALVES * 8) * 4 * (1 + ZEROS));
+  int x_mine[MINE];
+#pragma unroll
+  for (int h = 0; h < MINE; h++)
+    x_mine[h] = kept((wm * NT * 8 + g) * ROW_BYTES + t * 16 + ((wk * MINE + h) * 64 ^ g % 2 * 64));
   int now = 0, next = (STAGES - 1) * STAGE_BYTES;
   for (int unit = first; unit < last; unit++) {
     copy_async_wait<STAGES - 2>();
     __syncthreads();  // everybody's copies are there, and the oldest stage has been read
-    if (unit + STAGES - 1 < last) copy_w(next, unit + STAGES - 1), copy_x(next, unit + STAGES - 1);
+    if (unit + STAGES - 1 < last) copy_w(next), copy_x(next);
     copy_async_commit();
 #pragma unroll
     for (int h = 0; h < MINE; h++) {
-      const int half = wk * MINE + h;
-      sums.add(memory + (now + w_mine), half, memory + (now + x_mine + (half * 64 ^ odd)));
+      sums.add(memory + (now + w_mine), h, memory + (now + x_mine[h]));
       if constexpr (GROUPS > 0)
         if ((h + 1) % TOGETHER == 0) {
 #pragma unroll
           for (int i = 0; i < MT; i++)
-            sums.scaled(i, read_scale(memory + (now + scale_mine + i * PART_BYTES + half / HALVES * (32 * (1 + ZEROS)))));
+            sums.scaled(i, read_scale(memory + (now + scale_mine) + i * PART_BYTES + h / HALVES * (32 * (1 + ZEROS))));
           sums.clear();
         }
     }
@@ -204,19 +229,28 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     for (int n = 0; n < NT; n++)
 #pragma unroll
       for (int j = 0; j < 4; j++)
-        sums_s[(wk * BO + (wo * MT + i) * TILE + g + j / 2 * 8) * PITCH + (wm * NT + n) * 8 + 2 * t + j % 2] =
+        sums_s[(wk * BM + (wm * NT + n) * 8 + 2 * t + j % 2) * PITCH + (wo * MT + i) * TILE + g + j / 2 * 8] =
             sums.total[i][n][j];
   cluster_sync();
   const int64 o_0 = (int64)tile_0 * TILE;
-  for (int e = rank * THREADS + threadIdx.x; e < BO * BM; e += SPLIT * THREADS) {
-    const int row = e % BO, m = e / BO;
+  for (int e = rank * THREADS + threadIdx.x; e < BO / 4 * BM; e += SPLIT * THREADS) {
+    const int row = e % (BO / 4) * 4, m = e / (BO / 4);
     if (m_0 + m >= M || o_0 + row >= O) continue;
-    float parts[SPLIT * WK], sum = 0.0f;
+    Vec<float, 4> parts[SPLIT * WK];
 #pragma unroll
-    for (int i = 0; i < SPLIT * WK; i++) parts[i] = of_block(sums_s + (i % WK * BO + row) * PITCH + m, i / WK);
+    for (int i = 0; i < SPLIT * WK; i++) parts[i] = of_block(sums_s + (i % WK * BM + m) * PITCH + row, i / WK);
+    Vec<T, 4> y;
 #pragma unroll
-    for (int i = 0; i < SPLIT * WK; i++) sum += parts[i];
-    out[(m_0 + m) * O + o_0 + row] = from_float<T>(sum);
+    for (int j = 0; j < 4; j++) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < SPLIT * WK; i++) sum += parts[i].at[j];
+      y.at[j] = from_float<T>(sum);
+    }
+    T* const to = out + (m_0 + m) * O + o_0 + row;
+    if (O % 4 == 0) store_vec<T, 4>(to, y);
+    else
+      for (int j = 0; j < 4 && o_0 + row + j < O; j++) to[j] = y.at[j];
   }
   cluster_sync();  // nobody goes while others read
 }

@@ -44,8 +44,13 @@ class Layout(NamedTuple):
 
     @property
     def part(self) -> int:
-        """Bytes of a tile's unit."""
-        return TILE * UNIT * self.bits // 8 + self.groups * 2 * TILE * (1 + self.zeros)
+        """Bytes of a tile's unit, scales included."""
+        return TILE * UNIT * self.bits // 8 + self.scales
+
+    @property
+    def scales(self) -> int:
+        """Bytes of a tile's unit's scales."""
+        return self.groups * 2 * TILE * (1 + self.zeros)
 
 
 class Shape(NamedTuple):
@@ -94,24 +99,25 @@ def settle(tensor: Tensor) -> None:
 
 
 class Plan(NamedTuple):
-    """A division of quant_linear.cu's work. `warps` run in a block; the kernel is compiled for `most_warps`, and for
-    `blocks` of them on a multiprocessor."""
+    """A division of quant_linear.cu's work; see there. The kernel is compiled for `blocks` on a multiprocessor."""
 
     mt: int
     nt: int
+    units: int
     stages: int
     warps: int
-    most_warps: int
     blocks: int
+    early: int
     rows: int  # of x, in one pass
     grid: tuple[int, int, int]
     shared: int
 
 
-def shared_bytes(shape: Shape, mt: int, rows: int, warps: int, stages: int) -> int:
+def shared_bytes(shape: Shape, mt: int, rows: int, units: int, stages: int, warps: int) -> int:
     """Dynamic shared memory of a block; see quant_linear.cu."""
-    x = shape.units * rows * UNIT * shape.itemsize
-    return x + warps * (stages * mt * shape.layout.part + 4 * TILE * mt * (rows | 1))
+    bits, x = shape.layout.bits, shape.units * rows * UNIT * shape.itemsize
+    stage = mt * TILE * (units * UNIT * bits // 8 + 4 * bits) + mt * units * shape.layout.scales
+    return -(-8 * stages // 128) * 128 + x + stages * stage + 4 * warps * TILE * mt * (rows | 1)
 
 
 @lru_cache(maxsize=4096)
@@ -121,11 +127,18 @@ def plan(shape: Shape, device: Gpu) -> Plan:
     per = -(-shape.tiles // device.multiprocessors)  # tiles of a multiprocessor
     while True:
         nt = 1 if rows <= 8 else 2 if rows <= 16 else 4
-        # All of a matrix at once where it is small; else blocks stay and read ahead.
-        choices = [(per, 16, 2, 1)] if per <= 6 and nt == 1 else []
-        choices += [(2 if nt == 1 else 1, 8, 4, 4 // nt), (1, 8, 4, 2), (1, 8, 2, 1)]
-        for mt, most_warps, stages, blocks in choices:
-            made = divide(shape, device, mt, nt, stages, most_warps, blocks, rows)
+        # A small matrix at once; of a large one blocks stay and read ahead.
+        choices = [(per, 1, 1, 1, 8)] if per <= 6 and nt == 1 else []
+        choices += [
+            (1, 1, 4, 2, 8),
+            (1, 1, 2, 1, 8),
+            (1, 2, 4, 1, 8),
+            (1, 4, 4, 1, 8),
+            (1, 8, 4, 1, 8),
+            (1, 99, 2, 1, 4),
+        ]
+        for mt, pieces, stages, share, warps in choices:
+            made = divide(shape, device, mt, nt, pieces, stages, warps, share, rows)
             if made is not None:
                 return made
         if rows == 1:
@@ -134,31 +147,23 @@ def plan(shape: Shape, device: Gpu) -> Plan:
 
 
 def divide(
-    shape: Shape, device: Gpu, mt: int, nt: int, stages: int, most_warps: int, blocks: int, rows: int,
-    share: int | None = None,
+    shape: Shape, device: Gpu, mt: int, nt: int, pieces: int, stages: int, warps: int, share: int, rows: int,
+    blocks: int | None = None, early: int = 1,
 ) -> Plan | None:  # fmt: skip
-    """The plan with these choices, or None if it needs more shared memory than there is. share: blocks that run on a
-    multiprocessor, `blocks` if there is room for them."""
-    turns = -(-shape.units // most_warps)
-    warps = max(-(-shape.units // turns), (mt + 1) // 2)  # none idles in the last turn that needn't
+    """The plan with these choices, or None if it needs more shared memory than there is. pieces: of a group; share:
+    blocks that run on a multiprocessor; blocks: those that the kernel is compiled for, `share` if not given."""
+    warps = max(min(warps, shape.units), mt)
+    units = -(-shape.units // pieces)
+    if pieces > 1:  # of whole turns of the warps
+        units = -(-units // warps) * warps
+        pieces = -(-shape.units // units)
     groups = -(-shape.tiles // mt)
-
-    def resident(stages: int) -> int:
-        shared = shared_bytes(shape, mt, rows, warps, stages)
-        return (
-            0 if shared > device.shared_of_block else min(share or blocks, device.shared // (shared + _SHARED_OF_BLOCK))
-        )
-
-    def to_read(stages: int) -> int:  # units of a warp
-        return turns * -(-groups // (device.multiprocessors * resident(stages)))
-
-    if warps > most_warps or not resident(stages):
+    grid = min(groups, device.multiprocessors * share)
+    stages = min(stages, pieces * -(-groups // grid))  # there is no more to read ahead
+    shared = shared_bytes(shape, mt, rows, units, stages, warps)
+    if warps > 16 or shared > device.shared_of_block or share * (shared + _SHARED_OF_BLOCK) > device.shared:
         return None
-    while stages > 1 and to_read(stages - 1) <= stages - 1:
-        stages -= 1  # there is no more to read ahead
-    grid = min(groups, device.multiprocessors * resident(stages))
-    shared = shared_bytes(shape, mt, rows, warps, stages)
-    return Plan(mt, nt, stages, warps, most_warps, blocks, rows, (grid, -(-shape.m // rows), 1), shared)
+    return Plan(mt, nt, units, stages, warps, blocks or share, early, rows, (grid, -(-shape.m // rows), 1), shared)
 
 
 def launch(
@@ -176,10 +181,11 @@ def launch(
     p = chosen or plan(Shape(m, -(-out // TILE), units, x.element_size(), layout), gpu(x.device.index))
     cuda.kernel(
         "quant_linear.cu", "quant_linear", x.device,
-        MT=p.mt, NT=p.nt, STAGES=p.stages, WARPS=p.most_warps, BLOCKS=p.blocks, **_macros(x.dtype, layout),
+        MT=p.mt, NT=p.nt, UNITS=p.units, STAGES=p.stages, WARPS=p.warps, BLOCKS=p.blocks, EARLY=p.early,
+        **_macros(x.dtype, layout),
     )(
-        p.grid, 32 * p.warps, x, weights, scales, y, m, columns, out, x.stride(0), weights.stride(0), units,
-        -(-units // p.warps), p.rows, shared=p.shared, **_overlap(x, overlap),
+        p.grid, 32 * p.warps, x, weights, scales, y, m, columns, out, x.stride(0), weights.stride(0), units, p.rows,
+        shared=p.shared, **_overlap(x, overlap),
     )  # fmt: skip
     return y
 
@@ -217,7 +223,7 @@ class Tiles(NamedTuple):
     def shared(self, layout: Layout) -> int:
         """Dynamic shared memory of a block, in bytes."""
         stage = self.rows * UNIT * 2 + self.tiles * layout.part
-        return max(self.stages * stage, 4 * self.wk * self.tiles * TILE * (self.rows | 1))
+        return max(self.stages * stage, 4 * self.wk * self.rows * (self.tiles * TILE + 4))
 
 
 @lru_cache(maxsize=4096)

@@ -113,12 +113,12 @@ def test_more_rows_in_other_types(device, dtype, m):
     judge(found, x.double() @ values.double().t())
 
 
-@pytest.mark.parametrize("mt, nt, stages, warps, rows", [
-    (1, 1, 2, 4, 1), (1, 1, 4, 2, 3), (2, 1, 2, 3, 7), (2, 1, 4, 16, 8), (1, 2, 2, 5, 9), (2, 2, 4, 2, 16),
-    (1, 4, 2, 2, 30), (2, 4, 2, 12, 32), (3, 1, 2, 5, 1), (5, 1, 3, 4, 6),
+@pytest.mark.parametrize("mt, nt, pieces, stages, warps, rows", [
+    (1, 1, 1, 2, 4, 1), (1, 1, 2, 4, 2, 3), (2, 1, 1, 2, 3, 7), (2, 1, 1, 1, 16, 8), (1, 2, 5, 3, 1, 9), (2, 2, 1, 2, 2, 16),
+    (1, 4, 2, 2, 2, 30), (2, 4, 1, 1, 4, 32), (3, 1, 1, 2, 5, 1), (5, 1, 1, 1, 5, 6),
 ])  # fmt: skip
 @pytest.mark.parametrize("form", ["int4", "int8"])
-def test_every_division_of_the_work(device, form, mt, nt, stages, warps, rows):
+def test_every_division_of_the_work(device, form, mt, nt, pieces, stages, warps, rows):
     spec = Spec(form, 128 if form == "int4" else 0)
     out, columns, m = 116, 640, rows + 2
     stored, values = matrix(device, spec, out, columns)
@@ -126,7 +126,7 @@ def test_every_division_of_the_work(device, form, mt, nt, stages, warps, rows):
     x = draw(device, m, columns, dtype=B)
     shape = Shape(m, -(-out // 16), columns // 128, 2, layout)
     few = cuda_ops.gpu(device.index)._replace(multiprocessors=2)  # blocks have several tiles to do
-    chosen = cuda_ops.divide(shape, few, mt, nt, stages, warps, 1, rows)
+    chosen = cuda_ops.divide(shape, few, mt, nt, pieces, stages, warps, 1, rows)
     if chosen is None:
         pytest.skip("needs more shared memory than this GPU has")
     assert chosen.grid[0] == 2 and chosen.grid[1] > 1
