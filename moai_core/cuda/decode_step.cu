@@ -11,6 +11,7 @@
 //   decode_conv   (wide batches) the convolution's step behind in_proj, decode_gate silu(gate) up, from the sums of
 //                 decode_wide.cu
 //   decode_mix    (wide batches) the sums of x_proj to dt's vector, B and C, with their norms
+//   decode_scan_wide  the same for many rows, where RANK is a multiple of 32, T has 16 bits and N is 64 at most
 //   decode_scan   dt_proj, softplus, the selective scan's step, the gate; for few rows also what decode_mix does
 //   decode_rotate the online Hadamard rotation of a product's inputs (moai_core/quant/hadamard.py)
 //
@@ -202,13 +203,16 @@ DEVICE void mix(float* mixed, float* rstd, const float* partial, const Norms& no
 
 // Grid: a block a row.
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode_mix(const float* partial, const T* norm_dt, const T* norm_B, const T* norm_C, float* mixed, int64 slices,
+decode_mix(const float* partial, const T* norm_dt, const T* norm_B, const T* norm_C, float* mixed, T* dt, int64 slices,
            int64 batch, float eps) {
   __shared__ float row[MIX], rstd[3];
   wait_for_previous();
   let_next_begin();
   mix(row, rstd, partial, Norms{norm_dt, norm_B, norm_C, eps}, slices, batch, blockIdx.x, 1);
-  for (int k = threadIdx.x; k < MIX; k += THREADS) mixed[blockIdx.x * MIX + k] = row[k];
+  for (int k = threadIdx.x; k < MIX; k += THREADS) {
+    mixed[blockIdx.x * MIX + k] = row[k];
+    if (k < RANK) dt[blockIdx.x * RANK + k] = from_float<T>(row[k]);
+  }
 }
 
 // ---- The step
@@ -322,6 +326,92 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
        load_fresh_number<T>(u + row * I + at.c), load_fresh_number<T>(z + row * I + at.c));
   }
 }
+
+// ---- The step of many rows: a block has 32 channels of all of them, makes their dt with tensor cores and lets their states
+// flow through registers. dt (batch, RANK) and mixed (batch, MIX) are decode_mix's; batch is 64 at most. Grid: 32 channels
+// each.
+#if RANK % 32 == 0
+constexpr int MANY = 512, FLOW = 4;                                  // threads; states on their way
+constexpr int GROUPS = MANY / (CHANNELS * LANES) > 0 ? MANY / (CHANNELS * LANES) : 1;  // rows at once
+
+extern "C" __global__ void __launch_bounds__(MANY, 1)
+decode_scan_wide(const float* mixed, const T* dt, const T* dt_weight, const float* dt_bias, const float* A_log2,
+                 const float* D, const T* u, const T* z, const float* state, float* next_state, T* y, int64 batch, int64 I) {
+  __shared__ float steps[64][CHANNELS + 1], BC[64][2 * N];
+  const int64 first = (int64)blockIdx.x * CHANNELS;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int lane = threadIdx.x % LANES, own = threadIdx.x / LANES % CHANNELS, group = threadIdx.x / (LANES * CHANNELS);
+  const bool real = first + own < I;
+  const int64 c = real ? first + own : I - 1;
+  const Vec<float, 4> a = load_vec<float, 4>(A_log2 + c * N + lane * 4);
+  const float skip = D[c];
+  Vec<float, 4> h[FLOW];
+#pragma unroll
+  for (int e = 0; e < FLOW; e++)
+    if (group + e * GROUPS < batch) h[e] = load_vec<float, 4>(state + ((group + e * GROUPS) * I + c) * N + lane * 4);
+  constexpr int CHUNKS = RANK / 32;
+  const int64 upper = first + warp % 2 * 16 + g, high = upper < I ? upper : I - 1, low = upper + 8 < I ? upper + 8 : I - 1;
+  Words w[CHUNKS][2];
+#pragma unroll
+  for (int k = 0; k < CHUNKS; k++) {
+    w[k][0] = *(const Words*)(dt_weight + high * RANK + k * 32 + t * 8);
+    w[k][1] = *(const Words*)(dt_weight + low * RANK + k * 32 + t * 8);
+  }
+  const float bias[2] = {dt_bias[high], dt_bias[low]};
+
+  wait_for_previous();
+  let_next_begin();
+  float x[FLOW], gates[FLOW];
+#pragma unroll
+  for (int e = 0; e < FLOW; e++)
+    if (group + e * GROUPS < batch) {
+      x[e] = load_fresh_number<T>(u + (group + e * GROUPS) * I + c);
+      gates[e] = load_fresh_number<T>(z + (group + e * GROUPS) * I + c);
+    }
+  for (int i = threadIdx.x; i < batch * 2 * N; i += MANY) BC[i / (2 * N)][i % (2 * N)] = load_fresh_float(mixed + i / (2 * N) * MIX + RANK + i % (2 * N));
+  const int tile = warp / 2;  // of 8 rows
+  if (tile * 8 < batch) {
+    const int64 row = tile * 8 + g < batch ? tile * 8 + g : batch - 1;
+    float sums[4] = {};
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) {
+      const Words v = load_fresh(dt + row * RANK + k * 32 + t * 8);
+#pragma unroll
+      for (int s = 0; s < 2; s++) {
+        const uint32 a4[4] = {w[k][0].at[2 * s], w[k][1].at[2 * s], w[k][0].at[2 * s + 1], w[k][1].at[2 * s + 1]}, b2[2] = {v.at[2 * s], v.at[2 * s + 1]};
+        mma_16<T>(sums, a4, b2);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) steps[tile * 8 + 2 * t + i % 2][warp % 2 * 16 + g + i / 2 * 8] = softplus(rounded<T>(sums[i]) + bias[i / 2]);
+  }
+  __syncthreads();
+
+  for (int64 m = group; m < batch; m += GROUPS) {
+    Vec<float, 4> now = h[0];
+    const float input = x[0], gate = gates[0];
+    const int64 at = m * I + c, later = m + FLOW * GROUPS;
+#pragma unroll
+    for (int e = 1; e < FLOW; e++) h[e - 1] = h[e], x[e - 1] = x[e], gates[e - 1] = gates[e];
+    if (later < batch) {
+      h[FLOW - 1] = load_vec<float, 4>(state + (later * I + c) * N + lane * 4);
+      x[FLOW - 1] = load_fresh_number<T>(u + later * I + c), gates[FLOW - 1] = load_fresh_number<T>(z + later * I + c);
+    }
+    const float step = steps[m][own];
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      now.at[j] = exp2_approx(step * a.at[j]) * now.at[j] + step * input * BC[m][lane * 4 + j];
+      sum += now.at[j] * BC[m][N + lane * 4 + j];
+    }
+#pragma unroll
+    for (int other = LANES / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+    if (!real) continue;
+    store_vec<float, 4>(next_state + at * N + lane * 4, now);
+    if (lane == 0) y[at] = from_float<T>((sum + skip * input) * (gate * sigmoid(gate)));
+  }
+}
+#endif
 
 // ---- y <- y T for each row, T = M (x) S: M (odd, odd), null where odd is 1, and S Sylvester's matrix of a power of two
 // times `scale`. Grid: a block a row. Shared memory: I floats.

@@ -11,7 +11,7 @@
 // the weight's shape alone.
 //
 //   T       type of x                  NT      tiles of 8 rows of x
-//   DEPTH   stages of a warp's ring    WEIGHT  format, type of scales, columns that share one (0: a row, or none)
+//   DEPTH   stages of a warp's ring, even   WEIGHT  format, type of scales, columns that share one (0: a row, or none)
 #include "decode.cuh"
 
 template <template <class> class FORMAT, class S, int G>
@@ -29,7 +29,8 @@ struct Tiles {
   const unsigned char *weight, *second;  // second: more rows behind those of weight, or null
   const W::Scale *scales, *scales2;
   int64 row_bytes;
-  int rows, groups, shift, tiles, begin, end, apart;  // rows, tiles: of each weight; chunks of the slice; from tile to tile
+  int rows, groups, shift, tiles, begin, end, even, apart;  // rows, tiles: of each weight; chunks of the slice, an even
+                                                            // number of them; from tile to tile
 };
 
 // A warp's next chunk of W.
@@ -54,19 +55,20 @@ struct Fetch {
     }
   }
   DEVICE void stage(const Tiles& a, Words* to) {
-    copy_async_16(to + lane, upper, has_upper);
-    copy_async_16(to + 32 + lane, lower, has_lower);
+    const bool here = chunk < a.end;
+    copy_async_16(to + lane, upper, has_upper && here);
+    copy_async_16(to + 32 + lane, lower, has_lower && here);
     if constexpr (W::GROUP > 0) {
-      const bool mine = lane < 16 && tile < (a.second ? 2 : 1) * a.tiles && (tile >= a.tiles ? tile - a.tiles : tile) * 16 + lane < a.rows;
+      const bool mine = here && lane < 16 && tile < (a.second ? 2 : 1) * a.tiles && (tile >= a.tiles ? tile - a.tiles : tile) * 16 + lane < a.rows;
       if (mine) copy_async_4((uint32*)(to + 64) + lane, scales + ((parity + (chunk >> a.shift)) & ~1));
     }
     copy_async_commit();
     upper += 64, lower += 64;
-    if (++chunk == a.end) tile += a.apart, begin(a);
+    if (++chunk == a.even) tile += a.apart, begin(a);
   }
 };
 
-DEVICE void multiply(float (&sums)[NT][4], const Words* stage, const Words* xs, int groups, int group, int lane) {
+DEVICE void multiply(float (&sums)[NT][4], const Words* stage, const Words* xs, int groups, int group, int lane, bool here) {
   const int g = lane / 4;
   uint32 w[STEPS][4];
   const Words upper = stage[lane], lower = stage[32 + lane];
@@ -79,7 +81,8 @@ DEVICE void multiply(float (&sums)[NT][4], const Words* stage, const Words* xs, 
   if constexpr (W::GROUP > 0) {
     const int high = (g * groups + group) & 1;  // 4 bytes hold two groups' scales
     const uint32* scales = (const uint32*)(stage + 64);
-    up = to_float(fp16{(uint16)(scales[g] >> (16 * high))}), down = to_float(fp16{(uint16)(scales[g + 8] >> (16 * high))});
+    up = here ? to_float(fp16{(uint16)(scales[g] >> (16 * high))}) : 0.0f;
+    down = here ? to_float(fp16{(uint16)(scales[g + 8] >> (16 * high))}) : 0.0f;
   }
 #pragma unroll
   for (int n = 0; n < NT; n++) {
@@ -111,14 +114,15 @@ decode_wide(const unsigned char* weight, const unsigned char* second, const W::S
   const int part = (int)(blockIdx.x % slices), share = (int)(blockIdx.x / slices), shares = (int)(gridDim.x / slices);
   const int chunks = (int)(row_bytes / 64), begin = part * (int)slice;
   const Tiles a{weight, second, scales, scales2, row_bytes, (int)rows, (int)groups, (int)shift, (int)((rows + 15) / 16), begin,
-                begin + (int)slice < chunks ? begin + (int)slice : chunks, shares * WARPS};
+                begin + (int)slice < chunks ? begin + (int)slice : chunks,
+                begin + ((begin + (int)slice < chunks ? (int)slice : chunks - begin) + 1) / 2 * 2, shares * WARPS};
   const int tiles = a.tiles * (second ? 2 : 1), steps = a.end - begin;
   Words* const ring = shared + slice * NT * XV * 32 + warp * DEPTH * STAGE;
 
   Fetch fetch;
   fetch.tile = share + shares * warp, fetch.lane = lane;
   fetch.begin(a);
-  for (int d = 0; d < DEPTH - 1; d++) fetch.stage(a, ring + d * STAGE);
+  for (int d = 0; d < DEPTH - 2; d++) fetch.stage(a, ring + d * STAGE);
   bring(ahead, ahead_bytes);
 
   wait_for_previous();
@@ -151,12 +155,16 @@ decode_wide(const unsigned char* weight, const unsigned char* second, const W::S
       for (int i = 0; i < 2; i++) factor[i] = row + 8 * i < rows ? to_float((other ? scales2 : scales)[row + 8 * i]) : 0.0f;
     float found[NT][4] = {};
 #pragma unroll 1
-    for (int step = 0; step < steps; step++) {
-      copy_async_wait<DEPTH - 2>();
+    for (int step = 0; step < steps; step += 2) {  // two chunks: one alone leaves tensor cores waiting
+      copy_async_wait<DEPTH - 4>();
       __syncwarp();
-      fetch.stage(a, ring + (ready == 0 ? DEPTH - 1 : ready - 1) * STAGE);
-      multiply(found, ring + ready * STAGE, shared + step * NT * XV * 32, a.groups, (begin + step) >> a.shift, lane);
-      ready = ready + 1 == DEPTH ? 0 : ready + 1;
+      Words* const free = ring + (ready == 0 ? DEPTH - 2 : ready - 2) * STAGE;
+      fetch.stage(a, free), fetch.stage(a, free + STAGE);
+      const bool both = step + 1 < steps;
+      const Words* const xs = shared + step * NT * XV * 32;
+      multiply(found, ring + ready * STAGE, xs, a.groups, (begin + step) >> a.shift, lane, true);
+      multiply(found, ring + (ready + 1) * STAGE, both ? xs + NT * XV * 32 : xs, a.groups, (begin + step + 1) >> a.shift, lane, both);
+      ready = ready + 2 == DEPTH ? 0 : ready + 2;
     }
 #pragma unroll
     for (int n = 0; n < NT; n++)

@@ -124,6 +124,7 @@ class Decoder:
         self.u, self.z = (make(rows, c.inner_size, dtype=self.dtype) for _ in range(2))
         self.y = make(rows, c.inner_size, dtype=self.dtype)
         self.product = make(rows, c.intermediate_size, dtype=self.dtype)
+        self.dt = make(rows, c.time_step_rank, dtype=self.dtype)
         self.mixed, self.mixes, self.sums = make(rows, width), make(rows * mixes), make(rows * max(sums))
         self.logits = make(padded, c.vocab_size, dtype=self.dtype)
         slices = -(-self.known // _SLICE)
@@ -245,11 +246,20 @@ class Decoder:
             steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, ahead=layer.out_proj.weight, **common)
         eps = float(c.dt_bc_norm_eps or c.rms_norm_eps)
         if wide:
-            steps.append(
-                Launch(
-                    self._kernel("decode_mix"), width, 256, (mixes, *layer.norms, self.mixed, len(mixes), width, eps)
-                )
-            )
+            mixed = (mixes, *layer.norms, self.mixed, self.dt, len(mixes), width, eps)
+            steps.append(Launch(self._kernel("decode_mix"), width, 256, mixed))
+        weights = (layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z, self.ssm[turn, index])
+        if (
+            wide
+            and kernels.WIDE_SCAN
+            and c.time_step_rank % 32 == 0
+            and self.dtype.itemsize == 2
+            and c.state_size <= 64
+        ):
+            moves = (self.mixed, self.dt, *weights, self.ssm[1 - turn, index], y, width, c.inner_size)
+            steps.append(Launch(self._kernel("decode_scan_wide", MIXED=1), -(-c.inner_size // 32), 512, moves))
+            self._rotate(steps, layer.rotation, y)
+            return self._add(steps, layer.out_proj, y, common)
         args = (
             self.mixed if wide else mixes, *layer.norms, layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z,
             self.ssm[turn, index], self.ssm[1 - turn, index], y, None, 0, len(mixes), width, c.inner_size, eps,

@@ -36,6 +36,7 @@ WIDE_TILES = 4
 AHEAD = 24 << 20
 # The same of the next product's weight while a small kernel of a wide batch runs: what memory brings meanwhile.
 AHEAD_SMALL = 0
+WIDE_SCAN = True
 SCAN_ROWS = 2
 SCAN = {"ROWS": 2, "BLOCKS": 6}
 _TILE_SUMS = 8 * 20

@@ -56,7 +56,7 @@ def _division(m: Matrix, rows: int) -> tuple[int, int, int]:
     nt = next(n for n in (2, 4, 8) if rows <= 8 * n)
     kept = _slice(m) * nt * _VECTORS[m.format] * 512
     stage = WARPS * 16 * (68 if m.group else 64)
-    depth = min(MOST_DEPTH, (shared_memory(m.weight.device) - 1024 - kept) // stage)
+    depth = min(MOST_DEPTH, (shared_memory(m.weight.device) - 1024 - kept) // stage) // 2 * 2
     return nt, depth, kept + depth * stage
 
 
