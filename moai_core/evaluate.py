@@ -162,8 +162,12 @@ def evaluate_file(
                 while lane.waiting < max_length and (got := next(documents, None)) is not None:
                     lane.add(*got)
                     counted += 1
-            if not any(lane.waiting for lane in lanes):
-                break
+            if any(not lane.waiting for lane in lanes):  # the documents have come to their end
+                left = [row for row, lane in enumerate(lanes) if lane.waiting]
+                if not left:
+                    break
+                lanes = [lanes[row] for row in left]
+                state = None if state is None else _rows(state, left)
             length = min(max_length, max(lane.waiting for lane in lanes))
             rows = [lane.take(length) for lane in lanes]
             loss, state = _step(model, rows, state, device, autocast)
@@ -184,6 +188,10 @@ def evaluate_file(
     nats = float(sums)
     extra = {"nats": nats, "documents": counted, "skipped": problems.skipped, "empty": problems.empty}
     return summary(nats, scored, size) | extra
+
+
+def _rows(state: MoaiState, rows: list[int]) -> MoaiState:
+    return type(state)([(conv[rows], ssm[rows]) for conv, ssm in state.layers], state.seen[rows])
 
 
 def _step(

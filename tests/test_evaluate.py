@@ -80,6 +80,21 @@ def test_a_file_is_scored_with_full_context_whatever_the_chunk(model, tokenizer,
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
+def test_rows_without_a_document_are_not_computed(model, tokenizer, data):
+    """Three documents of different lengths, in as many of the eight rows, and in fewer as they end."""
+    rows = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, call: rows.append(len(call["input_ids"])), with_kwargs=True
+    )
+    try:
+        found = evaluate_file(model, tokenizer, str(data), max_length=16, batch_size=8, limit=3)
+    finally:
+        hook.remove()
+    assert rows[0] <= 3 and rows[-1] == 1 and rows == sorted(rows, reverse=True)
+    alone = evaluate_file(model, tokenizer, str(data), max_length=16, batch_size=1, limit=3)
+    assert found["nats"] == pytest.approx(alone["nats"], rel=1e-5) and found["tokens"] == alone["tokens"]
+
+
 def test_bytes_are_the_text_after_each_first_token(model, tokenizer, tmp_path):
     text = "가나다라 abc 吾輩は猫 🦙 ok"
     path = tmp_path / "a.jsonl"
