@@ -6,7 +6,7 @@ A call is one of many in a CUDA graph, each with a matrix that no cache holds an
 cost in a decoder; the time is the graph's over its calls. All that is compared at a shape takes turns. The share is
 that of the bytes of W (scales included) over the rate of a large copy in the same run (bytes read and written). `moai`
 is what the operators do: a launch reads its first weights while the one in front still runs; `alone` is the same
-without. `engine` is the decode engine's product. Leaves out the CPU, whose kernels `moai bench decode` shows.
+without. Leaves out the CPU, and the decode engine, which has kernels of its own: `moai bench decode` shows them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from moai_core.bench import report, timing
 from moai_core.bench.report import Table
 from moai_core.bench.timing import Clock
 from moai_core.errors import UsageError
-from moai_core.generation import decode_kernels
 from moai_core.model.configuration import get_mamba_config
 from moai_core.quant import cuda as kernel
 from moai_core.quant import cuda_ops
@@ -100,7 +99,7 @@ class Rival(NamedTuple):
 
 
 def rivals(case: Case, m: int, device: torch.device) -> list[Rival]:
-    """moai, the same without overlapping, the decode engine's product, cuBLAS in bf16, tinygemm: those that can."""
+    """moai, the same without overlapping, cuBLAS in bf16, tinygemm: those that can."""
     weights, few = case.out * case.columns, m < cuda_ops.DENSE_FROM
     first = kernel.prepare(case.spec, stored(case, device))
     size = sum(t.numel() * t.element_size() for t in first)
@@ -121,8 +120,6 @@ def rivals(case: Case, m: int, device: torch.device) -> list[Rival]:
     found = [Rival("moai", ours, lambda x, w: kernel.linear(case.spec, w, x, case.out), size)]
     if few and cuda_ops.overlaps(device.index):
         found.append(Rival("alone", ours, launching(case, m, None, False), size))
-    if m <= decode_kernels.WIDE:
-        found.append(Rival("engine", lambda: engine(case, m, device), _run, size))
     found.append(Rival("cublas", dense, lambda x, w: F.linear(x, w), 2 * weights))
     if m <= 1024:  # it would take minutes
         found.append(Rival("tinygemm", tiny, lambda x, w: tinygemm(x, w[0], _GROUP, w[1]), weights // 2))
@@ -135,23 +132,6 @@ def launching(case: Case, m: int, division: Plan | Tiles | None, overlap: bool) 
     tiles = m > cuda_ops.FEW if division is None else isinstance(division, Tiles)
     launch: Any = cuda_ops.launch_tiles if tiles else cuda_ops.launch
     return lambda x, w: launch(x, w.weights, w.scales, case.out, layout, division, overlap)
-
-
-def engine(case: Case, m: int, device: torch.device) -> tuple[list[decode_kernels.Launch], bool]:
-    """The decode engine's product of m rows, ready to run, with weights and vectors of its own; whether it overlaps."""
-    held = stored(case, device)
-    name, group = ("Int4", case.spec.group_size) if case.spec.format == "int4" else ("Int8", 0)
-    matrix = decode_kernels.Matrix(name, group, case.out, case.columns, held["qweight"], held["scales"])
-    x = torch.randn(m, case.columns, device=device, dtype=torch.bfloat16)
-    out = x.new_empty(m, case.out)
-    wide = m > decode_kernels.most_rows([matrix], x.dtype)
-    return decode_kernels.linear(matrix, x, out, dtype=x.dtype, batch=m, wide=wide), cuda_ops.overlaps(device.index)
-
-
-def _run(x: Tensor, ready: tuple[list[decode_kernels.Launch], bool]) -> None:
-    launches, overlap = ready
-    for one in launches:
-        one.kernel(one.grid, one.block, *one.args, shared=one.shared, **({"overlap": True} if overlap else {}))
 
 
 def recorded(rival: Rival, x: Tensor, clock: Clock, seconds: float) -> tuple[torch.cuda.CUDAGraph, int, list[Any]]:
@@ -318,7 +298,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
         us = one["us"]
         line = [f"{one['name']} {one['preset']}", one["format"], str(one["rows"]), f"{us['moai']:.1f}"]
         line.append(f"{one['share']:.0%}" if one["plan"] else "-")
-        line += [f"{us[name]:.1f}" if name in us else "-" for name in ("alone", "engine")]
+        line += [f"{us[name]:.1f}" if name in us else "-" for name in ("alone",)]
         line += [f"{us[name]:.1f} ({us[name] / us['moai']:.2f}x)" if name in us else "-" for name in _OTHERS]
         lines.append(tuple(line))
         for best in one.get("variants", [])[:4]:
@@ -326,7 +306,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
             cells = [line[0], line[2], f"{best['us']:.2f}", taken]
             tuned.append(tuple([*cells, " ".join(map(str, best["plan"]))]))
     title = f"W x in µs (times moai's); share of a copy's {found['copy_TBps']:.2f} TB/s; bf16 activations"
-    shown = [Table(title, ("matrix", "W", "rows", "moai", "share", "alone", "engine", *_OTHERS), lines, left=2)]
+    shown = [Table(title, ("matrix", "W", "rows", "moai", "share", "alone", *_OTHERS), lines, left=2)]
     around: list[tuple[str, ...]] = [(one["what"], f"{one['us']:.1f}", f"{one['share']:.0%}") for one in found["parts"]]
     if around:
         shown.append(Table("around the products", ("what", "µs", "share"), around))
