@@ -399,48 +399,65 @@ DEVICE void multiply(float (&sum)[4], const Block& b, const Words* stage, const 
 
 constexpr int SLOTS = 4;  // tiles, or slices of a tile, whose sums wait for each other
 
+// Functions that several products share are called: the code of a layer must fit into the instruction caches.
+#ifdef MOAI_HOST
+#define CALLED inline
+#else
+#define CALLED __device__ __noinline__
+#endif
+
+DEVICE int tile_of(const Shape& s, int unit) { return s.parts > 1 ? unit / s.parts : unit; }
+
+// The sums of the team's tiles from `unit` on, SLOTS tiles or slices of a tile, into `sums`, each warp's for itself.
+template <class W>
+CALLED void add_up(const Block& b, Ring& shared_ring, float* sums, const Shape& s, int unit, const Words* xs) {
+  Ring ring = shared_ring;
+  int slot = 0;
+#pragma unroll 1
+  for (int now = unit; now < s.units && slot < SLOTS; now += b.teams) {
+    const int part = s.parts > 1 ? now - tile_of(s, now) * s.parts : 0;
+#pragma unroll 1
+    for (int slice = 0; slice < s.inner; slice++, slot++) {
+      const int own = (s.parts > 1 ? part : slice) * s.slice;
+      const int end = own + s.slice < s.chunks ? own + s.slice : s.chunks;
+      float sum[4] = {};
+      int chunk = own + b.warp;
+#pragma unroll 1
+      for (int step = 0; step < s.steps; step++, chunk += TEAM) {
+        const Words* stage = ring.take(b);
+        if (chunk < end) multiply<W>(sum, b, stage, xs, chunk, s.groups, s.shift);
+      }
+      if (b.lane % 4 == 0) {
+        float* to = sums + (slot * TEAM + b.warp) * 16 + b.lane / 4;
+        to[0] = sum[0], to[8] = sum[2];
+      }
+    }
+  }
+  shared_ring = ring;
+}
+
 // The product of a kind, some of the team's tiles at a time: then each tile's 16 sums go to `finish` in a warp of its own,
 // lane r and r + 16 for row r.
 template <class W, class Finish>
 DEVICE void product(const Block& b, Ring& ring, float* red, int& turn, int layer, int kind, const Words* xs, Finish finish) {
-  const Shape s = b.shapes[kind];
+  const Shape& s = b.shapes[kind];
   const int most = SLOTS / s.inner;
-  const auto tile_of = [&](int unit) { return s.parts > 1 ? unit / s.parts : unit; };
 #pragma unroll 1
   for (int unit = b.first(layer, kind); unit < s.units; unit += most * b.teams) {
-    const int own_unit = unit + b.warp * b.teams, own_tile = tile_of(own_unit);
+    const int own_unit = unit + b.warp * b.teams, own_tile = tile_of(s, own_unit);
     const bool finishes = b.warp < most && own_unit < s.units;
     if (finishes) finish.prepare(own_tile);
     float* const sums = red + turn * (SLOTS * TEAM * 16);
-    int slot = 0;
-#pragma unroll 1
-    for (int now = unit; now < s.units && slot < SLOTS; now += b.teams) {
-      const int part = s.parts > 1 ? now - tile_of(now) * s.parts : 0;
-#pragma unroll 1
-      for (int slice = 0; slice < s.inner; slice++, slot++) {
-        const int own = (s.parts > 1 ? part : slice) * s.slice;
-        const int end = own + s.slice < s.chunks ? own + s.slice : s.chunks;
-        float sum[4] = {};
-        int chunk = own + b.warp;
-#pragma unroll 1
-        for (int step = 0; step < s.steps; step++, chunk += TEAM) {
-          const Words* stage = ring.take(b);
-          if (chunk < end) multiply<W>(sum, b, stage, xs, chunk, s.groups, s.shift);
-        }
-        if (b.lane % 4 == 0) {
-          float* to = sums + (slot * TEAM + b.warp) * 16 + b.lane / 4;
-          to[0] = sum[0], to[8] = sum[2];
-        }
-      }
-    }
+    add_up<W>(b, ring, sums, s, unit, xs);
     team_barrier(b.team >= b.teams / TEAMS);
     if (finishes) {
       const float* from = sums + b.warp * s.inner * TEAM * 16 + b.lane % 16;
       float total = 0.0f;
-      for (int slice = 0; slice < s.inner; slice++) {
+#pragma unroll 1
+      for (int slice = 0; slice < s.inner; slice++, from += TEAM * 16) {
         float sum = 0.0f;
 #pragma unroll
-        for (int warp = 0; warp < TEAM; warp++) sum += from[(slice * TEAM + warp) * 16];
+        for (int warp = 0; warp < TEAM; warp++) sum += from[warp * 16];
         total += sum;
       }
       finish.put(own_tile, own_unit - own_tile * s.parts, total);
@@ -588,7 +605,7 @@ DEVICE void put_piece(Words* xs, int piece, const Words& w) {
 
 // `count` pieces of 16 bytes from `first` on, by the `threads` threads of which this is number `thread`; two at a time.
 template <class W>
-DEVICE void take_vector(Words* xs, const uint64* from, int first, int count, int thread, int threads, uint32 tag) {
+CALLED void take_vector(Words* xs, const uint64* from, int first, int count, int thread, int threads, uint32 tag) {
   for (int i = thread; i < count; i += 2 * threads) {
     uint32 one[4], two[4];
     const bool both = i + threads < count;
@@ -610,7 +627,7 @@ DEVICE void take_vector(Words* xs, const uint64* from, int first, int count, int
 
 // The residual stream as it is now comes to `stream`, its RMSNorm to xs. from: null where the stream is there already.
 template <class W>
-DEVICE void norm_stream(Words* xs, R* stream, float* scratch, const uint64* from, const T* weight, int H, float eps, uint32 tag) {
+CALLED void norm_stream(Words* xs, R* stream, float* scratch, const uint64* from, const T* weight, int H, float eps, uint32 tag) {
   const int thread = threadIdx.x;
   constexpr int PACKETS = sizeof(R) == 4 ? PIECE : PIECE / 2;
   Vec<T, PIECE> first{};
