@@ -1,9 +1,9 @@
 // moai: kernels quant_linear
-// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=1 NT=1 UNITS=16 STAGES=2 WARPS=8 BLOCKS=2 EARLY=1
-// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=4 NT=1 UNITS=16 STAGES=1 WARPS=16 BLOCKS=1 EARLY=1
-// moai: macros T=fp16 WIDTH=4 GROUPS=4 ZEROS=1 MT=2 NT=2 UNITS=8 STAGES=4 WARPS=8 BLOCKS=1 EARLY=1
-// moai: macros T=float WIDTH=4 GROUPS=2 ZEROS=1 MT=1 NT=1 UNITS=8 STAGES=4 WARPS=8 BLOCKS=2 EARLY=1
-// moai: macros T=bf16 WIDTH=8 GROUPS=0 ZEROS=0 MT=1 NT=1 UNITS=16 STAGES=4 WARPS=8 BLOCKS=1 EARLY=1
+// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=1 NT=1 UNITS=16 STAGES=2 WARPS=8 BLOCKS=2
+// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=4 NT=1 UNITS=16 STAGES=1 WARPS=16 BLOCKS=1
+// moai: macros T=fp16 WIDTH=4 GROUPS=4 ZEROS=1 MT=2 NT=2 UNITS=8 STAGES=4 WARPS=8 BLOCKS=1
+// moai: macros T=float WIDTH=4 GROUPS=2 ZEROS=1 MT=1 NT=1 UNITS=8 STAGES=4 WARPS=8 BLOCKS=2
+// moai: macros T=bf16 WIDTH=8 GROUPS=0 ZEROS=0 MT=1 NT=1 UNITS=16 STAGES=4 WARPS=8 BLOCKS=1
 //
 // out = x W^T of few rows of x (M, K) and an integer W (O, K): for generation, where reading W is nearly all there is
 // to do.
@@ -17,7 +17,7 @@
 // the one in which x waits. The warps of a block share out the units; their sums are added in the order of the warps.
 //
 // Launches may overlap (gemv.cuh): a block asks for its first weights at once and looks at x, and lets out be seen, only
-// after the kernel in front has ended.
+// after the kernel in front has ended. As soon as x is asked for, the next kernel may begin to read ahead.
 //
 //   T         type of x, of the arithmetic and of out: bf16, fp16, float
 //   MT, NT    tiles of 16 rows of W, of 8 rows of x, at once
@@ -129,7 +129,7 @@ DEVICE void fetch_x(const T* x, int64 x_row, unsigned char* x_s, int m0, int row
         piece[r][i] = {};
         if (k < K) piece[r][i] = *reinterpret_cast<const Words*>(x + min(m0 + r, rows - 1) * x_row + k);
       }
-    if (EARLY == 3 && !told) let_next_begin(), told = true;
+    if (!told) let_next_begin(), told = true;  // what the next kernel reads ahead queues up behind x
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -140,7 +140,7 @@ DEVICE void fetch_x(const T* x, int64 x_row, unsigned char* x_s, int m0, int row
         *reinterpret_cast<Words*>(to) = sizeof(T) == 2 ? arranged(piece[r][i]) : piece[r][i];
       }
   }
-  if (EARLY == 3 && !told) let_next_begin();
+  if (!told) let_next_begin();
 }
 
 // The lane's 8 numbers of 32 columns of a row, in pairs; `row` points to what would be its first piece of those columns
@@ -283,10 +283,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   }
 #pragma unroll
   for (int i = 0; i < STAGES; i++) fetch(i);
-  if (EARLY == 1) let_next_begin();
 
   wait_for_previous();
-  if (EARLY == 0) let_next_begin();
   x += first_row * x_row;
   // As many loads at once as registers hold, for x is late already: it came after the first of W.
   if (NT == 1 && rows == 1)
@@ -295,9 +293,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     fetch_x<4, 2>(x, x_row, x_s, 0, rows, (int)K, units, pass, warp, warps, lane);
   else
     for (int m = 0; m < rows; m += 8)
-      fetch_x<8, 1>(x, x_row, x_s, m, rows, (int)K, units, pass, warp, warps, lane);
+      fetch_x<8, NT == 1 ? 2 : 1>(x, x_row, x_s, m, rows, (int)K, units, pass, warp, warps, lane);
   __syncwarp();
-  if (EARLY == 2) let_next_begin();
 
   int x_lane[NT];  // where the lane's part of a row is in a unit of x; nobody reads the sums of rows beyond the last
 #pragma unroll

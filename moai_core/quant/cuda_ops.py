@@ -107,7 +107,6 @@ class Plan(NamedTuple):
     stages: int
     warps: int
     blocks: int
-    early: int
     rows: int  # of x, in one pass
     grid: tuple[int, int, int]
     shared: int
@@ -127,18 +126,16 @@ def plan(shape: Shape, device: Gpu) -> Plan:
     per = -(-shape.tiles // device.multiprocessors)  # tiles of a multiprocessor
     while True:
         nt = 1 if rows <= 8 else 2 if rows <= 16 else 4
-        # A small matrix at once; of a large one blocks stay and read ahead.
-        choices = [(per, 1, 1, 1, 8)] if per <= 6 and nt == 1 else []
-        choices += [
-            (1, 1, 4, 2, 8),
-            (1, 1, 2, 1, 8),
-            (1, 2, 4, 1, 8),
-            (1, 4, 4, 1, 8),
-            (1, 8, 4, 1, 8),
-            (1, 99, 2, 1, 4),
-        ]
+        # A small matrix at once; of a large one blocks stay and read ahead. Four warps are enough, and leave room for
+        # the next kernel's blocks, but for many rows of x that have to be fetched.
+        warps = 4 if rows == 1 or shape.units <= 16 else 8
+        share = 2 if per > 4 else 1
+        halves = 2 if rows == 1 and per > 1 else 1
+        choices = [(-(-per // share), halves, halves, share, warps)] if per <= 8 and nt == 1 else []
+        choices += [(1, 1, stages, share, 8) for share in (2, 1) for stages in (6, 4, 3, 2)]
+        choices += [(1, 2, 4, 1, 8), (1, 4, 4, 1, 8), (1, 8, 4, 1, 8), (1, 99, 2, 1, 4)]
         for mt, pieces, stages, share, warps in choices:
-            made = divide(shape, device, mt, nt, pieces, stages, warps, share, rows)
+            made = divide(shape, device, mt, nt, pieces, stages, warps, share, rows, max(share, 16 // warps))
             if made is not None:
                 return made
         if rows == 1:
@@ -148,7 +145,7 @@ def plan(shape: Shape, device: Gpu) -> Plan:
 
 def divide(
     shape: Shape, device: Gpu, mt: int, nt: int, pieces: int, stages: int, warps: int, share: int, rows: int,
-    blocks: int | None = None, early: int = 1,
+    blocks: int | None = None,
 ) -> Plan | None:  # fmt: skip
     """The plan with these choices, or None if it needs more shared memory than there is. pieces: of a group; share:
     blocks that run on a multiprocessor; blocks: those that the kernel is compiled for, `share` if not given."""
@@ -163,7 +160,7 @@ def divide(
     shared = shared_bytes(shape, mt, rows, units, stages, warps)
     if warps > 16 or shared > device.shared_of_block or share * (shared + _SHARED_OF_BLOCK) > device.shared:
         return None
-    return Plan(mt, nt, units, stages, warps, blocks or share, early, rows, (grid, -(-shape.m // rows), 1), shared)
+    return Plan(mt, nt, units, stages, warps, blocks or share, rows, (grid, -(-shape.m // rows), 1), shared)
 
 
 def launch(
@@ -181,7 +178,7 @@ def launch(
     p = chosen or plan(Shape(m, -(-out // TILE), units, x.element_size(), layout), gpu(x.device.index))
     cuda.kernel(
         "quant_linear.cu", "quant_linear", x.device,
-        MT=p.mt, NT=p.nt, UNITS=p.units, STAGES=p.stages, WARPS=p.warps, BLOCKS=p.blocks, EARLY=p.early,
+        MT=p.mt, NT=p.nt, UNITS=p.units, STAGES=p.stages, WARPS=p.warps, BLOCKS=p.blocks,
         **_macros(x.dtype, layout),
     )(
         p.grid, 32 * p.warps, x, weights, scales, y, m, columns, out, x.stride(0), weights.stride(0), units, p.rows,
@@ -230,8 +227,7 @@ class Tiles(NamedTuple):
 def tiles(shape: Shape, device: Gpu) -> Tiles:
     """The division that is taken."""
     if shape.m <= 64:
-        nt = 2 * -(-shape.m // 16)
-        made = Tiles(nt, 1, 2, 4, 1, 2 if nt <= 4 else 1)
+        made = Tiles(2 * -(-shape.m // 16), 1, 2, 4, 1, 1, wo=2)
     else:
         made = Tiles(2 * -(-min(shape.m, 128) // 32), 2, 1, 4, 1, 1)
     while made.shared(shape.layout) > device.shared_of_block and made.stages > 2:
