@@ -56,12 +56,3 @@ DEVICE float embedded(const unsigned char* row, const Scale* scales, const fp16*
   if constexpr (Format::BITS < 16) value = rounded<Number>(value * to_float(scales[index + c / group]));
   return value;
 }
-
-// `bytes` of a weight that a later kernel reads come into the L2 cache, brought by the first warp of each block.
-DEVICE void bring(const unsigned char* ahead, int64 bytes) {
-  constexpr int64 RUN = 4096;
-  if (!ahead || threadIdx.x >= 32) return;
-  const int64 block = (int64)blockIdx.y * gridDim.x + blockIdx.x, blocks = (int64)gridDim.x * gridDim.y;
-  for (int64 at = (block * 32 + threadIdx.x) * RUN; at < bytes; at += blocks * 32 * RUN)
-    prefetch_run(ahead + at, (uint32)(bytes - at < RUN ? bytes - at : RUN));
-}

@@ -384,13 +384,13 @@ DEVICE void norm_vectors(Words* xs, int stride, int pieces, const R* residual, c
 }
 
 // Grid: any number of blocks. Shared memory: the ring, 8 DEPTH PIECES 512 bytes; x, batch * stride * 16 bytes (few rows);
-// the sums. `of`: rows of the whole batch, where this is a part of it. `ahead`: what a later kernel reads, to be brought into the L2 cache by the way; may be null, as `second`,
+// the sums. `of`: rows of the whole batch, where this is a part of it. May be null: `second`,
 // scales, zeros and whatever RESULT doesn't use.
 extern "C" __global__ void __launch_bounds__(THREADS, RING ? 1 : 2)
 decode_linear(const unsigned char* weight, const unsigned char* second, const S* scales, const S* scales2,
               const fp16* zeros, const fp16* zeros2, const T* x, R* residual, const T* norm_weight, void* out,
               const T* conv_weight, const T* conv_bias, const T* conv_scale, const T* window, T* next_window, T* z,
-              const unsigned char* ahead, int64 ahead_bytes, int64 rows, int64 K, int64 row_bytes, int64 groups,
+              int64 rows, int64 K, int64 row_bytes, int64 groups,
               int64 batch, int64 of, float eps) {
   extern __shared__ Words shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -417,7 +417,6 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
     fetch.weights(a, ring + d * PIECES * 32);
     if (!RING) copy_async_commit();
   }
-  bring(ahead, ahead_bytes);
   Scales next;
   next.load(a, take);
 

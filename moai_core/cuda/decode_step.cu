@@ -22,12 +22,6 @@
 //   MIXED  1: decode_mix has been there     KC  width of the convolution
 #include "decode.cuh"
 
-#ifndef ROWS
-#define ROWS 8  // of a block of decode_scan at most
-#endif
-#ifndef BLOCKS
-#define BLOCKS 3
-#endif
 constexpr int THREADS = 256, WARPS = 8;
 constexpr int PIECE = 16 / sizeof(T);
 constexpr int MIX = RANK + 2 * N;
@@ -45,10 +39,8 @@ decode_embed(const int64* tokens, const unsigned char* weight, const S* scales, 
 
 // Grid: a block a row. partial (slices, batch, H) fp32, or null.
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode_norm(R* residual, const float* partial, const T* weight, T* y, const unsigned char* ahead, int64 ahead_bytes,
-            int64 H, int64 slices, float eps) {
+decode_norm(R* residual, const float* partial, const T* weight, T* y, int64 H, int64 slices, float eps) {
   __shared__ float scratch[WARPS];
-  bring(ahead, ahead_bytes);
   wait_for_previous();
   let_next_begin();
   R* row = residual + blockIdx.x * H;
@@ -102,8 +94,7 @@ DEVICE void whole_sums(float (&to)[PIECE], const float* sums, int64 slices, int6
 // Grid: x 256 PIECE numbers each, y a row each. sums (slices, rows, 2 I): u and z.
 extern "C" __global__ void __launch_bounds__(THREADS)
 decode_conv(const float* sums, const T* weight, const T* bias, const T* scale, const T* window, T* next_window, T* u, T* z,
-            const unsigned char* ahead, int64 ahead_bytes, int64 slices, int64 I) {
-  bring(ahead, ahead_bytes);
+            int64 slices, int64 I) {
   const int64 c = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE, row = blockIdx.y;
   const bool convolved = c < I;
   alignas(16) T past[PIECE * (KC - 1)], w[PIECE * KC];
@@ -149,8 +140,7 @@ decode_conv(const float* sums, const T* weight, const T* bias, const T* scale, c
 
 // y = silu(gate) up. Grid: x 256 PIECE numbers each, y a row each. sums (slices, rows, 2 F): gate and up.
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode_gate(const float* sums, T* y, const unsigned char* ahead, int64 ahead_bytes, int64 slices, int64 F) {
-  bring(ahead, ahead_bytes);
+decode_gate(const float* sums, T* y, int64 slices, int64 F) {
   wait_for_previous();
   let_next_begin();
   const int64 c = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE, row = blockIdx.y;
@@ -218,6 +208,7 @@ decode_mix(const float* partial, const T* norm_dt, const T* norm_B, const T* nor
 // ---- The step
 
 constexpr int CHANNELS = 32;  // of a block; 8 threads each for dt_proj
+constexpr int ROWS = 2;       // of a block at most
 constexpr int VEC = RANK % PIECE == 0 ? PIECE : 1;
 constexpr int PER = (RANK + 8 * VEC - 1) / (8 * VEC);  // vectors of dt_proj's row that a thread has
 constexpr int LANES = N / 4;                           // threads that share a channel's states
@@ -235,10 +226,10 @@ struct Place {
 };
 
 // Grid: x 32 channels each, y ROWS rows each. A_log2: -exp(A_log) log2(e), (I, N). Shared memory: mixed, ROWS MIX floats.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, 6)
 decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* norm_C, const T* dt_weight,
             const float* dt_bias, const float* A_log2, const float* D, const T* u, const T* z, const float* state,
-            float* next_state, T* y, const unsigned char* ahead, int64 ahead_bytes, int64 slices, int64 batch, int64 I,
+            float* next_state, T* y, int64 slices, int64 batch, int64 I,
             float eps) {
   extern __shared__ float mixed[];
   __shared__ float rstd[3 * ROWS], steps[ROWS][CHANNELS];
@@ -265,8 +256,6 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
       if (!SAME || e == 0) a[SAME ? 0 : e] = load_vec<float, 4>(A_log2 + at.c * N + at.lane * 4);
     }
   }
-  bring(ahead, ahead_bytes);
-
   wait_for_previous();
   let_next_begin();
   float x[EARLY], gates[EARLY];

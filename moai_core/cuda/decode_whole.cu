@@ -25,12 +25,6 @@
 #ifndef FLIGHT
 #define FLIGHT 2  // stages of a feeder that may be on their way
 #endif
-#ifndef LOOKAHEAD
-#define LOOKAHEAD 2  // units behind its rings that a feeder brings into the L2 cache
-#endif
-#ifndef PACE
-#define PACE 1200  // clocks from one piece of them to the next
-#endif
 #ifndef PAUSE
 #define PAUSE 0  // nanoseconds between two looks for a packet
 #endif
@@ -212,7 +206,7 @@ struct Block {
 
 // What a feeder reads next, for FED warps beside each other.
 struct Fetch {
-  int layer, kind, unit, slice, step, count;  // count: units so far
+  int layer, kind, unit, slice, step;
   int chunk, upper_end, lower_end;
   const unsigned char *upper, *lower;
   const fp16* scales;  // of row `lane` of the tile, for 16 lanes
@@ -267,49 +261,10 @@ struct Fetch {
       if constexpr (SCALED) group_end = group_end ? end : 0;
       return;
     }
-    slice = 0, unit += b.teams, count++;
+    slice = 0, unit += b.teams;
     begin(b);
   }
 };
-
-// What a feeder brings into the L2 cache while its rings are full: the units that come behind them, a piece at a time. Two
-// feeders share a unit, whose rows lie side by side in memory.
-struct Ahead {
-  int layer, kind, unit, count;  // count: units so far, as Fetch counts them
-  int64 done, size;              // bytes of this one
-
-  DEVICE void begin(const Block& b) {
-    while (layer <= b.layers && unit >= b.shapes[kind].units) {
-      if (layer == b.layers || ++kind == LAYER_KINDS) layer++, kind = layer == b.layers ? HEAD : IN;
-      if (layer <= b.layers) unit = b.first(layer, kind);
-    }
-    const Shape& s = b.shapes[kind];
-    done = 0, size = layer > b.layers || s.parts > 1 ? 0 : s.row_bytes * (kind == UP ? 8 : 16);
-  }
-  DEVICE void next(const Block& b) { unit += b.teams, count++, begin(b); }
-
-  // Runs of 4 KB, one a lane.
-  DEVICE void bring(const Block& b, int lanes) {
-    const Shape& s = b.shapes[kind];
-    const int half = b.warp >= TEAM / 2, paired = kind == UP;
-    // gate's rows are one feeder's, up's the other's; of other weights each has a half.
-    const unsigned char* from = b.pointer(layer, paired && half ? SECOND : 2 * kind) + (int64)unit * (paired ? 8 : 16) * s.row_bytes;
-    const int64 begin = paired || !half ? 0 : size / 2, end = paired || half ? size : size / 2;
-    const int64 rows = s.rows * s.row_bytes - (int64)unit * (paired ? 8 : 16) * s.row_bytes, last = end < rows ? end : rows;
-    const int64 at = begin + done + b.lane * 4096;
-    if (b.lane < lanes && at < last) prefetch_run(from + at, (uint32)(last - at < 4096 ? last - at : 4096));
-    done += lanes * 4096;
-    if (begin + done >= end) next(b);
-  }
-};
-
-DEVICE long long clock_now() {
-#ifdef MOAI_HOST
-  return 0;
-#else
-  return clock64();
-#endif
-}
 
 // A feeder: it fills the rings of FED warps as far as there is room, but has few stages on their way at a time: memory is
 // busy with those, and packets would wait behind more.
@@ -317,8 +272,6 @@ DEVICE void feed(const Block& b, Words* rings, int* landed, const int* taken) {
   Fetch fetch{};
   fetch.unit = b.first(0, IN);
   fetch.begin(b);
-  Ahead ahead{0, IN, fetch.unit, 0, 0, 0};
-  long long last = 0;
   int step = 0, place = 0, known = 0;
   while (fetch.layer <= b.layers) {
     if (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) {
@@ -327,14 +280,6 @@ DEVICE void feed(const Block& b, Words* rings, int* landed, const int* taken) {
       if (b.lane == 0) tell(landed, known = step);
       while (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) {
         breathe();
-        if (LOOKAHEAD == 0 || clock_now() - last < PACE) continue;
-        if (ahead.count <= fetch.count) {
-          ahead.layer = fetch.layer, ahead.kind = fetch.kind, ahead.unit = fetch.unit, ahead.count = fetch.count;
-          ahead.next(b);
-        }
-        if (ahead.layer > b.layers || ahead.count > fetch.count + LOOKAHEAD) continue;
-        if (ahead.size == 0) ahead.next(b);
-        else ahead.bring(b, 1), last = clock_now();
       }
     }
     fetch.stage(b, rings + place * STAGE, DEPTH * STAGE);
@@ -356,9 +301,9 @@ struct Ring {
   int step, place;
 
   // The stage that comes next; the one before is given back.
-  DEVICE const Words* take(const Block& b) {
+  DEVICE const Words* take(int lane) {
     __syncwarp();
-    if (b.lane == 0) tell(taken, step);
+    if (lane == 0) tell(taken, step);
     while (told(landed) <= step) breathe();
     const Words* found = stages + place * STAGE;
     step++, place = place + 1 == DEPTH ? 0 : place + 1;
@@ -369,11 +314,11 @@ struct Ring {
 // ---- Products
 
 template <class W>
-DEVICE void multiply(float (&sum)[4], const Block& b, const Words* stage, const Words* xs, int chunk, int groups, int shift) {
+DEVICE void multiply(float (&sum)[4], int lane, const Words* stage, const Words* xs, int chunk, int groups, int shift) {
   using F = typename W::Format;
   constexpr int STEPS = F::COLUMNS / 4;
-  const int g = b.lane / 4, t = b.lane % 4;
-  const Words upper = stage[b.lane], lower = stage[32 + b.lane];
+  const int g = lane / 4, t = lane % 4;
+  const Words upper = stage[lane], lower = stage[32 + lane];
   Words x[F::XV];
 #pragma unroll
   for (int j = 0; j < F::XV; j++) x[j] = g == 0 ? xs[(chunk * F::XV + j) * 4 + t] : Words{};
@@ -397,70 +342,43 @@ DEVICE void multiply(float (&sum)[4], const Block& b, const Words* stage, const 
   }
 }
 
-constexpr int SLOTS = 4;  // tiles, or slices of a tile, whose sums wait for each other
-
-// Functions that several products share are called: the code of a layer must fit into the instruction caches.
-#ifdef MOAI_HOST
-#define CALLED inline
-#else
-#define CALLED __device__ __noinline__
-#endif
-
-DEVICE int tile_of(const Shape& s, int unit) { return s.parts > 1 ? unit / s.parts : unit; }
-
-// The sums of the team's tiles from `unit` on, SLOTS tiles or slices of a tile, into `sums`, each warp's for itself.
-template <class W>
-CALLED void add_up(const Block& b, Ring& shared_ring, float* sums, const Shape& s, int unit, const Words* xs) {
-  Ring ring = shared_ring;
-  int slot = 0;
+constexpr int SLOTS = 4;
+#define CALLED DEVICE
+// The product of a kind: each tile's 16 sums go to `finish`, in the team's first warp, lane r and r + 16 for row r.
+template <class W, class Finish>
+DEVICE void product(const Block& b, Ring& ring, float* red, int& turn, int layer, int kind, const Words* xs, Finish finish) {
+  const Shape s = b.shapes[kind];
+  for (int unit = b.first(layer, kind); unit < s.units; unit += b.teams) {
+    const int tile = s.parts > 1 ? unit / s.parts : unit, part = unit - tile * s.parts;
+    if (b.warp == 0) finish.prepare(tile);
+    float* const mine = red + turn * (4 * TEAM * 16);
 #pragma unroll 1
-  for (int now = unit; now < s.units && slot < SLOTS; now += b.teams) {
-    const int part = s.parts > 1 ? now - tile_of(s, now) * s.parts : 0;
-#pragma unroll 1
-    for (int slice = 0; slice < s.inner; slice++, slot++) {
+    for (int slice = 0; slice < s.inner; slice++) {
       const int own = (s.parts > 1 ? part : slice) * s.slice;
       const int end = own + s.slice < s.chunks ? own + s.slice : s.chunks;
       float sum[4] = {};
       int chunk = own + b.warp;
 #pragma unroll 1
       for (int step = 0; step < s.steps; step++, chunk += TEAM) {
-        const Words* stage = ring.take(b);
-        if (chunk < end) multiply<W>(sum, b, stage, xs, chunk, s.groups, s.shift);
+        const Words* stage = ring.take(b.lane);
+        if (chunk < end) multiply<W>(sum, b.lane, stage, xs, chunk, s.groups, s.shift);
       }
       if (b.lane % 4 == 0) {
-        float* to = sums + (slot * TEAM + b.warp) * 16 + b.lane / 4;
+        float* to = mine + (slice * TEAM + b.warp) * 16 + b.lane / 4;
         to[0] = sum[0], to[8] = sum[2];
       }
     }
-  }
-  shared_ring = ring;
-}
-
-// The product of a kind, some of the team's tiles at a time: then each tile's 16 sums go to `finish` in a warp of its own,
-// lane r and r + 16 for row r.
-template <class W, class Finish>
-DEVICE void product(const Block& b, Ring& ring, float* red, int& turn, int layer, int kind, const Words* xs, Finish finish) {
-  const Shape& s = b.shapes[kind];
-  const int most = SLOTS / s.inner;
-#pragma unroll 1
-  for (int unit = b.first(layer, kind); unit < s.units; unit += most * b.teams) {
-    const int own_unit = unit + b.warp * b.teams, own_tile = tile_of(s, own_unit);
-    const bool finishes = b.warp < most && own_unit < s.units;
-    if (finishes) finish.prepare(own_tile);
-    float* const sums = red + turn * (SLOTS * TEAM * 16);
-    add_up<W>(b, ring, sums, s, unit, xs);
     team_barrier(b.team >= b.teams / TEAMS);
-    if (finishes) {
-      const float* from = sums + b.warp * s.inner * TEAM * 16 + b.lane % 16;
+    if (b.warp == 0) {
       float total = 0.0f;
 #pragma unroll 1
-      for (int slice = 0; slice < s.inner; slice++, from += TEAM * 16) {
+      for (int slice = 0; slice < s.inner; slice++) {
         float sum = 0.0f;
 #pragma unroll
-        for (int warp = 0; warp < TEAM; warp++) sum += from[warp * 16];
+        for (int warp = 0; warp < TEAM; warp++) sum += mine[(slice * TEAM + warp) * 16 + b.lane % 16];
         total += sum;
       }
-      finish.put(own_tile, own_unit - own_tile * s.parts, total);
+      finish.put(tile, part, total);
     }
     turn ^= 1;
   }
@@ -680,28 +598,10 @@ static_assert(CHANNELS * LANES <= THREADS, "a thread has 4 states");
 // x_proj, which come to shared memory.
 DEVICE void receive_inputs(uint32 (&u)[2], uint32 (&z)[2], float* sums, const uint64* from_u, const uint64* from_z,
                            const uint64* from, int pairs, bool states, uint32 tag) {
-  constexpr int OWN = 3;
-  int looks = 0;
-  bool missing = true;
-  while (missing) {
-    uint64 v[2 + OWN][2];
-    if (states) look(v[0], from_u), look(v[1], from_z);
-#pragma unroll
-    for (int k = 0; k < OWN; k++)
-      if ((int)threadIdx.x + k * THREADS < pairs) look(v[2 + k], from + 2 * (threadIdx.x + k * THREADS));
-    missing = false;
-#pragma unroll
-    for (int k = 0; k < 2 + OWN; k++) {
-      const int i = (int)threadIdx.x + (k - 2) * THREADS;
-      if (k < 2 ? !states : i >= pairs) continue;
-      missing |= (uint32)(v[k][0] >> 32) != tag || (uint32)(v[k][1] >> 32) != tag;
-      if (k == 0) u[0] = (uint32)v[k][0], u[1] = (uint32)v[k][1];
-      else if (k == 1) z[0] = (uint32)v[k][0], z[1] = (uint32)v[k][1];
-      else sums[2 * i] = bits_float((uint32)v[k][0]), sums[2 * i + 1] = bits_float((uint32)v[k][1]);
-    }
-    if (missing) pause(looks);
-  }
-  for (int i = (int)threadIdx.x + OWN * THREADS; i < pairs; i += THREADS) {
+  receive<1>(u, from_u, tag, states);
+  receive<1>(z, from_z, tag, states);
+#pragma unroll 1
+  for (int i = (int)threadIdx.x; i < pairs; i += THREADS) {
     uint32 data[2];
     receive<1>(data, from + 2 * i, tag, true);
     sums[2 * i] = bits_float(data[0]), sums[2 * i + 1] = bits_float(data[1]);
@@ -738,8 +638,17 @@ DEVICE void mix(float* mixed, const float* sums, float* rstd, const Block& b, in
   }
 }
 
+// Where a layer's packets are.
 struct Exchange {
-  uint64 *u, *z, *sums, *y, *middle, *product, *end;  // middle, end: the stream behind the mixer, behind the layer
+  uint64* base;
+  int n, n_sums, n_stream, n_product;
+  DEVICE uint64* u() const { return base; }
+  DEVICE uint64* z() const { return base + n; }
+  DEVICE uint64* sums() const { return base + 2 * n; }
+  DEVICE uint64* y() const { return base + 2 * n + n_sums; }
+  DEVICE uint64* middle() const { return base + 3 * n + n_sums; }  // the stream behind the mixer
+  DEVICE uint64* product() const { return middle() + n_stream; }
+  DEVICE uint64* end() const { return FFN ? product() + n_product : middle(); }  // the stream behind the layer
 };
 
 DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, float* sums, float* rstd, float* steps,
@@ -750,6 +659,13 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
     const int own = threadIdx.x / 8 % CHANNELS, part = threadIdx.x % 8;
     const int channel = first + own < I ? first + own : I - 1;
     const bool mine = threadIdx.x < CHANNELS * 8;
+    const int lane = threadIdx.x % LANES, place = threadIdx.x / LANES;
+    const bool states = place < CHANNELS && first + place < I;
+    const int c = states ? first + place : first;
+    uint32 data[2] = {}, gates[2] = {};
+    if (!ready) receive_inputs(data, gates, sums, at.u() + c / 4 * 2, at.z() + c / 4 * 2, at.sums(), slices * MIX / 2, states, b.tag);
+    else receive<1>(data, at.u() + c / 4 * 2, b.tag, states), receive<1>(gates, at.z() + c / 4 * 2, b.tag, states);
+    const float x = to_float(half_of(c % 4 < 2 ? data[0] : data[1], c % 2)), gate = to_float(half_of(c % 4 < 2 ? gates[0] : gates[1], c % 2));
     Vec<T, VEC> w[PER];
     float bias = 0.0f;
     if (mine) {
@@ -758,9 +674,6 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
       for (int i = 0; i < PER; i++) w[i] = (i * 8 + part) * VEC < RANK ? load_vec<T, VEC>(row + (i * 8 + part) * VEC) : Vec<T, VEC>{};
       bias = b.numbers<float>(layer, DT_BIAS)[channel];
     }
-    const int lane = threadIdx.x % LANES, place = threadIdx.x / LANES;
-    const bool states = place < CHANNELS && first + place < I;
-    const int c = states ? first + place : first;
     Vec<float, 4> a{}, h{};
     float skip = 0.0f;
     if (states) {
@@ -768,15 +681,7 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
       h = load_vec<float, 4>(state + (int64)c * N + lane * 4);
       skip = b.numbers<float>(layer, SKIP)[c];
     }
-    uint32 data[2] = {}, gates[2] = {};
-    if (!ready) {
-      receive_inputs(data, gates, sums, at.u + c / 4 * 2, at.z + c / 4 * 2, at.sums, slices * MIX / 2, states, b.tag);
-      mix(mixed, sums, rstd, b, layer, slices, eps), ready = true;
-    } else {
-      receive<1>(data, at.u + c / 4 * 2, b.tag, states);
-      receive<1>(gates, at.z + c / 4 * 2, b.tag, states);
-    }
-    const float x = to_float(half_of(c % 4 < 2 ? data[0] : data[1], c % 2)), gate = to_float(half_of(c % 4 < 2 ? gates[0] : gates[1], c % 2));
+    if (!ready) mix(mixed, sums, rstd, b, layer, slices, eps), ready = true;
     if (mine) {
       float sum = 0.0f;
 #pragma unroll
@@ -803,7 +708,7 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
       for (int other = LANES / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
       const uint32 bits = bits_of(from_float<T>((sum + skip * x) * (gate * sigmoid(gate))));
       const uint32 next = __shfl_xor_sync(0xffffffffu, bits, LANES);
-      if (states && lane == 0 && c % 2 == 0) send(at.y + c / 2, bits | next << 16, b.tag);
+      if (states && lane == 0 && c % 2 == 0) send(at.y() + c / 2, bits | next << 16, b.tag);
       if (states) store_vec<float, 4>(next_state + (int64)c * N + lane * 4, h);
     }
     block_barrier();  // `steps` is free
@@ -882,22 +787,19 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
   int turn = 0;
   int64 which = 0;  // where the next x goes
   const int slices = shapes[MIX_IN].parts * shapes[MIX_IN].inner;
-  const int64 stream_packets = sizeof(R) == 4 ? H : H / 2;
-  const uint64* before = nullptr;
-  uint64* next = exchange;
-  const auto take = [&](int64 count) { uint64* const found = next; next += (count + 1) / 2 * 2; return found; };
+  const auto even = [](int64 count) { return (int)(count + 1) / 2 * 2; };
+  const int n = even(I / 2), n_sums = even(slices * MIX), n_stream = even(sizeof(R) == 4 ? H : H / 2), n_product = FFN ? even(F / 2) : 0;
+  const int n_layer = 3 * n + n_sums + n_stream + (FFN ? n_product + n_stream : 0);
 
 #pragma unroll 1
   for (int layer = 0; layer < layers; layer++) {
-    Exchange at;
-    at.u = take(I / 2), at.z = take(I / 2), at.sums = take((int64)slices * MIX), at.y = take(I / 2);
-    at.middle = take(stream_packets), at.product = FFN ? take(F / 2) : nullptr, at.end = FFN ? take(stream_packets) : at.middle;
-
+    const Exchange at{exchange + (int64)layer * n_layer, n, n_sums, n_stream, n_product};
+    const uint64* const before = layer ? at.end() - n_layer : nullptr;
     const int64 rows = layer * capacity * I;
     bring_layer(b, layer, window + rows * (KC - 1), state + rows * N, (int)H, (int)I);
     norm_stream<In>(x + which, stream, scratch, before, b.numbers<T>(layer, NORM), (int)H, eps, tag);
     product<In>(b, ring, red, turn, layer, IN, x + which,
-                ConvolveInputs{b, layer, (int)I, window + rows * (KC - 1), next_window + rows * (KC - 1), at.u, at.z});
+                ConvolveInputs{b, layer, (int)I, window + rows * (KC - 1), next_window + rows * (KC - 1), at.u(), at.z()});
     which = room / 16 - which;
 
     const Shape& s = shapes[MIX_IN];
@@ -905,34 +807,34 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
       const int unit = b.first(layer, MIX_IN), pieces = s.slice * 4 * MixIn::Format::XV;
       const int begin = unit % s.parts * pieces, all = s.chunks * 4 * MixIn::Format::XV;
       if (unit < s.units)
-        take_vector<MixIn>(x + which, at.u, begin, begin + pieces < all ? pieces : all - begin, threadIdx.x % TEAM_THREADS, TEAM_THREADS, tag);
+        take_vector<MixIn>(x + which, at.u(), begin, begin + pieces < all ? pieces : all - begin, threadIdx.x % TEAM_THREADS, TEAM_THREADS, tag);
     } else {
-      take_vector<MixIn>(x + which, at.u, 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
+      take_vector<MixIn>(x + which, at.u(), 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
     }
     block_barrier();
-    product<MixIn>(b, ring, red, turn, layer, MIX_IN, x + which, SendSums{b, layer, at.sums});
+    product<MixIn>(b, ring, red, turn, layer, MIX_IN, x + which, SendSums{b, layer, at.sums()});
     which = room / 16 - which;
 
     scan(b, layer, at, mixed, (float*)(x + which), rstd, steps, state + rows * N, next_state + rows * N, (int)I, slices, mix_eps);
     which = room / 16 - which;
 
-    if (busy(b, layer, OUT)) take_vector<Out>(x + which, at.y, 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
+    if (busy(b, layer, OUT)) take_vector<Out>(x + which, at.y(), 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
     block_barrier();
-    product<Out>(b, ring, red, turn, layer, OUT, x + which, AddToStream<Out>{b, layer, OUT, (int)H, stream, at.middle});
+    product<Out>(b, ring, red, turn, layer, OUT, x + which, AddToStream<Out>{b, layer, OUT, (int)H, stream, at.middle()});
     which = room / 16 - which;
 
     if constexpr (FFN) {
-      norm_stream<Up>(x + which, stream, scratch, at.middle, b.numbers<T>(layer, NORM_FFN), (int)H, eps, tag);
-      product<Up>(b, ring, red, turn, layer, UP, x + which, Gated{b, layer, (int)F, at.product});
+      norm_stream<Up>(x + which, stream, scratch, at.middle(), b.numbers<T>(layer, NORM_FFN), (int)H, eps, tag);
+      product<Up>(b, ring, red, turn, layer, UP, x + which, Gated{b, layer, (int)F, at.product()});
       which = room / 16 - which;
-      if (busy(b, layer, DOWN)) take_vector<Down>(x + which, at.product, 0, (int)F / PIECE, threadIdx.x, THREADS, tag);
+      if (busy(b, layer, DOWN)) take_vector<Down>(x + which, at.product(), 0, (int)F / PIECE, threadIdx.x, THREADS, tag);
       block_barrier();
-      product<Down>(b, ring, red, turn, layer, DOWN, x + which, AddToStream<Down>{b, layer, DOWN, (int)H, stream, at.end});
+      product<Down>(b, ring, red, turn, layer, DOWN, x + which, AddToStream<Down>{b, layer, DOWN, (int)H, stream, at.end()});
       which = room / 16 - which;
     }
-    before = at.end;
   }
-  norm_stream<Head>(x + which, stream, scratch, before, b.numbers<T>((int)layers, NORM), (int)H, eps, tag);
+  const uint64* const last = exchange + (layers - 1) * n_layer + (n_layer - n_stream);
+  norm_stream<Head>(x + which, stream, scratch, last, b.numbers<T>((int)layers, NORM), (int)H, eps, tag);
   product<Head>(b, ring, red, turn, (int)layers, HEAD, x + which, Logits{b, (int)V, logits});
 
   block_barrier();

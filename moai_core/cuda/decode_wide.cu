@@ -107,7 +107,7 @@ DEVICE void multiply(float (&sums)[NT][4], const Words* stage, const Words* xs, 
 // memory: x's part, `slice` chunks of NT XV 512 bytes; 8 rings of DEPTH STAGE words.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 decode_wide(const unsigned char* weight, const unsigned char* second, const W::Scale* scales, const W::Scale* scales2, const T* x,
-            float* sums, const unsigned char* ahead, int64 ahead_bytes, int64 rows, int64 K, int64 row_bytes, int64 groups,
+            float* sums, int64 rows, int64 K, int64 row_bytes, int64 groups,
             int64 shift, int64 slices, int64 slice, int64 batch) {
   extern __shared__ Words shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -123,7 +123,6 @@ decode_wide(const unsigned char* weight, const unsigned char* second, const W::S
   fetch.tile = share + shares * warp, fetch.lane = lane;
   fetch.begin(a);
   for (int d = 0; d < DEPTH - 2; d++) fetch.stage(a, ring + d * STAGE);
-  bring(ahead, ahead_bytes);
 
   wait_for_previous();
   let_next_begin();

@@ -31,13 +31,7 @@ DEVICE void let_next_begin() {
 #endif
 }
 
-// Bring `bytes` (a multiple of 16) from memory into the L2 cache; a hint, called by one thread.
-DEVICE void prefetch_run(const void* from, uint32 bytes) {
-#if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
+// Brings a line from memory into the L2 cache; a hint.
 DEVICE void prefetch_line(const void* from) {
 #ifndef MOAI_HOST
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));

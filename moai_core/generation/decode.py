@@ -185,7 +185,7 @@ class Decoder:
             pending = self._mixer(steps, layer, index, width, turn, pending)
             if layer.gate is not None:
                 pending = self._ffn(steps, layer, width, pending)
-        x = self._norm(steps, self.final, width, pending, self.head)
+        x = self._norm(steps, self.final, width, pending)
         if x is not None and self.head.format == "Plain":
             # Always the most rows there can be, so that a row's bits don't depend on the width.
             steps.append(Product(self.logits, self.x, self.head.weight))
@@ -201,13 +201,13 @@ class Decoder:
     def _stream_of(self, norm: Tensor, width: int) -> dict[str, Any]:
         return {"residual": self.residual[:width], "norm": norm, "eps": self.config.rms_norm_eps}
 
-    def _norm(self, steps: Step, norm: Tensor, width: int, pending: Tensor | None, then: Matrix) -> Tensor | None:
+    def _norm(self, steps: Step, norm: Tensor, width: int, pending: Tensor | None) -> Tensor | None:
         """The norm of the stream for a wide batch, which also takes in what the product before left; None for a narrow
         one, whose next product does it."""
         if width <= self.narrow:
             return None
         hidden, slices = self.config.hidden_size, 0 if pending is None else pending.shape[0]
-        args = (self.residual, pending, norm, self.x, *_ahead(then), hidden, slices, float(self.config.rms_norm_eps))
+        args = (self.residual, pending, norm, self.x, hidden, slices, float(self.config.rms_norm_eps))
         steps.append(Launch(self._kernel("decode_norm"), width, 256, args))
         return self.x[:width]
 
@@ -216,7 +216,7 @@ class Decoder:
     ) -> Tensor | None:
         wide, c = width > self.narrow, self.config
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": wide}
-        x = self._norm(steps, layer.norm, width, pending, layer.in_proj)
+        x = self._norm(steps, layer.norm, width, pending)
         u, z, y = self.u[:width], self.z[:width], self.y[:width]
         windows = (self.conv[turn, index, :width], self.conv[1 - turn, index, :width])
         if wide and decode_wide.fits(layer.in_proj, self.dtype):
@@ -228,7 +228,6 @@ class Decoder:
                 *windows,
                 u,
                 z,
-                *_ahead(layer.out_proj),
                 len(sums),
                 c.inner_size,
             )
@@ -239,48 +238,40 @@ class Decoder:
                 **common, **self._stream_of(layer.norm, width),
             )  # fmt: skip
         if wide and decode_wide.fits(layer.x_proj, self.dtype):
-            mixes = self._sums(steps, layer.x_proj, u, ahead=layer.out_proj)
+            mixes = self._sums(steps, layer.x_proj, u)
         else:
             slices = kernels.slices_of(layer.x_proj, kernels.PARTIAL)
             mixes = self.mixes[: slices * width * layer.x_proj.rows].view(slices, width, -1)
-            steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, ahead=layer.out_proj.weight, **common)
+            steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, **common)
         eps = float(c.dt_bc_norm_eps or c.rms_norm_eps)
         if wide:
             mixed = (mixes, *layer.norms, self.mixed, self.dt, len(mixes), width, eps)
             steps.append(Launch(self._kernel("decode_mix"), width, 256, mixed))
         weights = (layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z, self.ssm[turn, index])
-        if (
-            wide
-            and kernels.WIDE_SCAN
-            and c.time_step_rank % 32 == 0
-            and self.dtype.itemsize == 2
-            and c.state_size <= 64
-        ):
+        if wide and c.time_step_rank % 32 == 0 and self.dtype.itemsize == 2 and c.state_size <= 64:
             moves = (self.mixed, self.dt, *weights, self.ssm[1 - turn, index], y, width, c.inner_size)
             steps.append(Launch(self._kernel("decode_scan_wide", MIXED=1), -(-c.inner_size // 32), 512, moves))
             self._rotate(steps, layer.rotation, y)
             return self._add(steps, layer.out_proj, y, common)
         args = (
             self.mixed if wide else mixes, *layer.norms, layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z,
-            self.ssm[turn, index], self.ssm[1 - turn, index], y, None, 0, len(mixes), width, c.inner_size, eps,
+            self.ssm[turn, index], self.ssm[1 - turn, index], y, len(mixes), width, c.inner_size, eps,
         )  # fmt: skip
         rows = kernels.SCAN_ROWS
         grid = (-(-c.inner_size // 32), -(-width // rows), 1)
         shared = rows * (c.time_step_rank + 2 * c.state_size) * 4
-        steps.append(Launch(self._kernel("decode_scan", MIXED=int(wide), **kernels.SCAN), grid, 256, args, shared))
+        steps.append(Launch(self._kernel("decode_scan", MIXED=int(wide)), grid, 256, args, shared))
         self._rotate(steps, layer.rotation, y)
         return self._add(steps, layer.out_proj, y, common)
 
     def _ffn(self, steps: Step, layer: Layer, width: int, pending: Tensor | None) -> Tensor | None:
         assert layer.gate is not None and layer.down is not None and layer.ffn_norm is not None
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": width > self.narrow}
-        x, product = self._norm(steps, layer.ffn_norm, width, pending, layer.gate), self.product[:width]
+        x, product = self._norm(steps, layer.ffn_norm, width, pending), self.product[:width]
         if x is not None and decode_wide.fits(layer.gate, self.dtype):
             sums, size = self._sums(steps, layer.gate, x, second=layer.up), self.config.intermediate_size
             grid = (-(-size // (256 * (16 // self.dtype.itemsize))), width, 1)
-            steps.append(
-                Launch(self._kernel("decode_gate"), grid, 256, (sums, product, *_ahead(layer.down), len(sums), size))
-            )
+            steps.append(Launch(self._kernel("decode_gate"), grid, 256, (sums, product, len(sums), size)))
         else:
             steps += linear(
                 layer.gate, x, product, result=kernels.SWIGLU, up=layer.up, **common,
@@ -304,14 +295,11 @@ class Decoder:
         steps += linear(m, x, sums, result=kernels.RESIDUAL, residual=self.residual[:width], **common)
         return sums
 
-    def _sums(
-        self, steps: Step, m: Matrix, x: Tensor, *, second: Matrix | None = None, ahead: Matrix | None = None
-    ) -> Tensor:
+    def _sums(self, steps: Step, m: Matrix, x: Tensor, *, second: Matrix | None = None) -> Tensor:
         """A wide product's sums, (slices, M, O)."""
         slices, rows = decode_wide.slices_of(m), m.rows * (1 if second is None else 2)
         sums = self.sums[: slices * x.shape[0] * rows].view(slices, x.shape[0], rows)
-        early = (None, 0) if ahead is None else _ahead(ahead)
-        steps.append(decode_wide.product(m, x, sums, second=second, ahead=early))
+        steps.append(decode_wide.product(m, x, sums, second=second))
         return sums
 
     def _embed(self, width: int) -> Launch:
@@ -383,11 +371,6 @@ class Decoder:
         with torch.cuda.device(self.device), torch.cuda.graph(graph):
             run(steps, overlap=self.overlap)
         return graph.replay
-
-
-def _ahead(m: Matrix | None) -> tuple[Tensor | None, int]:
-    """A weight and how much of it a small kernel brings into the L2 cache."""
-    return (None, 0) if m is None else (m.weight, kernels.early(m.weight, kernels.AHEAD_SMALL))
 
 
 def run(steps: Step, *, overlap: bool = False) -> None:

@@ -32,13 +32,8 @@ DEPTH, LEAST_DEPTH = 6, 2
 BLOCKS = 2  # of a narrow product on a multiprocessor
 # Tiles of 16 rows of a 16-bit weight that a block takes at once from a wide batch: fewer read x more often.
 WIDE_TILES = 4
-# Bytes of out_proj's weight that are brought into the L2 cache (50 MB on an H100) while x_proj and the scan run.
-AHEAD = 24 << 20
-# The same of the next product's weight while a small kernel of a wide batch runs: what memory brings meanwhile.
-AHEAD_SMALL = 0
-WIDE_SCAN = True
+# Rows that a block of the scan takes, as decode_step.cu has it.
 SCAN_ROWS = 2
-SCAN = {"ROWS": 2, "BLOCKS": 6}
 _TILE_SUMS = 8 * 20
 _WHOLE_ROW = 1 << 30
 
@@ -162,7 +157,6 @@ def linear(
     up: Matrix | None = None,
     conv: Sequence[Tensor | None] = (None,) * 6,
     width: int = 4,
-    ahead: Tensor | None = None,
 ) -> list[Launch]:
     """One product for `batch` rows: a launch, or several that take some of the rows each.
 
@@ -170,7 +164,6 @@ def linear(
     the norm of the residual stream (M, H). out: (M, O), with up (M, O) of silu(gate) up, with PARTIAL (slices, M, O)
     fp32. A wide RESIDUAL product leaves PARTIAL sums in `out` for the next norm. conv: weight (I, K), bias (I), scale
     (I), both or None, window (M, I, K-1), the next window, z (M, I).
-    ahead: a tensor that a later kernel reads.
     """
     source = RING if wide else NORM if x is None else COPY
     slices = slices_of(m, result)
@@ -179,7 +172,6 @@ def linear(
     most = NARROW if not wide else most_wide(m, dtype)
     stream = residual.dtype if residual is not None else dtype
     second = (None, None, None) if up is None else (up.weight, up.scales, up.zeros)
-    ahead_bytes = early(ahead)
     found = []
     for begin in range(0, batch, most):
         rows = slice(begin, min(batch, begin + most))
@@ -197,17 +189,11 @@ def linear(
         parts = [None if t is None else t[rows] for t in (x, residual, *conv[3:])]
         args = (
             m.weight, second[0], m.scales, second[1], m.zeros, second[2], *parts[:2], norm, to, *conv[:3], *parts[2:],
-            ahead, ahead_bytes, m.rows, m.columns, m.row_bytes, 1 if m.scales is None else m.scales.shape[1], count,
+            m.rows, m.columns, m.row_bytes, 1 if m.scales is None else m.scales.shape[1], count,
             batch, float(eps),
         )  # fmt: skip
         found.append(Launch(kernel, min(units, blocks), THREADS, args, shared))
     return found
-
-
-def early(ahead: Tensor | None, most: int | None = None) -> int:
-    """How many bytes of a weight come into the L2 cache while a kernel is running that waits more than it reads."""
-    limit = AHEAD if most is None else most
-    return 0 if ahead is None else min(limit, ahead.numel() * ahead.element_size()) // 16 * 16
 
 
 def most_rows(weights: Sequence[Matrix], dtype: torch.dtype) -> int:

@@ -25,7 +25,7 @@ _THREADS, _TEAMS, _KINDS, _SHAPE, _RECORD = 640, 2, 6, 12, 24
 _STATIC = 12 << 10
 # Stages of a ring: what still hides a wait; more than the most are never needed.
 LEAST_DEPTH, MOST_DEPTH = 4, 24
-PAUSE, FLIGHT, LOOKAHEAD, PACE = 0, 2, 2, 1200
+PAUSE, FLIGHT = 0, 2
 
 
 def _how(m: Matrix) -> tuple[str, int, torch.dtype]:
@@ -61,7 +61,7 @@ class Whole:
         self._macros: dict[str, str | int] = {
             "T": cuda.TYPES[dtype], "R": cuda.TYPES[self.stream], "N": config.state_size, "RANK": config.time_step_rank,
             "NORMS": int(config.dt_bc_norm), "KC": config.conv_kernel_size, "FFN": int(one.gate is not None),
-            "DEPTH": self.depth, "PAUSE": PAUSE, "FLIGHT": FLIGHT, "LOOKAHEAD": LOOKAHEAD, "PACE": PACE,
+            "DEPTH": self.depth, "PAUSE": PAUSE, "FLIGHT": FLIGHT,
         }  # fmt: skip
         for name, m in zip(("IN", "X", "OUT", "UP", "DOWN", "HEAD", "EMBED"), (*self.kinds, embedding), strict=True):
             how = ("Plain", 0, torch.float32) if m is None else _how(m)

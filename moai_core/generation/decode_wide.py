@@ -60,13 +60,8 @@ def _division(m: Matrix, rows: int) -> tuple[int, int, int]:
     return nt, depth, kept + depth * stage
 
 
-def product(
-    m: Matrix, x: Tensor, sums: Tensor, *, second: Matrix | None = None, ahead: tuple[Tensor | None, int]
-) -> Launch:
-    """sums (slices, M, O) fp32 of x (M, K), 1 to 64 rows; with a second weight of the same shape (slices, M, 2 O).
-
-    ahead: a weight that a later kernel reads, and how many bytes of it come into the L2 cache meanwhile.
-    """
+def product(m: Matrix, x: Tensor, sums: Tensor, *, second: Matrix | None = None) -> Launch:
+    """sums (slices, M, O) fp32 of x (M, K), 1 to 64 rows; with a second weight of the same shape (slices, M, 2 O)."""
     nt, depth, shared = _division(m, x.shape[0])
     slices = slices_of(m)
     scale = torch.float32 if m.scales is None else m.scales.dtype
@@ -78,7 +73,7 @@ def product(
     shares = max(1, min(tiles, multiprocessors(m.weight.device) // slices))
     others = (None, None) if second is None else (second.weight, second.scales)
     args = (
-        m.weight, others[0], m.scales, others[1], x, sums, *ahead, m.rows, m.columns, m.row_bytes,
+        m.weight, others[0], m.scales, others[1], x, sums, m.rows, m.columns, m.row_bytes,
         1 if m.scales is None else m.scales.shape[1], (m.group // 128).bit_length() - 1 if m.group else 0, slices,
         _slice(m), x.shape[0],
     )  # fmt: skip
