@@ -77,6 +77,19 @@ def test_steps_and_decays_at_their_ends(scans, device, dtype, decay, bias):
     scans.check(inputs, dtype, seq_idx)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=ids)
+@pytest.mark.parametrize("decay, bias", [(-16.0, 2.0), (-16.0, None), (None, None), (None, 2.0), (-0.01, -3.0)], ids=str)
+def test_states_that_forget_within_a_segment_and_states_that_do_not(scans, device, decay, bias, dtype):
+    length = 300 if scans.small else 900
+    seq_idx = torch.stack([torch.zeros(length), torch.arange(length) // 170, torch.arange(length) // 13]).int()
+    seq_idx[0, 100:140] = -1
+    seq_idx = seq_idx.to(device)
+    inputs = scans.problem(3, length, 40, 16, dtype, device, seed=14, bias=bias, decay=decay, seq_idx=seq_idx)
+    inputs["u"][:, : length // 2] *= 100  # what is forgotten was larger than what stays
+    inputs["g_y"][:, length // 2 :] *= 100
+    scans.check(inputs, dtype, seq_idx)
+
+
 def test_gates_and_inputs_of_any_size(scans, device):
     inputs = scans.problem(2, 40, 64, 16, FP32, device, seed=3)
     inputs["z"] *= torch.tensor([0.0, 1e-3, 20, 100], device=device).repeat(16)
