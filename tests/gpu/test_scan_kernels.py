@@ -78,7 +78,9 @@ def test_steps_and_decays_at_their_ends(scans, device, dtype, decay, bias):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=ids)
-@pytest.mark.parametrize("decay, bias", [(-16.0, 2.0), (-16.0, None), (None, None), (None, 2.0), (-0.01, -3.0)], ids=str)
+@pytest.mark.parametrize(
+    "decay, bias", [(-16.0, 2.0), (-16.0, None), (None, None), (None, 2.0), (-0.01, -3.0)], ids=str
+)
 def test_states_that_forget_within_a_segment_and_states_that_do_not(scans, device, decay, bias, dtype):
     length = 300 if scans.small else 900
     seq_idx = torch.stack([torch.zeros(length), torch.arange(length) // 170, torch.arange(length) // 13]).int()
