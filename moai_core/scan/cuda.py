@@ -222,7 +222,7 @@ def _gradients(
 
 def _as_half(z: Tensor) -> Tensor:
     """Memory for z's gradient. Where z is half of a wider tensor, so is this, for the other half's gradient to be put
-    beside it (`moai_core.model.recompute.split_halves`)."""
+    beside it (`cuda_conv.conv_of_half`)."""
     batch, length, channels = z.shape
     if z.stride() == (2 * length * channels, 2 * channels, 1) and z.storage_offset() == channels:
         return z.new_empty(batch, length, 2 * channels)[..., channels:]
