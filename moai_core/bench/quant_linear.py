@@ -129,7 +129,7 @@ def rivals(case: Case, m: int, device: torch.device) -> list[Rival]:
 def launching(case: Case, m: int, division: Plan | Tiles | None, overlap: bool) -> Call:
     """moai's kernel for m rows with a division of its own."""
     layout = kernel.layout(case.spec)
-    tiles = m > cuda_ops.FEW if division is None else isinstance(division, Tiles)
+    tiles = isinstance(division or plan_of(case, m, torch.device("cuda", torch.cuda.current_device())), Tiles)
     launch: Any = cuda_ops.launch_tiles if tiles else cuda_ops.launch
     return lambda x, w: launch(x, w.weights, w.scales, case.out, layout, division, overlap)
 
@@ -215,7 +215,8 @@ def plan_of(case: Case, m: int, device: torch.device) -> Plan | Tiles | None:
     """The division of the work that is taken, None where cuBLAS multiplies."""
     if m >= cuda_ops.DENSE_FROM:
         return None
-    return (cuda_ops.plan if m <= cuda_ops.FEW else cuda_ops.tiles)(_shape(case, m), cuda_ops.gpu(device.index))
+    shape, gpu = _shape(case, m), cuda_ops.gpu(device.index)
+    return cuda_ops.plan(shape, gpu) if cuda_ops.few(shape, gpu) else cuda_ops.tiles(shape, gpu)
 
 
 def _shape(case: Case, m: int) -> Shape:
@@ -249,7 +250,7 @@ def variants(
 
 def divisions(shape: Shape, gpu: Gpu) -> Iterator[Plan | Tiles]:
     """Those worth a try."""
-    if shape.m > cuda_ops.FEW:
+    if not cuda_ops.few(shape, gpu):
         for (nt, wm, wk), split, blocks in product(
             ((2, 1, 2), (4, 1, 2), (6, 1, 2), (8, 1, 2), (8, 2, 1)), (1, 2, 3, 4, 8), (1, 2)
         ):
@@ -266,7 +267,7 @@ def divisions(shape: Shape, gpu: Gpu) -> Iterator[Plan | Tiles]:
     for mt, warps, stages, (blocks, share) in product(
         (1, 2, 3, 4, 6), (8, 11, 16), (1, 2, 4), ((1, 1), (2, 1), (2, 2), (4, 2))
     ):
-        found = cuda_ops.divide(shape, gpu, mt, 1, 1, stages, warps, share, shape.m, blocks)
+        found = cuda_ops.divide(shape, gpu, mt, -(-shape.m // 8), 1, stages, warps, share, shape.m, blocks)
         if found is not None and warps * blocks <= 32:
             yield found
 

@@ -27,8 +27,8 @@ from moai_core.cuda import ops
 
 # As in the kernels: columns of a unit, rows of a tile.
 UNIT, TILE = 128, 16
-# With more rows of x quant_tiles.cu multiplies, where it can.
-FEW = 8
+# Of so many rows of x quant_linear.cu reads W once, if shared memory holds them; with more quant_tiles.cu multiplies.
+FEW = 16
 # With so many rows of x or more the matrix is decoded to x's type, for cuBLAS to multiply with.
 DENSE_FROM = 129
 
@@ -122,18 +122,21 @@ def shared_bytes(shape: Shape, mt: int, rows: int, units: int, stages: int, warp
 @lru_cache(maxsize=4096)
 def plan(shape: Shape, device: Gpu) -> Plan:
     """The division that is taken. Raises ValueError where not even one row of x fits."""
-    rows = min(shape.m, 8 if shape.itemsize == 2 else 32)
+    rows = min(shape.m, FEW if shape.itemsize == 2 else 32)
     per = -(-shape.tiles // device.multiprocessors)  # tiles of a multiprocessor
     while True:
         nt = 1 if rows <= 8 else 2 if rows <= 16 else 4
-        # A small matrix at once; of a large one blocks stay and read ahead. Four warps are enough, and leave room for
-        # the next kernel's blocks, but for many rows of x that have to be fetched.
-        warps = 4 if rows == 1 or shape.units <= 16 else 8
-        share = 2 if per > 4 else 1
-        halves = 2 if rows == 1 and per > 1 else 1
-        choices = [(-(-per // share), halves, halves, share, warps)] if per <= 8 and nt == 1 else []
+        choices = []
+        if per <= 8 and nt == 1:  # All of a small matrix at once. Four warps are enough, and leave room for the next
+            # kernel's blocks, but for many rows of x that have to be fetched.
+            warps, share = 4 if rows == 1 or shape.units <= 16 else 8, 2 if per > 4 else 1
+            halves = 2 if rows == 1 and per > 1 else 1
+            choices = [(-(-per // share), halves, halves, share, warps)]
+            choices += [(-(-per // 2), 2, 2, 1, 8)] if rows == 1 and per > 4 else []
+        choices += [(2, 1, 2, 1, 8)] if nt == 2 and per > 1 else []
+        # Else blocks stay and read ahead.
         choices += [(1, 1, stages, share, 8) for share in (2, 1) for stages in (6, 4, 3, 2)]
-        choices += [(1, 2, 4, 1, 8), (1, 4, 4, 1, 8), (1, 8, 4, 1, 8), (1, 99, 2, 1, 4)]
+        choices += [(1, 2, 4, 1, 8), (1, 4, 4, 1, 8), (1, 4, 2, 1, 8), (1, 8, 4, 1, 8), (1, 99, 2, 1, 4)]
         for mt, pieces, stages, share, warps in choices:
             made = divide(shape, device, mt, nt, pieces, stages, warps, share, rows, max(share, 16 // warps))
             if made is not None:
@@ -226,19 +229,29 @@ class Tiles(NamedTuple):
 @lru_cache(maxsize=4096)
 def tiles(shape: Shape, device: Gpu) -> Tiles:
     """The division that is taken."""
+    nt, groups = 2 * -(-min(shape.m, 128) // 32), -(-shape.tiles // 4)
     if shape.m <= 64:
         made = Tiles(2 * -(-shape.m // 16), 1, 2, 4, 1, 1, wo=2)
+    elif device.clusters and 3 * groups <= device.multiprocessors:
+        made = Tiles(nt, 2, 2, 4, 1, 1, mt=1)
     else:
-        made = Tiles(2 * -(-min(shape.m, 128) // 32), 2, 1, 4, 1, 1)
+        made = Tiles(nt, 2, 1, 4, 1, 1)
     while made.shared(shape.layout) > device.shared_of_block and made.stages > 2:
         made = made._replace(stages=made.stages - 1)
     if made.shared(shape.layout) > device.shared_of_block:
         made = Tiles(2, 1, 2, 2, 1, 1)
     if device.clusters:
         blocks = -(-shape.tiles // made.tiles) * -(-shape.m // made.rows)
-        fit = [s for s in (8, 4, 2) if blocks * s <= device.multiprocessors and 2 * s <= shape.units]
+        # Where a multiprocessor has room for one block only, clusters don't find a place on all of them at once.
+        splits = (8, 4, 2) if shape.m <= 64 else (3, 2)
+        fit = [s for s in splits if blocks * s <= device.multiprocessors and 2 * s <= shape.units]
         made = made._replace(split=fit[0] if fit else 1)
     return made
+
+
+def few(shape: Shape, device: Gpu) -> bool:
+    """Whether quant_linear.cu is the one for so many rows: it holds all of them, or nothing else knows their type."""
+    return shape.itemsize == 4 or shape.m <= 8 or (shape.m <= FEW and plan(shape, device).rows == shape.m)
 
 
 def launch_tiles(
@@ -290,8 +303,8 @@ def _linear(x: Tensor, weights: Tensor, scales: Tensor, out: int, bits: int, gro
     layout, m = Layout(bits, groups, zeros), x.shape[0]
     if m >= DENSE_FROM:
         return torch.mm(x, decode(weights, scales, out, x.shape[1], *layout, x.dtype).t())
-    many = m > FEW and x.dtype != torch.float32
-    return (launch_tiles if many else launch)(x, weights, scales, out, layout)
+    shape = Shape(m, -(-out // TILE), -(-x.shape[1] // UNIT), x.element_size(), layout)
+    return (launch if few(shape, gpu(x.device.index)) else launch_tiles)(x, weights, scales, out, layout)
 
 
 def _decode(

@@ -247,7 +247,7 @@ def test_launches_that_overlap_see_what_the_one_before_wrote(device, out, m):
     for stored in matrices:
         stored["scales"] /= 32  # so that numbers neither grow nor vanish
     prepared, x = [kernel.prepare(spec, stored) for stored in matrices], draw(device, m, 1024, dtype=B)
-    launch = cuda_ops.launch if m <= cuda_ops.FEW else cuda_ops.launch_tiles
+    launch = cuda_ops.launch if m <= 8 else cuda_ops.launch_tiles
     torch.cuda.synchronize()
 
     def chain(overlap):
