@@ -73,14 +73,15 @@ class QuantLinear(nn.Module):
             return y.reshape(*x.shape[:-1], self.out_features)
         given: Tensor = x if self.rotation is None else self.rotation(x)
         if given.requires_grad and torch.is_grad_enabled():
-            return _Multiply.apply(given, self)
+            y = _Multiply.apply(given.reshape(-1, self.in_features), self)
+            return y if given.dim() == 2 else y.reshape(*given.shape[:-1], self.out_features)
         return self.multiply(given)
 
     def multiply(self, x: Tensor) -> Tensor:
         """`forward` without a gradient, of inputs that are rotated already."""
         chosen, prepared = self._ready(x.device, x.dtype)
         y = chosen.linear(self.spec, prepared, x.reshape(-1, self.in_features), self.out_features)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
     def _ready(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
         chosen = kernels.pick(self.spec, device, dtype, self.kernel)
@@ -140,7 +141,9 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: QuantLinear) -> Tensor:
         ctx.module = module
-        return module.multiply(x)
+        y = module.multiply(x)
+        # The loss writes its gradient into the logits, which autograd refuses where a function returned a view.
+        return y.clone() if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -157,3 +157,19 @@ def test_folders_that_lie(tiny_model, tmp_path):
         MoaiMambaForCausalLM(
             type(plain.config)(**{**plain.config.to_dict(), "quantization": {"modules": {"lm_head": INT8}}})
         )
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "fp8", "nf4"])
+def test_a_result_can_be_overwritten_before_its_gradient_is_asked_for(form):
+    """As the loss does on a GPU: its gradient takes the place of the logits."""
+    layer = linear.QuantLinear(64, 48, Spec(form, 64 if form == "int4" else 0))
+    layer.load_state_dict(FORMATS[form].encode(layer.spec, torch.randn(48, 64)))
+    for shape in ((5, 64), (2, 3, 64)):
+        x = torch.randn(*shape, requires_grad=True)
+        y = layer(x)
+        assert len(shape) == 3 or not y._is_view()
+        gradient = torch.randn_like(y)
+        if len(shape) == 2:
+            y.detach().copy_(gradient)
+        (found,) = torch.autograd.grad(y, x, gradient)
+        torch.testing.assert_close(found, gradient @ layer.weight_values(), rtol=1e-3, atol=1e-3)
