@@ -1,4 +1,4 @@
-// moai: kernels sample_best, sample_masses, sample_gather, sample_pick; macros T=bf16 | T=float | T=fp16
+// moai: kernels sample_best, sample_masses, sample_pick; macros T=bf16 | T=float | T=fp16
 //
 // The next token of each row from its logits, as generation/sampling.py defines it: repetition penalty, temperature,
 // top-k, top-p, min-p, and the number of the row's own random stream (Philox 4x64-10) looked up in the distribution.
@@ -8,7 +8,6 @@
 //
 //   sample_best    slices of the vocabulary: the largest score and where it first occurs
 //   sample_masses  slices: how many tokens, and how much weight, at each distance from the best
-//   sample_gather  slices: the tokens of the best bins, as many as the last kernel can keep
 //   sample_pick    a block a row: the filters' thresholds, the draw
 //
 // Tokens are ordered by score, equal ones by id. So every filter is a threshold in that order: the token's key, score
@@ -25,7 +24,6 @@ constexpr int SLICE = 4096;   // tokens of a block of sample_best and sample_mas
 constexpr int BINS = 1312;    // of 1/32 of a factor of two: down to 2^-41
 constexpr int LIST = 4096;    // tokens of a bin that are gathered
 constexpr float UNIT = 1099511627776.0f;  // 2^40
-constexpr uint64 MOST = (1ull << 40) - 1;  // whose halves of 20 bits add up SLICE times in 32 bits
 
 struct Row {
   const T* logits;
@@ -41,10 +39,7 @@ struct Row {
   // Powers of two below the best.
   DEVICE float distance(float score) const { return (best - score) * inverse; }
   DEVICE static float weight(float distance) { return exp2_approx(-distance); }
-  DEVICE static uint64 mass(float distance) {
-    const uint64 whole = (uint64)(weight(distance) * UNIT);
-    return whole < MOST ? whole : MOST;
-  }
+  DEVICE static uint64 mass(float distance) { return (uint64)(weight(distance) * UNIT); }
   DEVICE static int bin(float distance) { return distance < (BINS - 1) / 32.0f ? (int)(distance * 32.0f) : BINS - 1; }
 };
 
@@ -68,28 +63,15 @@ DEVICE Row row_of(const T* logits, const unsigned char* seen, const double* temp
 template <class F>
 DEVICE void each_token(const Row& r, int64 begin, int64 end, int thread, int threads, F f) {
   const bool whole = r.V % PIECE == 0;
-  const auto read = [&](int64 id) {
-    Vec<T, PIECE> x{};
+#pragma unroll 1  // more of them cost seconds of compilation
+  for (int64 id = begin + (int64)thread * PIECE; id < end; id += (int64)threads * PIECE) {
+    Vec<T, PIECE> x;
     if (whole) {
-      if (id < end) x = load_vec<T, PIECE>(r.logits + id);
+      x = load_vec<T, PIECE>(r.logits + id);
     } else {
 #pragma unroll
       for (int i = 0; i < PIECE; i++) x.at[i] = id + i < end ? r.logits[id + i] : T{};
     }
-    return x;
-  };
-  constexpr int AHEAD = 2;  // loads under way: a block alone waits for each
-  const int64 step = (int64)threads * PIECE;
-  int64 id = begin + (int64)thread * PIECE;
-  Vec<T, PIECE> next[AHEAD];
-#pragma unroll
-  for (int k = 0; k < AHEAD; k++) next[k] = read(id + k * step);
-#pragma unroll 1  // more of them cost seconds of compilation
-  for (; id < end; id += step) {
-    const Vec<T, PIECE> x = next[0];
-#pragma unroll
-    for (int k = 1; k < AHEAD; k++) next[k - 1] = next[k];
-    next[AHEAD - 1] = read(id + AHEAD * step);
 #pragma unroll
     for (int i = 0; i < PIECE; i++)
       if (id + i < end) f(id + i, r.penalized(to_float(x.at[i]), id + i));
@@ -156,14 +138,14 @@ extern "C" __global__ void __launch_bounds__(256)
 sample_masses(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty,
               const float* best_score, const int* best_id, int* counts, uint64* masses, int64 V, int64 known) {
   __shared__ int count[BINS];
-  __shared__ uint32 low[BINS], high[BINS];  // of masses: adding 64 bits takes a loop
+  __shared__ uint64 mass[BINS];
   __shared__ Best best;
   wait_for_previous();
   let_next_begin();
   const int64 row = blockIdx.y;
   Row r = row_of(logits, seen, temperature, penalty, row, V);
   if (r.inverse == 0.0f) return;
-  for (int b = threadIdx.x; b < BINS; b += 256) count[b] = 0, low[b] = 0, high[b] = 0;
+  for (int b = threadIdx.x; b < BINS; b += 256) count[b] = 0, mass[b] = 0;
   r.best = whole_best(best_score, best_id, row, gridDim.x, &best).score;
   if (!finite(r.best)) return;
   const int64 begin = (int64)blockIdx.x * SLICE, end = begin + SLICE < known ? begin + SLICE : known;
@@ -172,58 +154,13 @@ sample_masses(const T* logits, const unsigned char* seen, const double* temperat
     const int b = Row::bin(distance);
     if (b == BINS - 1) return;  // most of them, and never drawn
     atomicAdd(&count[b], 1);
-    const uint64 mass = Row::mass(distance);
-    atomicAdd(&low[b], (uint32)mass & 0xfffffu);
-    atomicAdd(&high[b], (uint32)(mass >> 20));
+    atomicAdd(&mass[b], Row::mass(distance));
   });
   __syncthreads();
   for (int b = threadIdx.x; b < BINS; b += 256) {
     if (count[b]) atomicAdd(&counts[row * BINS + b], count[b]);
-    if (low[b] | high[b]) atomicAdd(&masses[row * BINS + b], ((uint64)high[b] << 20) + low[b]);
+    if (mass[b]) atomicAdd(&masses[row * BINS + b], mass[b]);
   }
-}
-
-// Grid: x slices, y rows. The keys of the tokens in the bins that are searched first: as many of the best bins as have no
-// more than LIST tokens together. keys (rows, LIST); filled (rows), zeros before, how many there are.
-extern "C" __global__ void __launch_bounds__(256)
-sample_gather(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty,
-              const float* best_score, const int* best_id, const int* counts, uint64* keys, int* filled, int64 V, int64 known) {
-  constexpr int OWN = (BINS - 1 + 255) / 256;  // bins of a thread
-  __shared__ int warps[8], limit;
-  __shared__ Best best;
-  wait_for_previous();
-  let_next_begin();
-  const int64 row = blockIdx.y;
-  Row r = row_of(logits, seen, temperature, penalty, row, V);
-  if (r.inverse == 0.0f) return;
-  if (threadIdx.x == 0) limit = BINS - 1;
-  r.best = whole_best(best_score, best_id, row, gridDim.x, &best).score;
-  if (!finite(r.best)) return;
-  const int lane = threadIdx.x % 32, first = threadIdx.x * OWN;
-  int own[OWN], sum = 0;
-#pragma unroll
-  for (int i = 0; i < OWN; i++) sum += own[i] = first + i < BINS - 1 ? counts[row * BINS + first + i] : 0;
-  int until = sum;
-#pragma unroll
-  for (int other = 1; other < 32; other *= 2) {
-    const int left = __shfl_up_sync(0xffffffffu, until, other);
-    if (lane >= other) until += left;
-  }
-  if (lane == 31) warps[threadIdx.x / 32] = until;
-  __syncthreads();
-  for (int w = 0; w < (int)threadIdx.x / 32; w++) until += warps[w];
-  int before = until - sum;
-#pragma unroll
-  for (int i = 0; i < OWN; i++) {
-    if (before <= LIST && before + own[i] > LIST) limit = first + i;  // the first bin that is left out
-    before += own[i];
-  }
-  __syncthreads();
-  const int end_bin = limit;
-  const int64 begin = (int64)blockIdx.x * SLICE, end = begin + SLICE < known ? begin + SLICE : known;
-  each_token(r, begin, end, threadIdx.x, 256, [&](int64 id, float score) {
-    if (Row::bin(r.distance(score)) < end_bin) keys[row * LIST + atomicAdd(&filled[row], 1)] = key_of(score, id);
-  });
 }
 
 // ---- Thresholds
@@ -260,8 +197,6 @@ struct Picker {
   Work& w;
   const int* counts;
   const uint64* masses;
-  const uint64* keys;  // of the tokens in bins before `listed`
-  int filled, listed;
   int64 known;
 
   // The first of n <= 2 THREADS values that takes their sum beyond `target`, n if none does; `before`: the sum in front
@@ -279,17 +214,7 @@ struct Picker {
     if (lane == 31) w.scan[warp] = until;
     if (threadIdx.x == 0) w.chosen = n;
     __syncthreads();
-    if (warp == 0) {
-      uint64 sum = w.scan[lane];
-      const uint64 own = sum;
-      for (int other = 1; other < 32; other *= 2) {
-        const uint64 left = __shfl_up_sync(0xffffffffu, sum, other);
-        if (lane >= other) sum += left;
-      }
-      w.scan[lane] = sum - own;
-    }
-    __syncthreads();
-    until += w.scan[warp];
+    for (int other = 0; other < warp; other++) until += w.scan[other];
     const uint64 from = until - one - two;
     if (from <= target && until > target) {
       w.chosen = from + one > target ? i : i + 1;
@@ -310,27 +235,18 @@ struct Picker {
       if (Row::bin(distance) == bin) f(key_of(score, id), distance);
     });
   }
-  // The keys of a bin's tokens, at most LIST, come to w.keys.
-  DEVICE void load(int bin) {
-    if (w.bin == bin) return;  // the same for all threads: it changes between barriers only
-    __syncthreads();
-    if (threadIdx.x == 0) w.filled = 0, w.bin = bin;
-    __syncthreads();
-    const auto keep = [&](uint64 key) { w.keys[atomicAdd(&w.filled, 1)] = key; };
-    if (bin < listed) {
-      for (int i = threadIdx.x; i < filled; i += THREADS)
-        if (Row::bin(distance_of(keys[i])) == bin) keep(keys[i]);
-    } else {
-      scan_row(bin, [&](uint64 key, float) { keep(key); });
-    }
-    __syncthreads();
-  }
   template <class F>
   DEVICE void each(int bin, F f) {
     const int count = counts[bin];
     if (count == 0) return;
     if (count > LIST) return scan_row(bin, f);
-    load(bin);
+    if (w.bin != bin) {  // the same for all threads: it changes between barriers only
+      __syncthreads();
+      if (threadIdx.x == 0) w.filled = 0, w.bin = bin;
+      __syncthreads();
+      scan_row(bin, [&](uint64 key, float) { w.keys[atomicAdd(&w.filled, 1)] = key; });
+      __syncthreads();
+    }
     for (int i = threadIdx.x; i < count; i += THREADS) f(w.keys[i], distance_of(w.keys[i]));
   }
 
@@ -363,19 +279,6 @@ struct Picker {
   // Tokens of a bin from the largest key down: the key of the first whose value takes the sum beyond `target`, digit by
   // digit. The bin's sum is beyond it.
   OUT_OF_LINE uint64 key_beyond(int bin, uint64 target, Value value) {
-    const int count = counts[bin], own = threadIdx.x;
-    if (count <= DIGITS) {  // few: each adds up what stands before it
-      load(bin);
-      uint64 key = 0, mine = 0, before = 0;
-      if (own < count) key = w.keys[own], w.digit[own] = mine = value(key, distance_of(key));
-      __syncthreads();
-      if (own < count) {
-        for (int i = 0; i < count; i++) before += w.keys[i] > key ? w.digit[i] : 0;
-        if (before <= target && target < before + mine) w.found = key;
-      }
-      __syncthreads();
-      return w.found;
-    }
     uint64 prefix = 0;
     for (int shift = 64 - DIGIT; shift >= 0; shift -= DIGIT) {
       __syncthreads();
@@ -422,8 +325,7 @@ DEVICE double uniform(uint64 seed, uint64 n) {
 extern "C" __global__ void __launch_bounds__(THREADS)
 sample_pick(const T* logits, unsigned char* seen, const double* temperature, const double* top_p, const double* min_p,
             const double* penalty, const int64* top_k, const int64* seed, int64* draws, const float* best_score,
-            const int* best_id, int* counts, uint64* masses, const uint64* keys, int* filled, int64* token, int64 slices,
-            int64 V, int64 known) {
+            const int* best_id, int* counts, uint64* masses, int64* token, int64 slices, int64 V, int64 known) {
   extern __shared__ uint64 shared[];
   Work& w = *reinterpret_cast<Work*>(shared);
   wait_for_previous();
@@ -440,11 +342,10 @@ sample_pick(const T* logits, unsigned char* seen, const double* temperature, con
   }
   if (r.inverse > 0.0f) {
     counts += row * BINS, masses += row * BINS;
-    Picker p{r, w, counts, masses, keys + row * LIST, filled[row], 0, known};
+    Picker p{r, w, counts, masses, known};
     Value kept{false, 0, 0.0f};  // what is kept in bin `last`; of those before, all
     int last = BINS - 2;
     uint64 before;
-    p.listed = p.beyond(BINS - 1, LIST, before, [&](int b) { return (uint64)counts[b]; });
     const int64 k = top_k[row];
     const double nucleus = top_p[row];
     if (k > 0 && k < known) {
@@ -506,7 +407,7 @@ sample_pick(const T* logits, unsigned char* seen, const double* temperature, con
     }
     __syncthreads();
     for (int b = threadIdx.x; b < BINS; b += THREADS) counts[b] = 0, masses[b] = 0;
-    if (threadIdx.x == 0) draws[row] += 1, filled[row] = 0;
+    if (threadIdx.x == 0) draws[row] += 1;
   }
   if (threadIdx.x > 0) return;
   token[row] = chosen;

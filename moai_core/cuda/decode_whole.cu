@@ -278,9 +278,7 @@ DEVICE void feed(const Block& b, Words* rings, int* landed, const int* taken) {
       copy_async_wait<0>();
       __syncwarp();
       if (b.lane == 0) tell(landed, known = step);
-      while (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) {
-        breathe();
-      }
+      while (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) breathe();
     }
     fetch.stage(b, rings + place * STAGE, DEPTH * STAGE);
     step++, place = place + 1 == DEPTH ? 0 : place + 1;
@@ -301,9 +299,9 @@ struct Ring {
   int step, place;
 
   // The stage that comes next; the one before is given back.
-  DEVICE const Words* take(int lane) {
+  DEVICE const Words* take(const Block& b) {
     __syncwarp();
-    if (lane == 0) tell(taken, step);
+    if (b.lane == 0) tell(taken, step);
     while (told(landed) <= step) breathe();
     const Words* found = stages + place * STAGE;
     step++, place = place + 1 == DEPTH ? 0 : place + 1;
@@ -314,11 +312,11 @@ struct Ring {
 // ---- Products
 
 template <class W>
-DEVICE void multiply(float (&sum)[4], int lane, const Words* stage, const Words* xs, int chunk, int groups, int shift) {
+DEVICE void multiply(float (&sum)[4], const Block& b, const Words* stage, const Words* xs, int chunk, int groups, int shift) {
   using F = typename W::Format;
   constexpr int STEPS = F::COLUMNS / 4;
-  const int g = lane / 4, t = lane % 4;
-  const Words upper = stage[lane], lower = stage[32 + lane];
+  const int g = b.lane / 4, t = b.lane % 4;
+  const Words upper = stage[b.lane], lower = stage[32 + b.lane];
   Words x[F::XV];
 #pragma unroll
   for (int j = 0; j < F::XV; j++) x[j] = g == 0 ? xs[(chunk * F::XV + j) * 4 + t] : Words{};
@@ -342,8 +340,6 @@ DEVICE void multiply(float (&sum)[4], int lane, const Words* stage, const Words*
   }
 }
 
-constexpr int SLOTS = 4;
-#define CALLED DEVICE
 // The product of a kind: each tile's 16 sums go to `finish`, in the team's first warp, lane r and r + 16 for row r.
 template <class W, class Finish>
 DEVICE void product(const Block& b, Ring& ring, float* red, int& turn, int layer, int kind, const Words* xs, Finish finish) {
@@ -360,8 +356,8 @@ DEVICE void product(const Block& b, Ring& ring, float* red, int& turn, int layer
       int chunk = own + b.warp;
 #pragma unroll 1
       for (int step = 0; step < s.steps; step++, chunk += TEAM) {
-        const Words* stage = ring.take(b.lane);
-        if (chunk < end) multiply<W>(sum, b.lane, stage, xs, chunk, s.groups, s.shift);
+        const Words* stage = ring.take(b);
+        if (chunk < end) multiply<W>(sum, b, stage, xs, chunk, s.groups, s.shift);
       }
       if (b.lane % 4 == 0) {
         float* to = mine + (slice * TEAM + b.warp) * 16 + b.lane / 4;
@@ -371,7 +367,6 @@ DEVICE void product(const Block& b, Ring& ring, float* red, int& turn, int layer
     team_barrier(b.team >= b.teams / TEAMS);
     if (b.warp == 0) {
       float total = 0.0f;
-#pragma unroll 1
       for (int slice = 0; slice < s.inner; slice++) {
         float sum = 0.0f;
 #pragma unroll
@@ -523,7 +518,7 @@ DEVICE void put_piece(Words* xs, int piece, const Words& w) {
 
 // `count` pieces of 16 bytes from `first` on, by the `threads` threads of which this is number `thread`; two at a time.
 template <class W>
-CALLED void take_vector(Words* xs, const uint64* from, int first, int count, int thread, int threads, uint32 tag) {
+DEVICE void take_vector(Words* xs, const uint64* from, int first, int count, int thread, int threads, uint32 tag) {
   for (int i = thread; i < count; i += 2 * threads) {
     uint32 one[4], two[4];
     const bool both = i + threads < count;
@@ -545,7 +540,7 @@ CALLED void take_vector(Words* xs, const uint64* from, int first, int count, int
 
 // The residual stream as it is now comes to `stream`, its RMSNorm to xs. from: null where the stream is there already.
 template <class W>
-CALLED void norm_stream(Words* xs, R* stream, float* scratch, const uint64* from, const T* weight, int H, float eps, uint32 tag) {
+DEVICE void norm_stream(Words* xs, R* stream, float* scratch, const uint64* from, const T* weight, int H, float eps, uint32 tag) {
   const int thread = threadIdx.x;
   constexpr int PACKETS = sizeof(R) == 4 ? PIECE : PIECE / 2;
   Vec<T, PIECE> first{};
@@ -594,22 +589,13 @@ constexpr int PER = (RANK + 8 * VEC - 1) / (8 * VEC);
 constexpr int LANES = N / 4;
 static_assert(CHANNELS * LANES <= THREADS, "a thread has 4 states");
 
-// All that the scan waits for, looked for at once: a pair of packets of u and one of z, where `states`, and the sums of
-// x_proj, which come to shared memory.
-DEVICE void receive_inputs(uint32 (&u)[2], uint32 (&z)[2], float* sums, const uint64* from_u, const uint64* from_z,
-                           const uint64* from, int pairs, bool states, uint32 tag) {
-  receive<1>(u, from_u, tag, states);
-  receive<1>(z, from_z, tag, states);
-#pragma unroll 1
-  for (int i = (int)threadIdx.x; i < pairs; i += THREADS) {
+// dt's vector, B and C from the sums of x_proj, as decode_mix makes them; `sums` is scratch of slices MIX numbers.
+DEVICE void mix(float* mixed, float* sums, float* rstd, const Block& b, int layer, const uint64* from, int slices, float eps) {
+  for (int i = threadIdx.x; i < slices * MIX / 2; i += THREADS) {
     uint32 data[2];
-    receive<1>(data, from + 2 * i, tag, true);
+    receive<1>(data, from + 2 * i, b.tag, true);
     sums[2 * i] = bits_float(data[0]), sums[2 * i + 1] = bits_float(data[1]);
   }
-}
-
-// dt's vector, B and C from the sums (slices, MIX) of x_proj, as decode_mix makes them.
-DEVICE void mix(float* mixed, const float* sums, float* rstd, const Block& b, int layer, int slices, float eps) {
   block_barrier();
   for (int i = threadIdx.x; i < MIX; i += THREADS) {
     float sum = 0.0f;
@@ -638,17 +624,8 @@ DEVICE void mix(float* mixed, const float* sums, float* rstd, const Block& b, in
   }
 }
 
-// Where a layer's packets are.
 struct Exchange {
-  uint64* base;
-  int n, n_sums, n_stream, n_product;
-  DEVICE uint64* u() const { return base; }
-  DEVICE uint64* z() const { return base + n; }
-  DEVICE uint64* sums() const { return base + 2 * n; }
-  DEVICE uint64* y() const { return base + 2 * n + n_sums; }
-  DEVICE uint64* middle() const { return base + 3 * n + n_sums; }  // the stream behind the mixer
-  DEVICE uint64* product() const { return middle() + n_stream; }
-  DEVICE uint64* end() const { return FFN ? product() + n_product : middle(); }  // the stream behind the layer
+  uint64 *u, *z, *sums, *y, *middle, *product, *end;  // middle, end: the stream behind the mixer, behind the layer
 };
 
 DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, float* sums, float* rstd, float* steps,
@@ -659,13 +636,6 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
     const int own = threadIdx.x / 8 % CHANNELS, part = threadIdx.x % 8;
     const int channel = first + own < I ? first + own : I - 1;
     const bool mine = threadIdx.x < CHANNELS * 8;
-    const int lane = threadIdx.x % LANES, place = threadIdx.x / LANES;
-    const bool states = place < CHANNELS && first + place < I;
-    const int c = states ? first + place : first;
-    uint32 data[2] = {}, gates[2] = {};
-    if (!ready) receive_inputs(data, gates, sums, at.u() + c / 4 * 2, at.z() + c / 4 * 2, at.sums(), slices * MIX / 2, states, b.tag);
-    else receive<1>(data, at.u() + c / 4 * 2, b.tag, states), receive<1>(gates, at.z() + c / 4 * 2, b.tag, states);
-    const float x = to_float(half_of(c % 4 < 2 ? data[0] : data[1], c % 2)), gate = to_float(half_of(c % 4 < 2 ? gates[0] : gates[1], c % 2));
     Vec<T, VEC> w[PER];
     float bias = 0.0f;
     if (mine) {
@@ -674,14 +644,22 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
       for (int i = 0; i < PER; i++) w[i] = (i * 8 + part) * VEC < RANK ? load_vec<T, VEC>(row + (i * 8 + part) * VEC) : Vec<T, VEC>{};
       bias = b.numbers<float>(layer, DT_BIAS)[channel];
     }
+    const int lane = threadIdx.x % LANES, place = threadIdx.x / LANES;
+    const bool states = place < CHANNELS && first + place < I;
+    const int c = states ? first + place : first;
     Vec<float, 4> a{}, h{};
-    float skip = 0.0f;
+    float x = 0.0f, gate = 0.0f, skip = 0.0f;
     if (states) {
       a = load_vec<float, 4>(b.numbers<float>(layer, A_LOG2) + (int64)c * N + lane * 4);
       h = load_vec<float, 4>(state + (int64)c * N + lane * 4);
       skip = b.numbers<float>(layer, SKIP)[c];
+      uint32 data[2];
+      receive<1>(data, at.u + c / 4 * 2, b.tag, true);
+      x = to_float(half_of(c % 4 < 2 ? data[0] : data[1], c % 2));
+      receive<1>(data, at.z + c / 4 * 2, b.tag, true);
+      gate = to_float(half_of(c % 4 < 2 ? data[0] : data[1], c % 2));
     }
-    if (!ready) mix(mixed, sums, rstd, b, layer, slices, eps), ready = true;
+    if (!ready) mix(mixed, sums, rstd, b, layer, at.sums, slices, eps), ready = true;
     if (mine) {
       float sum = 0.0f;
 #pragma unroll
@@ -708,7 +686,7 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, fl
       for (int other = LANES / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
       const uint32 bits = bits_of(from_float<T>((sum + skip * x) * (gate * sigmoid(gate))));
       const uint32 next = __shfl_xor_sync(0xffffffffu, bits, LANES);
-      if (states && lane == 0 && c % 2 == 0) send(at.y() + c / 2, bits | next << 16, b.tag);
+      if (states && lane == 0 && c % 2 == 0) send(at.y + c / 2, bits | next << 16, b.tag);
       if (states) store_vec<float, 4>(next_state + (int64)c * N + lane * 4, h);
     }
     block_barrier();  // `steps` is free
@@ -751,7 +729,7 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
              const float* state, float* next_state, T* logits, int64 layers, int64 H, int64 I, int64 F, int64 V,
              int64 room, int64 row_bytes, int64 group, int64 groups, int64 capacity, float eps, float mix_eps) {
   extern __shared__ Words shared[];
-  __shared__ float red_of[TEAMS][2 * SLOTS * TEAM * 16], scratch[TEAM], rstd[3], steps[CHANNELS], mixed[MIX];
+  __shared__ float red_of[TEAMS][2 * 4 * TEAM * 16], scratch[TEAM], rstd[3], steps[CHANNELS], mixed[MIX];
   __shared__ Shape shapes[KINDS];
   __shared__ int landed[FEEDERS], taken[WARPS];
   Words* const x = shared + WARPS * DEPTH * STAGE;
@@ -787,19 +765,22 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
   int turn = 0;
   int64 which = 0;  // where the next x goes
   const int slices = shapes[MIX_IN].parts * shapes[MIX_IN].inner;
-  const auto even = [](int64 count) { return (int)(count + 1) / 2 * 2; };
-  const int n = even(I / 2), n_sums = even(slices * MIX), n_stream = even(sizeof(R) == 4 ? H : H / 2), n_product = FFN ? even(F / 2) : 0;
-  const int n_layer = 3 * n + n_sums + n_stream + (FFN ? n_product + n_stream : 0);
+  const int64 stream_packets = sizeof(R) == 4 ? H : H / 2;
+  const uint64* before = nullptr;
+  uint64* next = exchange;
+  const auto take = [&](int64 count) { uint64* const found = next; next += (count + 1) / 2 * 2; return found; };
 
 #pragma unroll 1
   for (int layer = 0; layer < layers; layer++) {
-    const Exchange at{exchange + (int64)layer * n_layer, n, n_sums, n_stream, n_product};
-    const uint64* const before = layer ? at.end() - n_layer : nullptr;
+    Exchange at;
+    at.u = take(I / 2), at.z = take(I / 2), at.sums = take((int64)slices * MIX), at.y = take(I / 2);
+    at.middle = take(stream_packets), at.product = FFN ? take(F / 2) : nullptr, at.end = FFN ? take(stream_packets) : at.middle;
+
     const int64 rows = layer * capacity * I;
     bring_layer(b, layer, window + rows * (KC - 1), state + rows * N, (int)H, (int)I);
     norm_stream<In>(x + which, stream, scratch, before, b.numbers<T>(layer, NORM), (int)H, eps, tag);
     product<In>(b, ring, red, turn, layer, IN, x + which,
-                ConvolveInputs{b, layer, (int)I, window + rows * (KC - 1), next_window + rows * (KC - 1), at.u(), at.z()});
+                ConvolveInputs{b, layer, (int)I, window + rows * (KC - 1), next_window + rows * (KC - 1), at.u, at.z});
     which = room / 16 - which;
 
     const Shape& s = shapes[MIX_IN];
@@ -807,34 +788,34 @@ decode_whole(const int64* table, uint64* exchange, int64* clock, const int64* to
       const int unit = b.first(layer, MIX_IN), pieces = s.slice * 4 * MixIn::Format::XV;
       const int begin = unit % s.parts * pieces, all = s.chunks * 4 * MixIn::Format::XV;
       if (unit < s.units)
-        take_vector<MixIn>(x + which, at.u(), begin, begin + pieces < all ? pieces : all - begin, threadIdx.x % TEAM_THREADS, TEAM_THREADS, tag);
+        take_vector<MixIn>(x + which, at.u, begin, begin + pieces < all ? pieces : all - begin, threadIdx.x % TEAM_THREADS, TEAM_THREADS, tag);
     } else {
-      take_vector<MixIn>(x + which, at.u(), 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
+      take_vector<MixIn>(x + which, at.u, 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
     }
     block_barrier();
-    product<MixIn>(b, ring, red, turn, layer, MIX_IN, x + which, SendSums{b, layer, at.sums()});
+    product<MixIn>(b, ring, red, turn, layer, MIX_IN, x + which, SendSums{b, layer, at.sums});
     which = room / 16 - which;
 
     scan(b, layer, at, mixed, (float*)(x + which), rstd, steps, state + rows * N, next_state + rows * N, (int)I, slices, mix_eps);
     which = room / 16 - which;
 
-    if (busy(b, layer, OUT)) take_vector<Out>(x + which, at.y(), 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
+    if (busy(b, layer, OUT)) take_vector<Out>(x + which, at.y, 0, (int)I / PIECE, threadIdx.x, THREADS, tag);
     block_barrier();
-    product<Out>(b, ring, red, turn, layer, OUT, x + which, AddToStream<Out>{b, layer, OUT, (int)H, stream, at.middle()});
+    product<Out>(b, ring, red, turn, layer, OUT, x + which, AddToStream<Out>{b, layer, OUT, (int)H, stream, at.middle});
     which = room / 16 - which;
 
     if constexpr (FFN) {
-      norm_stream<Up>(x + which, stream, scratch, at.middle(), b.numbers<T>(layer, NORM_FFN), (int)H, eps, tag);
-      product<Up>(b, ring, red, turn, layer, UP, x + which, Gated{b, layer, (int)F, at.product()});
+      norm_stream<Up>(x + which, stream, scratch, at.middle, b.numbers<T>(layer, NORM_FFN), (int)H, eps, tag);
+      product<Up>(b, ring, red, turn, layer, UP, x + which, Gated{b, layer, (int)F, at.product});
       which = room / 16 - which;
-      if (busy(b, layer, DOWN)) take_vector<Down>(x + which, at.product(), 0, (int)F / PIECE, threadIdx.x, THREADS, tag);
+      if (busy(b, layer, DOWN)) take_vector<Down>(x + which, at.product, 0, (int)F / PIECE, threadIdx.x, THREADS, tag);
       block_barrier();
-      product<Down>(b, ring, red, turn, layer, DOWN, x + which, AddToStream<Down>{b, layer, DOWN, (int)H, stream, at.end()});
+      product<Down>(b, ring, red, turn, layer, DOWN, x + which, AddToStream<Down>{b, layer, DOWN, (int)H, stream, at.end});
       which = room / 16 - which;
     }
+    before = at.end;
   }
-  const uint64* const last = exchange + (layers - 1) * n_layer + (n_layer - n_stream);
-  norm_stream<Head>(x + which, stream, scratch, last, b.numbers<T>((int)layers, NORM), (int)H, eps, tag);
+  norm_stream<Head>(x + which, stream, scratch, before, b.numbers<T>((int)layers, NORM), (int)H, eps, tag);
   product<Head>(b, ring, red, turn, (int)layers, HEAD, x + which, Logits{b, (int)V, logits});
 
   block_barrier();

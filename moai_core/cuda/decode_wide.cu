@@ -23,14 +23,15 @@ struct Stored {
 using W = Stored<WEIGHT>;
 using F = W::Format;
 constexpr int WARPS = 8, THREADS = 256, XV = F::XV, STEPS = F::COLUMNS / 4;
+constexpr int TOGETHER = F::BITS == 16 ? 2 : 1;  // chunks at a time: one alone leaves tensor cores waiting
 constexpr int STAGE = W::GROUP ? 68 : 64;  // words: rows g of each lane, rows g + 8, 16 rows' scales
 
 struct Tiles {
   const unsigned char *weight, *second;  // second: more rows behind those of weight, or null
   const W::Scale *scales, *scales2;
   int64 row_bytes;
-  int rows, groups, shift, tiles, begin, end, even, apart;  // rows, tiles: of each weight; chunks of the slice, an even
-                                                            // number of them; from tile to tile
+  int rows, groups, shift, tiles, begin, end, even, apart;  // rows, tiles: of each weight; chunks of the slice, a multiple
+                                                            // of TOGETHER of them; from tile to tile
 };
 
 // A warp's next chunk of W.
@@ -115,14 +116,14 @@ decode_wide(const unsigned char* weight, const unsigned char* second, const W::S
   const int chunks = (int)(row_bytes / 64), begin = part * (int)slice;
   const Tiles a{weight, second, scales, scales2, row_bytes, (int)rows, (int)groups, (int)shift, (int)((rows + 15) / 16), begin,
                 begin + (int)slice < chunks ? begin + (int)slice : chunks,
-                begin + ((begin + (int)slice < chunks ? (int)slice : chunks - begin) + 1) / 2 * 2, shares * WARPS};
+                begin + ((begin + (int)slice < chunks ? (int)slice : chunks - begin) + TOGETHER - 1) / TOGETHER * TOGETHER, shares * WARPS};
   const int tiles = a.tiles * (second ? 2 : 1), steps = a.end - begin;
   Words* const ring = shared + slice * NT * XV * 32 + warp * DEPTH * STAGE;
 
   Fetch fetch;
   fetch.tile = share + shares * warp, fetch.lane = lane;
   fetch.begin(a);
-  for (int d = 0; d < DEPTH - 2; d++) fetch.stage(a, ring + d * STAGE);
+  for (int d = 0; d < DEPTH - TOGETHER; d++) fetch.stage(a, ring + d * STAGE);
 
   wait_for_previous();
   let_next_begin();
@@ -154,16 +155,18 @@ decode_wide(const unsigned char* weight, const unsigned char* second, const W::S
       for (int i = 0; i < 2; i++) factor[i] = row + 8 * i < rows ? to_float((other ? scales2 : scales)[row + 8 * i]) : 0.0f;
     float found[NT][4] = {};
 #pragma unroll 1
-    for (int step = 0; step < steps; step += 2) {  // two chunks: one alone leaves tensor cores waiting
-      copy_async_wait<DEPTH - 4>();
+    for (int step = 0; step < steps; step += TOGETHER) {
+      copy_async_wait<DEPTH - 2 * TOGETHER>();
       __syncwarp();
-      Words* const free = ring + (ready == 0 ? DEPTH - 2 : ready - 2) * STAGE;
-      fetch.stage(a, free), fetch.stage(a, free + STAGE);
-      const bool both = step + 1 < steps;
-      const Words* const xs = shared + step * NT * XV * 32;
-      multiply(found, ring + ready * STAGE, xs, a.groups, (begin + step) >> a.shift, lane, true);
-      multiply(found, ring + (ready + 1) * STAGE, both ? xs + NT * XV * 32 : xs, a.groups, (begin + step + 1) >> a.shift, lane, both);
-      ready = ready + 2 == DEPTH ? 0 : ready + 2;
+      Words* const free = ring + (ready == 0 ? DEPTH - TOGETHER : ready - TOGETHER) * STAGE;
+#pragma unroll
+      for (int k = 0; k < TOGETHER; k++) fetch.stage(a, free + k * STAGE);
+#pragma unroll
+      for (int k = 0; k < TOGETHER; k++) {
+        const bool here = step + k < steps;
+        multiply(found, ring + (ready + k) * STAGE, shared + (here ? step + k : step) * NT * XV * 32, a.groups, (begin + step + k) >> a.shift, lane, here);
+      }
+      ready = ready + TOGETHER == DEPTH ? 0 : ready + TOGETHER;
     }
 #pragma unroll
     for (int n = 0; n < NT; n++)

@@ -1,7 +1,7 @@
 """One token for every row of a batch, on a GPU, as few launches: the step of the decode engine.
 
 A step of the plain path asks torch for about twenty operators a layer, and the host is slower than the GPU. Here it is
-recorded as a CUDA graph for each width of the batch, the choice of the next token by four kernels included, and reads
+recorded as a CUDA graph for each width of the batch, the choice of the next token by three kernels included, and reads
 each weight once at nearly the memory's rate:
 
     1 row         one kernel for the whole step (decode_whole.py), where it takes the model
@@ -41,7 +41,7 @@ __all__ = ["Decoder", "decoder", "run", "why_not"]
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 # As decode_sample.cu has them.
-_SLICE, _BINS, _LIST, _WORK = 4096, 1312, 4096, 40 << 10
+_SLICE, _BINS, _WORK = 4096, 1312, 40 << 10
 
 Step = list[Launch | Product]
 
@@ -130,7 +130,6 @@ class Decoder:
         slices = -(-self.known // _SLICE)
         self.best, self.best_id = make(rows, slices), make(rows, slices, dtype=torch.int32)
         self.bins, self.masses = make(rows, _BINS, dtype=torch.int32), make(rows, _BINS, dtype=torch.int64)
-        self.keys, self.filled = make(rows, _LIST, dtype=torch.int64), make(rows, dtype=torch.int32)
 
     def put(self, place: int, state: MoaiState, token: int, settings: Settings, seed: int, draws: int) -> None:
         """A row that goes on from `state` (of one row) by reading `token`."""
@@ -219,7 +218,7 @@ class Decoder:
         x = self._norm(steps, layer.norm, width, pending)
         u, z, y = self.u[:width], self.z[:width], self.y[:width]
         windows = (self.conv[turn, index, :width], self.conv[1 - turn, index, :width])
-        if wide and decode_wide.fits(layer.in_proj, self.dtype):
+        if x is not None and decode_wide.fits(layer.in_proj, self.dtype):
             sums = self._sums(steps, layer.in_proj, x)
             grid = (-(-2 * c.inner_size // (256 * (16 // self.dtype.itemsize))), width, 1)
             moved: tuple[Any, ...] = (
@@ -248,7 +247,7 @@ class Decoder:
             mixed = (mixes, *layer.norms, self.mixed, self.dt, len(mixes), width, eps)
             steps.append(Launch(self._kernel("decode_mix"), width, 256, mixed))
         weights = (layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z, self.ssm[turn, index])
-        if wide and c.time_step_rank % 32 == 0 and self.dtype.itemsize == 2 and c.state_size <= 64:
+        if wide and c.time_step_rank % 32 == 0 and self.dtype in decode_wide.TYPES and c.state_size <= 64:
             moves = (self.mixed, self.dt, *weights, self.ssm[1 - turn, index], y, width, c.inner_size)
             steps.append(Launch(self._kernel("decode_scan_wide", MIXED=1), -(-c.inner_size // 32), 512, moves))
             self._rotate(steps, layer.rotation, y)
@@ -321,16 +320,12 @@ class Decoder:
         slices, size = self.best.shape[1], self.config.vocab_size
         first = (self.logits, self.seen, temperature, penalty, self.best, self.best_id)
         found = (self.best, self.best_id, self.bins, self.masses)
-        listed = (self.keys, self.filled)
         return [
             Launch(kernel("sample_best"), (slices, width, 1), 256, (*first, size, self.known)),
             Launch(kernel("sample_masses"), (slices, width, 1), 256, (*first, *found[2:], size, self.known)),
             Launch(
-                kernel("sample_gather"), (slices, width, 1), 256, (*first, self.bins, *listed, size, self.known)
-            ),
-            Launch(
                 kernel("sample_pick"), width, 1024,
-                (self.logits, self.seen, temperature, top_p, min_p, penalty, top_k, seed, draws, *found, *listed, token,
+                (self.logits, self.seen, temperature, top_p, min_p, penalty, top_k, seed, draws, *found, token,
                  slices, size, self.known),
                 _WORK,
             ),

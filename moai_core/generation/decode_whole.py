@@ -28,6 +28,10 @@ LEAST_DEPTH, MOST_DEPTH = 4, 24
 PAUSE, FLIGHT = 0, 2
 
 
+# What it was seen to be right with on a GPU; the kernel has code for float16 and "Fp8" too.
+FORMATS, TYPES = ("Plain", "Int4", "Int8"), (torch.bfloat16,)
+
+
 def _how(m: Matrix) -> tuple[str, int, torch.dtype]:
     """How a weight is stored: format, columns that share a scale, type of the scales."""
     return m.format, m.group, torch.float32 if m.scales is None else m.scales.dtype
@@ -36,7 +40,7 @@ def _how(m: Matrix) -> tuple[str, int, torch.dtype]:
 def _fits(m: Matrix) -> bool:
     whole = m.row_bytes % kernels.CHUNK_BYTES == 0 and m.zeros is None
     shared = m.group == 0 or (m.format == "Int4" and m.group % 128 == 0 and m.group & (m.group - 1) == 0)
-    return whole and shared and m.format in ("Plain", "Int8", "Int4", "Fp8")
+    return whole and shared and m.format in FORMATS
 
 
 class Whole:
@@ -71,7 +75,7 @@ class Whole:
     def of(cls, layers: Sequence[Layer], head: Matrix, final: Tensor, embedding: Matrix, config: Any) -> Whole | None:
         """The kernel for these weights, or None where it can't take them."""
         dtype = final.dtype
-        if dtype.itemsize != 2 or config.state_size > 64 or config.hidden_size % 8 or embedding.format == "Fp8":
+        if dtype not in TYPES or config.state_size > 64 or config.hidden_size % 8 or embedding.format == "Fp8":
             return None
         names = ("in_proj", "x_proj", "out_proj", "gate", "up", "down")
         for one in layers:
@@ -136,8 +140,9 @@ class Whole:
 
     def _make(self) -> tuple[Tensor, Tensor, Tensor]:
         """(table, packets, clock)."""
-        last: list[Tensor | None] = [None] * 10 + [self.head.weight, self.head.scales, self.final]
-        rows = [*map(self._record, self.layers), last + [None] * (_RECORD - len(last))]
+        last: list[Tensor | None] = [None] * _RECORD
+        last[10:13] = [self.head.weight, self.head.scales, self.final]
+        rows = [*map(self._record, self.layers), last]
         numbers = [0 if t is None else t.data_ptr() for row in rows for t in row]
         table = torch.tensor(numbers + self._shapes(), dtype=torch.int64, device=self.device)
         made = [torch.zeros(n, dtype=torch.int64, device=self.device) for n in (self._packets(), 2)]

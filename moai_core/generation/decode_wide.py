@@ -27,14 +27,16 @@ KEPT = 128 << 10
 LEAST_DEPTH, MOST_DEPTH = 4, 24
 # A weight of so few rows is cut into more slices, or most multiprocessors had none.
 _FEW_ROWS, _MOST_SLICES = 1024, 16
+# What it was seen to be right with on a GPU; the kernel has code for float16, "Int8" and "Fp8" too.
+FORMATS, TYPES = ("Plain", "Int4"), (torch.bfloat16,)
 _VECTORS = {"Plain": 1, "Int8": 2, "Fp8": 2, "Int4": 4}
 
 
 def fits(m: Matrix, dtype: torch.dtype) -> bool:
     """Whether the kernel takes this weight for x of `dtype`."""
-    whole = dtype.itemsize == 2 and m.row_bytes % CHUNK_BYTES == 0 and m.zeros is None
+    whole = dtype in TYPES and m.row_bytes % CHUNK_BYTES == 0 and m.zeros is None
     shared = m.group == 0 or (m.format == "Int4" and m.group % 128 == 0 and m.group & (m.group - 1) == 0)
-    return whole and shared and _division(m, 64)[1] >= LEAST_DEPTH
+    return whole and shared and m.format in FORMATS and _division(m, 64)[1] >= LEAST_DEPTH
 
 
 def slices_of(m: Matrix) -> int:
