@@ -36,23 +36,6 @@ DEVICE int kept(int x) {
   return x;
 }
 
-// ---- W in shared memory: 16-byte pieces of the same columns side by side, so that neither copies nor reads of a warp
-// share banks.
-
-// Where a tile's piece (of UNIT_BYTES / 16) of a row lies.
-DEVICE int piece_place(int piece, int row) { return piece * 256 + (WIDTH == 4 ? row * 16 : row * 16 ^ piece % 2 * 64); }
-
-// Copies tile `to` asynchronously, 16 bytes times TILE_BYTES / 512 a lane. from: piece lane / 8 of row lane % 8; rows and
-// bytes: how many are left from there.
-DEVICE void copy_tile(unsigned char* to, const unsigned char* from, int64 row_bytes, int64 rows, int64 bytes) {
-#pragma unroll
-  for (int c = 0; c < TILE_BYTES / 512; c++)
-    copy_async_16(to + c % 2 * 128 + c / 2 * 1024, from + c % 2 * 8 * row_bytes + c / 2 * 64, c % 2 * 8 < rows && c / 2 * 64 < bytes);
-}
-
-// Where a lane's first word of row g is.
-DEVICE int lane_place(int g, int t) { return WIDTH == 4 ? g * 16 + t * 4 : t / 2 * 256 + (g * 16 ^ t / 2 * 64) + t % 2 * 8; }
-
 // ---- Integers as pairs of numbers, exact.
 
 // The nibbles of a word, less 8, as numbers: pair i has those at bits 4 i and 16 + 4 i. A number whose exponent makes
@@ -78,12 +61,13 @@ DEVICE void from_nibbles<fp16>(uint32 word, uint32 (&a)[4]) {
   }
 }
 
-// Fragments A of the two steps of 32 columns (`half`, of 4). at: the lane's place in the tile.
-template <class Number>
+// Fragments A of the two steps of 32 columns (`half`, of 4). at: the lane's first word of row g in a unit; from there it
+// is HALF bytes to the next 32 columns, DOWN to row g + 8.
+template <class Number, int HALF, int DOWN>
 DEVICE void read_weights(const unsigned char* at, int half, uint32 (&a)[2][4]) {
 #pragma unroll
   for (int second = 0; second < 2; second++) {
-    const Vec<uint32, WORDS> words = *reinterpret_cast<const Vec<uint32, WORDS>*>(at + half * (64 * WIDTH) + second * 128);
+    const Vec<uint32, WORDS> words = *reinterpret_cast<const Vec<uint32, WORDS>*>(at + half * HALF + second * DOWN);
     if constexpr (WIDTH == 4) {
       uint32 pairs[4];
       from_nibbles<Number>(words.at[0], pairs);

@@ -13,8 +13,8 @@
 // group; weights are never rounded. Where T is float, x is split into three bf16 that add up to it.
 //
 // A block takes groups of MT tiles in turns, with x in place. A group comes in pieces of UNITS units, through STAGES of
-// shared memory, by the copy engine (compute capability 9.0) row by row: it needs no warp's attention, and its queue is not
-// the one in which x waits. The warps of a block share out the units; their sums are added in the order of the warps.
+// shared memory, row by row by the copy engine (compute capability 9.0), which needs no warp's attention and whose queue
+// is not the one in which x waits. The warps of a block share out the units; their sums are added in the order of the warps.
 //
 // Launches may overlap (gemv.cuh): a block asks for its first weights at once and looks at x, and lets out be seen, only
 // after the kernel in front has ended. As soon as x is asked for, the next kernel may begin to read ahead.
@@ -46,26 +46,7 @@ struct Arithmetic<float> {
 using C = Arithmetic<T>::type;
 constexpr int PARTS = Arithmetic<T>::parts;
 
-// ---- W: as in memory, row by row
-
-// Fragments A of the two steps of 32 columns (`half`, of 4). at: the lane's place in the tile's unit.
-template <class Number, int DOWN>
-DEVICE void read_rows(const unsigned char* at, int half, uint32 (&a)[2][4]) {
-#pragma unroll
-  for (int second = 0; second < 2; second++) {
-    const Vec<uint32, WORDS> words = *reinterpret_cast<const Vec<uint32, WORDS>*>(at + half * (4 * WIDTH) + second * DOWN);
-    if constexpr (WIDTH == 4) {
-      uint32 pairs[4];
-      from_nibbles<Number>(words.at[0], pairs);
-#pragma unroll
-      for (int i = 0; i < 4; i++) a[i / 2][i % 2 * 2 + second] = pairs[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        a[i / 2][i % 2 * 2 + second] = Int8<Number>::pair(words.at[i / 2 % WORDS] >> 8 * (i % 2));
-    }
-  }
-}
+// ---- The copy engine
 
 #if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
 #define ENGINE 1
@@ -191,7 +172,7 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < MT; i++) {
       uint32 a[2][4];
-      read_rows<C, 8 * PITCH>(tiles + i * TILE * PITCH, half, a);
+      read_weights<C, 4 * WIDTH, 8 * PITCH>(tiles + i * TILE * PITCH, half, a);
 #pragma unroll
       for (int s = 0; s < 2; s++) {
 #pragma unroll
@@ -260,7 +241,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       if (ENGINE) {
         if (lane == 0) {  // of each warp, for a warp's copies are begun one after the other
           if (warp == 0) expect(memory + 8 * stage, (uint32)(w_rows * bytes + w_tiles * some * SCALE_BYTES));
-          for (int r = warp; r < w_rows; r += warps) copy_run(to + r * PITCH, from + r * row_bytes, bytes, memory + 8 * stage);
+          for (int r = warp; r < w_rows; r += warps)
+            copy_run(to + r * PITCH, from + r * row_bytes, bytes, memory + 8 * stage);
           if (SCALE_BYTES && warp < w_tiles)
             copy_run(to + SCALES_AT + warp * UNITS * SCALE_BYTES, scales_from + (int64)warp * units * SCALE_BYTES,
                      some * SCALE_BYTES, memory + 8 * stage);
@@ -270,7 +252,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
           copy_async_16(to + i / bytes * PITCH + i % bytes, from + i / bytes * row_bytes + i % bytes, true);
         for (int i = threadIdx.x * 16; i < w_tiles * some * SCALE_BYTES; i += blockDim.x * 16) {
           const int tile = i / (some * max(SCALE_BYTES, 1)), inside = i % (some * max(SCALE_BYTES, 1));
-          copy_async_16(to + SCALES_AT + tile * UNITS * SCALE_BYTES + inside, scales_from + (int64)tile * units * SCALE_BYTES + inside, true);
+          copy_async_16(to + SCALES_AT + tile * UNITS * SCALE_BYTES + inside,
+                        scales_from + (int64)tile * units * SCALE_BYTES + inside, true);
         }
       }
     }
@@ -299,7 +282,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   int x_lane[NT];  // where the lane's part of a row is in a unit of x; nobody reads the sums of rows beyond the last
 #pragma unroll
   for (int n = 0; n < NT; n++) x_lane[n] = kept(min(n * 8 + g, rows - 1) * ROW_BYTES + t * 8 * (int)sizeof(T));
-  const int odd = kept(g % 2 * SWAPPED), w_lane = kept(g * PITCH + t * WIDTH), scale_lane = kept(SCALES_AT + g * 4 * (1 + ZEROS));
+  const int odd = kept(g % 2 * SWAPPED), w_lane = kept(g * PITCH + t * WIDTH);
+  const int scale_lane = kept(SCALES_AT + g * 4 * (1 + ZEROS));
 
   constexpr int GROUP_OUT = MT * TILE;
   const int row = threadIdx.x % GROUP_OUT, m_first = threadIdx.x / GROUP_OUT, m_step = blockDim.x / GROUP_OUT;
@@ -329,9 +313,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
           sums.add(half, at + (unit * UNIT_BYTES + w_lane), x_at, odd);
           if constexpr (GROUPS > 0)
             if ((half + 1) % HALVES == 0) {
+              const unsigned char* const scale = at + (unit * SCALE_BYTES + scale_lane) + half / HALVES * (32 * (1 + ZEROS));
 #pragma unroll
-              for (int i = 0; i < MT; i++)
-                sums.scaled(i, read_scale(at + (unit * SCALE_BYTES + scale_lane) + i * UNITS * SCALE_BYTES + half / HALVES * (32 * (1 + ZEROS))), total);
+              for (int i = 0; i < MT; i++) sums.scaled(i, read_scale(scale + i * UNITS * SCALE_BYTES), total);
               sums.clear();
             }
         }

@@ -31,6 +31,13 @@ constexpr int MINE = 4 / WK;              // times 32 columns of a unit that a w
 constexpr int TOGETHER = HALVES < MINE ? HALVES : MINE;  // of them that share a scale
 static_assert(sizeof(T) == 2 && WK * MINE == 4 && THREADS % 16 == 0, "no such division");
 
+// A tile of W in shared memory: 16-byte pieces of the same columns side by side, so that neither copies nor reads of a
+// warp share banks. Where piece `piece` (of UNIT_BYTES / 16) of a row lies, and where a lane's first word of row g is.
+DEVICE int piece_place(int piece, int row) { return piece * 256 + (WIDTH == 4 ? row * 16 : row * 16 ^ piece % 2 * 64); }
+DEVICE int lane_place(int g, int t) {
+  return WIDTH == 4 ? g * 16 + t * 4 : t / 2 * 256 + (g * 16 ^ t / 2 * 64) + t % 2 * 8;
+}
+
 #if !defined(MOAI_HOST) && SPLIT > 1
 #define CLUSTER __cluster_dims__(SPLIT, 1, 1)
 #else
@@ -88,7 +95,7 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < MT; i++) {
       uint32 a[2][4];
-      read_weights<T>(tiles + i * PART_BYTES, half, a);
+      read_weights<T, 64 * WIDTH, 128>(tiles + i * PART_BYTES, half, a);
 #pragma unroll
       for (int s = 0; s < 2; s++)
 #pragma unroll
@@ -131,7 +138,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
 
   // Each warp copies whole tiles, each thread one 16-byte piece of every THREADS / 16-th row of x. Rows beyond the last
   // are the last once more: nobody stores what comes of them.
-  constexpr int WARPS = THREADS / 32, OURS = (TILES + WARPS - 1) / WARPS, APART = THREADS / 16, X_ROWS = (BM + APART - 1) / APART;
+  constexpr int WARPS = THREADS / 32, OURS = (TILES + WARPS - 1) / WARPS;
+  constexpr int APART = THREADS / 16, X_ROWS = (BM + APART - 1) / APART;
   const int slot = threadIdx.x % 16, m_mine = threadIdx.x / 16;
   const unsigned char* w_from[OURS][2];
   const unsigned char* scale_from[OURS];
@@ -141,7 +149,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     const int tile = min(tile_0 + warp + i * WARPS, tiles - 1);
 #pragma unroll
     for (int down = 0; down < 2; down++)
-      w_from[i][down] = weights + min((int64)tile * TILE + lane % 8 + down * 8, O - 1) * row_bytes + lane / 8 * 16 + (int64)first * UNIT_BYTES;
+      w_from[i][down] = weights + min((int64)tile * TILE + lane % 8 + down * 8, O - 1) * row_bytes + lane / 8 * 16 +
+                        (int64)first * UNIT_BYTES;
     scale_from[i] = scales + ((int64)tile * units + first) * SCALE_BYTES + lane * 16;
   }
 #pragma unroll
@@ -157,9 +166,10 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
       if (TILES % WARPS == 0 || warp + i * WARPS < TILES) {
 #pragma unroll
         for (int c = 0; c < TILE_BYTES / 512; c++)
-          copy_async_16(memory + (stage + w_to + i * WARPS * PART_BYTES + c % 2 * 128 + c / 2 * 1024), w_from[i][c % 2] + c / 2 * 64,
-                        c / 2 * 64 < w_left);
-        if (lane < SCALE_BYTES / 16) copy_async_16(memory + (stage + scale_to + i * WARPS * PART_BYTES), scale_from[i], true);
+          copy_async_16(memory + (stage + w_to + i * WARPS * PART_BYTES + c % 2 * 128 + c / 2 * 1024),
+                        w_from[i][c % 2] + c / 2 * 64, c / 2 * 64 < w_left);
+        if (lane < SCALE_BYTES / 16)
+          copy_async_16(memory + (stage + scale_to + i * WARPS * PART_BYTES), scale_from[i], true);
         w_from[i][0] += UNIT_BYTES, w_from[i][1] += UNIT_BYTES, scale_from[i] += SCALE_BYTES;
       }
     w_left -= UNIT_BYTES;
@@ -189,7 +199,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
   sums = {};
   // The lane's places in a stage, in the first of the warp's parts of a unit.
   const int w_mine = kept(X_BYTES + wo * MT * PART_BYTES + lane_place(g, t) + wk * MINE * (64 * WIDTH));
-  const int scale_mine = kept(X_BYTES + wo * MT * PART_BYTES + TILE_BYTES + (g + wk * MINE / HALVES * 8) * 4 * (1 + ZEROS));
+  const int scale_mine =
+      kept(X_BYTES + wo * MT * PART_BYTES + TILE_BYTES + (g + wk * MINE / HALVES * 8) * 4 * (1 + ZEROS));
   int x_mine[MINE];
 #pragma unroll
   for (int h = 0; h < MINE; h++)
