@@ -76,5 +76,5 @@ def test_names_its_kernels(path):
     text = path.read_text(encoding="utf-8")
     includes = re.findall(r"^#include (\S+)", text, re.MULTILINE)
     assert all((cuda.FOLDER / name.strip('"')).suffix == ".cuh" for name in includes), "only headers of this folder"
-    found = re.findall(rf'extern "C" __global__ void\s+(?:{BOUNDS}\s*)?(\w+)\(', text)
+    found = re.findall(rf'extern "C" __global__ void\s+(?:CLUSTER\s+)?(?:{BOUNDS}\s*)?(\w+)\(', text)
     assert sorted(found) == sorted(kernels) and len(found) == text.count("__global__"), "see this file's top"
