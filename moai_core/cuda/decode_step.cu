@@ -1,4 +1,4 @@
-// moai: kernels decode_embed, decode_norm, decode_conv, decode_gate, decode_mix, decode_scan, decode_rotate
+// moai: kernels decode_embed, decode_norm, decode_conv, decode_gate, decode_mix, decode_scan, decode_scan_wide, decode_rotate
 // moai: macros T=bf16 R=bf16 FORMAT=Plain S=float N=16 RANK=128 NORMS=1 MIXED=0 KC=4
 // moai: macros T=bf16 R=float FORMAT=Int8 S=fp16 N=16 RANK=256 NORMS=1 MIXED=1 KC=4
 // moai: macros T=float R=float FORMAT=Plain S=float N=8 RANK=7 NORMS=0 MIXED=0 KC=3
@@ -213,7 +213,10 @@ constexpr int VEC = RANK % PIECE == 0 ? PIECE : 1;
 constexpr int PER = (RANK + 8 * VEC - 1) / (8 * VEC);  // vectors of dt_proj's row that a thread has
 constexpr int LANES = N / 4;                           // threads that share a channel's states
 
-constexpr int EARLY = ROWS * CHANNELS * LANES / THREADS < 4 ? ROWS * CHANNELS * LANES / THREADS : 4;
+// Blocks of the scan a multiprocessor: six where the states of a 2b model fit into 40 registers, timed; else without spills.
+constexpr int SCAN_BLOCKS = sizeof(T) == 2 && N == 16 && RANK <= 128 ? 6 : 2;
+constexpr int OWN = (ROWS * CHANNELS * LANES + THREADS - 1) / THREADS;  // pieces of a thread, where there are enough
+constexpr int EARLY = OWN < 4 ? OWN : 4;
 constexpr bool SAME = THREADS % (CHANNELS * LANES) == 0;  // a thread's channel is the same in each row
 
 // Which row, channel and states thread i of a block has.
@@ -226,7 +229,7 @@ struct Place {
 };
 
 // Grid: x 32 channels each, y ROWS rows each. A_log2: -exp(A_log) log2(e), (I, N). Shared memory: mixed, ROWS MIX floats.
-extern "C" __global__ void __launch_bounds__(THREADS, 6)
+extern "C" __global__ void __launch_bounds__(THREADS, SCAN_BLOCKS)
 decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* norm_C, const T* dt_weight,
             const float* dt_bias, const float* A_log2, const float* D, const T* u, const T* z, const float* state,
             float* next_state, T* y, int64 slices, int64 batch, int64 I,

@@ -2,7 +2,8 @@
 a few bytes where a kernel fills all that a thread can have.
 
 A file's first line (or lines, each with `// moai: `) lists its kernels and the sets of macros that stand for all in
-use: `// moai: kernels NAME, NAME; macros T=bf16 K=4 | T=float K=4`.
+use: `// moai: kernels NAME, NAME; macros T=bf16 K=4 | T=float K=4`. The first set has all kernels; others may leave out
+what their macros rule out. `; spills 192` allows as many bytes a thread where a file has its reasons.
 """
 
 from __future__ import annotations
@@ -21,16 +22,26 @@ BOUNDS = r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)"
 SOURCES = sorted(cuda.FOLDER.glob("*.cu"))
 
 
-def header(path: Path) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Kernels of a file and its sets of macros, from its first lines; no kernels where they say none."""
+def parts(path: Path) -> list[tuple[str, str]]:
+    """What a file's first lines say: ("kernels", "NAME, NAME"), ("macros", "T=bf16 K=4 | T=float K=4"), ..."""
     lines = takewhile(lambda line: line.startswith("// moai: "), path.read_text(encoding="utf-8").split("\n"))
-    parts = [part.strip().partition(" ") for line in lines for part in line.removeprefix("// moai: ").split(";")]
-    kernels = [name.strip() for key, _, rest in parts if key == "kernels" for name in rest.split(",")]
-    sets = [tuple(one.split()) for key, _, rest in parts if key == "macros" for one in rest.split("|")]
+    found = [part.strip().partition(" ") for line in lines for part in line.removeprefix("// moai: ").split(";")]
+    return [(key, rest) for key, _, rest in found]
+
+
+def header(path: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Kernels of a file and its sets of macros; no kernels where its first lines say none."""
+    kernels = [name.strip() for key, rest in parts(path) if key == "kernels" for name in rest.split(",")]
+    sets = [tuple(one.split()) for key, rest in parts(path) if key == "macros" for one in rest.split("|")]
     return kernels, sets or [()]
 
 
-SPILL = 64  # bytes: pointers that wait outside of the loops, where 255 registers are all in use
+def allowed_spills(path: Path) -> int:
+    """Bytes a thread; 64 unless the file says more: pointers that wait outside of the loops, where 255 registers are
+    all in use.
+    """
+    return max([64, *(int(rest) for key, rest in parts(path) if key == "spills")])
+
 
 CASES = [(path, i, arch) for path in SOURCES for i in range(len(header(path)[1])) for arch in ARCHITECTURES]
 
@@ -54,9 +65,10 @@ def compile_and_check(path: Path, macros: tuple[str, ...], arch: int) -> None:
     code, log = compiler.compile(path.name, text, nvrtc.headers(), flags)
     assert code[:4] == b"\x7fELF"
     found = dict.fromkeys(re.findall(r"Compiling entry function '(\w+)'", log))
-    assert list(found) and set(found) == set(header(path)[0]), log
+    kernels, sets = header(path)
+    assert found and set(found) <= set(kernels) and (macros != sets[0] or set(found) == set(kernels)), log
     spills = [int(n) for one in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) for n in one]
-    assert len(spills) >= 2 * len(found) and max(spills) <= SPILL, log
+    assert len(spills) >= 2 * len(found) and max(spills) <= allowed_spills(path), log
 
 
 @pytest.mark.parametrize("path, macros, arch", cases(quick=True))
