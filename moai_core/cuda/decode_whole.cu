@@ -1,4 +1,4 @@
-// moai: kernels decode_whole; spills 192
+// moai: kernels decode_whole; spills 208
 // moai: macros T=bf16 R=bf16 N=16 RANK=128 NORMS=1 KC=4 FFN=1 DEPTH=10 W_IN=Plain,float,0 W_X=Plain,float,0 W_OUT=Plain,float,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
 // moai: macros T=bf16 R=float N=16 RANK=128 NORMS=1 KC=4 FFN=1 DEPTH=8 W_IN=Int4,fp16,128 W_X=Plain,float,0 W_OUT=Int4,fp16,128 W_UP=Int4,fp16,128 W_DOWN=Int4,fp16,128 W_HEAD=Int8,fp16,0 W_EMBED=Int8,fp16,0
 // moai: macros T=fp16 R=fp16 N=8 RANK=20 NORMS=0 KC=3 FFN=0 DEPTH=8 W_IN=Fp8,float,0 W_X=Plain,float,0 W_OUT=Int8,fp16,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0

@@ -3,7 +3,7 @@ a few bytes where a kernel fills all that a thread can have.
 
 A file's first line (or lines, each with `// moai: `) lists its kernels and the sets of macros that stand for all in
 use: `// moai: kernels NAME, NAME; macros T=bf16 K=4 | T=float K=4`. The first set has all kernels; others may leave out
-what their macros rule out. `; spills 192` allows as many bytes a thread where a file has its reasons.
+what their macros rule out. `; spills 208` allows as many bytes a thread where a file has its reasons.
 """
 
 from __future__ import annotations
