@@ -14,50 +14,12 @@
 // A team of TEAM threads holds a row of SIZE values in registers, PER vectors of V a thread, as in norm.cu. NaN in a row
 // makes all of it NaN.
 //   R  the residual stream and its sum      X  x, gate, up      W  the norm's weight and y
-#include "common.cuh"
-
-constexpr int BLOCK = TEAM > 32 ? TEAM : 128;
-constexpr int TEAMS = BLOCK / TEAM;
-constexpr float SHARE = 1.0f / SIZE;
+#include "rows.cuh"
 
 using uint8 = unsigned char;
 
-// Rows that a team's vectors fill exactly need no test.
-DEVICE bool in_row(int column) { return TEAM * PER * V == SIZE || column < SIZE; }
-
-// V values as they lie in memory. Loading and widening are apart, so that all loads of a thread are under way at once.
-template <class T>
-struct Raw {
-  static constexpr int n = V < per_16_bytes<T> ? V : per_16_bytes<T>;
-  Vec<T, n> part[V / n];
-
-  // Zeros where `inside` is false.
-  DEVICE void load(const T* from, bool inside) {
-#pragma unroll
-    for (int i = 0; i < V / n; i++) part[i] = inside ? load_vec<T, n>(from + i * n) : Vec<T, n>{};
-  }
-  DEVICE void store(T* to) const {
-#pragma unroll
-    for (int i = 0; i < V / n; i++) store_vec<T, n>(to + i * n, part[i]);
-  }
-  DEVICE float get(int i) const { return to_float(part[i / n].at[i % n]); }
-  DEVICE void set(int i, float x) { part[i / n].at[i % n] = from_float<T>(x); }
-};
-
-// Over a team, the same bits in each of its threads; one barrier. `scratch` belongs to this call alone.
-DEVICE float team_sum(float x, float* scratch) {
-#pragma unroll
-  for (int other = (TEAM < 32 ? TEAM : 32) / 2; other > 0; other /= 2) x += __shfl_xor_sync(0xffffffffu, x, other);
-  if (TEAM <= 32) return x;
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0.0f;
-#pragma unroll
-  for (int warp = 0; warp < TEAM / 32; warp++) x += scratch[warp];
-  return x;
-}
-
-// Of the bits of magnitudes, which are ordered as the magnitudes are, NaN above all.
+// The largest over a team, the same in each of its threads; one barrier. Of the bits of magnitudes, which are ordered as
+// the magnitudes are, NaN above all.
 DEVICE uint32 team_max(uint32 x, uint32* scratch) {
 #pragma unroll
   for (int other = (TEAM < 32 ? TEAM : 32) / 2; other > 0; other /= 2) {
@@ -166,7 +128,6 @@ swiglu_quantize(const X* __restrict__ gate, const X* __restrict__ up, uint8* __r
   quantize(g, codes, scales, row, lane, real, scratch);
 }
 
-// `adds` is known to the compiler: a branch between the loads would make some wait for others.
 template <bool adds>
 DEVICE void norm(const R* __restrict__ residual, const X* __restrict__ x, const W* __restrict__ weight,
                  R* __restrict__ total, uint8* __restrict__ codes, float* __restrict__ scales, int64 rows,
@@ -175,32 +136,8 @@ DEVICE void norm(const R* __restrict__ residual, const X* __restrict__ x, const 
   int64 row = (int64)blockIdx.x * TEAMS + threadIdx.x / TEAM;
   bool real = TEAMS == 1 || row < rows;
   Raw<R> sum[PER];
-  Raw<X> added[PER];
   Raw<W> w[PER];
-#pragma unroll
-  for (int i = 0; i < PER; i++) {
-    int column = (i * TEAM + lane) * V;
-    bool inside = real && in_row(column);
-    sum[i].load(residual + row * residual_stride + column, inside);
-    if (adds) added[i].load(x + row * x_stride + column, inside);
-    w[i].load(weight + column, in_row(column));
-  }
-  if (adds) {
-    // The norm is that of the sum as it is stored, rounded.
-#pragma unroll
-    for (int i = 0; i < PER; i++) {
-      int column = (i * TEAM + lane) * V;
-#pragma unroll
-      for (int j = 0; j < V; j++) sum[i].set(j, sum[i].get(j) + added[i].get(j));
-      if (real && in_row(column)) sum[i].store(total + row * SIZE + column);
-    }
-  }
-  float squares = 0.0f;
-#pragma unroll
-  for (int i = 0; i < PER; i++)
-#pragma unroll
-    for (int j = 0; j < V; j++) squares += sum[i].get(j) * sum[i].get(j);
-  float scale = rsqrtf(team_sum(squares, sums) * SHARE + eps);
+  float scale = sum_row<adds>(sum, w, residual, x, weight, total, row, lane, real, residual_stride, x_stride, eps, sums);
 #pragma unroll
   for (int i = 0; i < PER; i++)
 #pragma unroll

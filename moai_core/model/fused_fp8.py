@@ -97,7 +97,7 @@ def _swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = scaled_mm_ops.results(count, size, gate)
     v = fused_ops._vector(size, gate, up)
     run, together, block = scaled_mm_ops.kernel(
-        "swiglu_quantize", gate.device, size, v, scaled_mm_ops.team(size, v), X=gate.dtype
+        "swiglu_quantize", gate.device, size, v, cuda.team(size, v), X=gate.dtype
     )
     run(-(-count // together), block, gate, up, codes.view(torch.uint8), scales, count)
     return codes, scales

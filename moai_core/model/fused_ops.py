@@ -288,16 +288,11 @@ def _norm_kernels(
     v: int,
     size: int,
 ) -> _NormKernels:
-    vectors = -(-size // v)
-    if vectors <= 32:
-        team = 1 << (vectors - 1).bit_length()
-    else:
-        # Two vectors a thread: loads under way enough with few threads to meet at the barrier.
-        team = min(512 if vectors <= 2048 else 1024, 32 * -(-vectors // 64))
+    team = cuda.team(size, v)
     block = team if team > 32 else 128
     types = {"R": stream, "X": added, "W": weight, "Y": result}
     macros = {letter: cuda.TYPES[dtype] for letter, dtype in types.items()}
-    sizes = {"SIZE": size, "V": v, "TEAM": team, "PER": -(-vectors // team)}
+    sizes = {"SIZE": size, "V": v, "TEAM": team, "PER": -(-size // (v * team))}
     forward, backward, add = (
         cuda.kernel("norm.cu", f"norm_{name}", device, **macros, **sizes) for name in ("forward", "backward", "sum")
     )

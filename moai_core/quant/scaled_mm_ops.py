@@ -45,16 +45,6 @@ def results(rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=256)
-def team(size: int, v: int) -> int:
-    """Threads that hold a row of `size` values in vectors of v."""
-    vectors = -(-size // v)
-    if vectors <= 32:
-        return 1 << (vectors - 1).bit_length()
-    # Two vectors a thread: loads under way enough with few threads to meet at the barrier.
-    return min(512 if vectors <= 2048 else 1024, 32 * -(-vectors // 64))
-
-
-@lru_cache(maxsize=256)
 def kernel(
     name: str, device: torch.device, size: int, v: int, threads: int, **types: torch.dtype
 ) -> tuple[cuda.Kernel, int, int]:
@@ -79,7 +69,7 @@ def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = x.shape
     codes, scales = results(rows, size, x)
     v = _vector(size, x)
-    run, together, block = kernel("quantize_rows", x.device, size, v, team(size, v), X=x.dtype)
+    run, together, block = kernel("quantize_rows", x.device, size, v, cuda.team(size, v), X=x.dtype)
     run(-(-rows // together), block, x, codes.view(torch.uint8), scales, rows, x.stride(0))
     return codes, scales
 
