@@ -23,6 +23,10 @@ Backend = Annotated[str, typer.Option("--backend", help="Scan backend of moai; `
 Repeats = Annotated[
     int | None, typer.Option("--repeats", help="Measured calls of each.", show_default="as many as fit into a second")
 ]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="2b, 8b or 16b.", show_default="2b on a GPU, a small model on a CPU")
+]
+Layers = Annotated[int | None, typer.Option("--layers", help="Layers, to measure a part.", show_default=False)]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the curves into this PNG.", show_default=False)]
 
 
@@ -172,9 +176,7 @@ def train(
         Words,
         typer.Option("--checkpointing", help="none, selective, full: one or several.", show_default="the recipe's"),
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option("--layers", help="Layers, to measure a part.", show_default=False)
-    ] = None,
+    layers: Layers = None,
     precision: Annotated[
         str | None, typer.Option("--precision", help="fp32, bf16 or bf16-mixed.", show_default="the recipe's")
     ] = None,
@@ -241,9 +243,7 @@ def train(
 
 @app.command()
 def decode(
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="2b, 8b or 16b.", show_default="2b on a GPU, a small model on a CPU")
-    ] = None,
+    preset: Preset = None,
     batch: Annotated[Words, typer.Option("--batch", help="Rows: one or several.", show_default="1,8,64")] = None,
     form: Annotated[
         Words,
@@ -254,9 +254,7 @@ def decode(
     engine: Annotated[
         Words, typer.Option("--engine", help="graph, plain: one or both.", show_default="graph,plain")
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option("--layers", help="Layers, to measure a part.", show_default=False)
-    ] = None,
+    layers: Layers = None,
     dtype: Dtype = "auto",
     repeats: Repeats = None,
     device: Device = "auto",
@@ -284,9 +282,7 @@ def decode(
 
 @app.command()
 def prefill(
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="2b, 8b or 16b.", show_default="2b on a GPU, a small model on a CPU")
-    ] = None,
+    preset: Preset = None,
     length: Annotated[
         Words, typer.Option("--length", help="Tokens of a prompt: one or several.", show_default="8192,32768; 256")
     ] = None,
@@ -301,9 +297,7 @@ def prefill(
     chunk: Annotated[
         int | None, typer.Option("--chunk", help="Tokens of a prompt read at once.", show_default="all")
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option("--layers", help="Layers, to measure a part.", show_default=False)
-    ] = None,
+    layers: Layers = None,
     dtype: Dtype = "auto",
     repeats: Repeats = None,
     device: Device = "auto",

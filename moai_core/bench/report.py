@@ -329,6 +329,11 @@ def flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--markdown", action="store_true", help="print Markdown, with machine and command")
 
 
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of a benchmark by name, without those that say how its report is printed."""
+    return {name: value for name, value in vars(arguments).items() if name not in ("json", "markdown")}
+
+
 def front(
     parser: argparse.ArgumentParser,
     argv: list[str] | None,

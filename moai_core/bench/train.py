@@ -398,8 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     report.flags(parser)
 
     def go(o: argparse.Namespace, command: str, on_event: report.OnEvent) -> dict[str, Any]:
-        flags = {name: value for name, value in vars(o).items() if name not in ("json", "markdown")}
-        return run(command=command, on_event=on_event, **flags)
+        return run(command=command, on_event=on_event, **report.options(o))
 
     return report.front(parser, argv, go, tables)
 
