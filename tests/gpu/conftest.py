@@ -46,7 +46,7 @@ def scans(device):
         judge=judge,
         check=check,
         relative=relative,
-        poisoned=poisoned,
+        poisoned=_poisoned,
         small=device.type != "cuda",
     )
 
@@ -60,7 +60,7 @@ def _exact_products():
 
 
 @contextmanager
-def poisoned():
+def _poisoned():
     """Memory that torch hands out is full of NaN, so that what a kernel forgets to write shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
@@ -71,6 +71,12 @@ def poisoned():
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def poisoned():
+    """`with poisoned():` memory that torch hands out is full of NaN."""
+    return _poisoned
 
 
 def problem(batch, length, channels, states, dtype, device, *, seed=0, without=(), bias=None, decay=None, seq_idx=None):
@@ -112,7 +118,7 @@ def problem(batch, length, channels, states, dtype, device, *, seed=0, without=(
 def ours(*inputs, **options):
     from moai_core import scan
 
-    with poisoned():
+    with _poisoned():
         return scan.scan(*inputs, **options, backend="cuda")
 
 
@@ -125,7 +131,7 @@ def run(function, inputs, seq_idx=None, *, dtype=None):
     y, last = function(*tensors, state=leaves["state"], seq_idx=seq_idx)
     present = [n for n in NAMES if leaves[n] is not None]
     g_y = x["g_y"] if dtype is None else x["g_y"].to(y.dtype)
-    with poisoned():
+    with _poisoned():
         found = torch.autograd.grad((y, last), [leaves[n] for n in present], (g_y, x["g_state"].to(last.dtype)))
     for name, value in before.items():
         assert torch.equal(value.nan_to_num(), leaves[name].detach().nan_to_num()), f"the scan changed its input {name}"

@@ -5,7 +5,6 @@ machine with one: `pytest -m gpu tests/gpu/test_fused.py`.
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -27,17 +26,6 @@ TOLERANCE = {S: 2e-6, B: 3.5e-3, H: 5e-4}
 def _can_run(device):
     if reason := cuda.why_not(device):
         pytest.skip(reason)
-
-
-@contextmanager
-def poisoned():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def random(device, *shape, dtype=S, scale=1.0, seed=None):
@@ -68,7 +56,7 @@ NORMS = [
 
 
 @pytest.mark.parametrize("shape, stream, added, kind", NORMS)
-def test_norm_of_the_sum(device, shape, stream, added, kind):
+def test_norm_of_the_sum(device, poisoned, shape, stream, added, kind):
     residual = leaf(random(device, *shape, dtype=stream, scale=3.0))
     x = leaf(random(device, *shape, dtype=added, seed=1))
     weight = leaf(1 + random(device, shape[-1], dtype=kind, scale=0.3))
@@ -91,7 +79,7 @@ def test_norm_of_the_sum(device, shape, stream, added, kind):
 
 
 @pytest.mark.parametrize("shape, stream, added, kind", NORMS)
-def test_norm_alone_of_rows_that_lie_apart(device, shape, stream, added, kind):
+def test_norm_alone_of_rows_that_lie_apart(device, poisoned, shape, stream, added, kind):
     x = leaf(random(device, *shape[:-1], shape[-1] + 16, dtype=stream)[..., : shape[-1]])
     weight = leaf(1 + random(device, shape[-1], dtype=kind, scale=0.3))
     with poisoned():
@@ -124,7 +112,7 @@ def test_norms_of_extreme_rows(device):
 @pytest.mark.parametrize("rows", [1, 37, 5000])
 @pytest.mark.parametrize("sizes", [(128, 16, 16), (320, 16, 16), (256, 128, 128), (7, 5, 5)])
 @pytest.mark.parametrize("added, kind", [(B, B), (B, S), (S, S)])
-def test_three_small_norms(device, rows, sizes, added, kind):
+def test_three_small_norms(device, poisoned, rows, sizes, added, kind):
     if rows == 5000 and (kind != B or device.type != "cuda"):
         pytest.skip("one large case is enough")
     x = leaf(random(device, 1, rows, sum(sizes), dtype=added))
@@ -143,7 +131,7 @@ def test_three_small_norms(device, rows, sizes, added, kind):
 
 @pytest.mark.parametrize("shape", [(64, 5632), (1, 1), (3, 7, 11)])
 @pytest.mark.parametrize("dtype", [B, H, S])
-def test_swiglu(device, shape, dtype):
+def test_swiglu(device, poisoned, shape, dtype):
     gate, up = leaf(random(device, *shape, dtype=dtype, scale=4.0)), leaf(random(device, *shape, dtype=dtype, seed=3))
     with torch.no_grad():
         gate.view(-1)[-1], gate.view(-1)[0] = 300.0, -60000.0
@@ -161,7 +149,7 @@ def test_swiglu(device, shape, dtype):
 @pytest.mark.parametrize("rows, vocabulary", [(5, 128000), (1, 97), (4, 32000), (7, 50257), (6, 8)])
 @pytest.mark.parametrize("dtype", [B, H, S])
 @pytest.mark.parametrize("scale", [None, 0.125])
-def test_cross_entropy(device, rows, vocabulary, dtype, scale):
+def test_cross_entropy(device, poisoned, rows, vocabulary, dtype, scale):
     logits = random(device, rows, vocabulary, dtype=dtype, scale=3.0)
     logits[0, vocabulary // 2] = 40.0
     targets = torch.arange(rows, device=device) % vocabulary
@@ -213,7 +201,7 @@ class Adapted(nn.Module):
 @pytest.mark.parametrize("head", [nn.Linear, SoftCap, Adapted])
 @pytest.mark.parametrize("dtype", [S, B])
 @pytest.mark.parametrize("rows", [1 << 20, 48, 16], ids=["one chunk", "few chunks", "many chunks"])
-def test_loss_through_a_head(device, monkeypatch, head, dtype, rows):
+def test_loss_through_a_head(device, poisoned, monkeypatch, head, dtype, rows):
     monkeypatch.setattr(losses, "_CHUNK", {"cuda": 1, "fused": rows * 200 * dtype.itemsize // 2})
     torch.manual_seed(0)
     head = head(24, 200).to(device, dtype)

@@ -31,12 +31,9 @@ def _can_run(device):
 
 
 @pytest.fixture(autouse=True)
-def _poisoned():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
+def _all_poisoned(poisoned):
+    with poisoned():
+        yield
 
 
 def random(device, *shape, dtype=S, seed=0, scale=1.0):

@@ -4,8 +4,6 @@ on a machine with one: `pytest -m gpu tests/gpu/test_quant_kernels.py`.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -26,17 +24,6 @@ TOLERANCE = {S: 5e-6, B: 3.5e-3, H: 5e-4}
 def _can_run(device):
     if reason := cuda.why_not(device):
         pytest.skip(reason)
-
-
-@contextmanager
-def poisoned():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def draw(device, *shape, dtype=S, seed=0):
@@ -68,7 +55,7 @@ MATRICES = [
 
 
 @pytest.mark.parametrize("form, group, symmetric, out, columns", MATRICES)
-def test_decoded_values_are_those_of_the_format(device, form, group, symmetric, out, columns):
+def test_decoded_values_are_those_of_the_format(device, poisoned, form, group, symmetric, out, columns):
     spec = Spec(form, group, symmetric)
     stored, values = matrix(device, spec, out, columns)
     prepared = kernel.prepare(spec, stored)
@@ -80,7 +67,7 @@ def test_decoded_values_are_those_of_the_format(device, form, group, symmetric, 
 
 @pytest.mark.parametrize("form, group, symmetric, out, columns", MATRICES)
 @pytest.mark.parametrize("dtype", [B, H, S])
-def test_few_rows(device, form, group, symmetric, out, columns, dtype):
+def test_few_rows(device, poisoned, form, group, symmetric, out, columns, dtype):
     spec = Spec(form, group, symmetric)
     stored, values = matrix(device, spec, out, columns)
     prepared = kernel.prepare(spec, stored)
@@ -94,7 +81,7 @@ def test_few_rows(device, form, group, symmetric, out, columns, dtype):
 
 @pytest.mark.parametrize("m", [*range(1, 10), 15, 16, 17, 24, 32, 33, 64, 65, 100, 128, 129])
 @pytest.mark.parametrize("form, group", [("int4", 128), ("int8", 0)])
-def test_every_number_of_rows(device, form, group, m):
+def test_every_number_of_rows(device, poisoned, form, group, m):
     spec = Spec(form, group)
     stored, values = matrix(device, spec, 48, 256)
     x = draw(device, m, 256, dtype=B, seed=m)
@@ -104,7 +91,7 @@ def test_every_number_of_rows(device, form, group, m):
 
 
 @pytest.mark.parametrize("dtype, m", [(H, 11), (S, 9), (S, 20)])
-def test_more_rows_in_other_types(device, dtype, m):
+def test_more_rows_in_other_types(device, poisoned, dtype, m):
     spec = Spec("int4", 64, False)
     stored, values = matrix(device, spec, 40, 320)
     x = draw(device, m, 320, dtype=dtype)
@@ -118,7 +105,7 @@ def test_more_rows_in_other_types(device, dtype, m):
     (1, 4, 2, 2, 2, 30), (2, 4, 1, 1, 4, 32), (3, 1, 1, 2, 5, 1), (5, 1, 1, 1, 5, 6),
 ])  # fmt: skip
 @pytest.mark.parametrize("form", ["int4", "int8"])
-def test_every_division_of_the_work(device, form, mt, nt, pieces, stages, warps, rows):
+def test_every_division_of_the_work(device, poisoned, form, mt, nt, pieces, stages, warps, rows):
     spec = Spec(form, 128 if form == "int4" else 0)
     out, columns, m = 116, 640, rows + 2
     stored, values = matrix(device, spec, out, columns)
@@ -144,7 +131,7 @@ TILES = [(2, 1, 2, 4, 1, 2, 4), (4, 1, 4, 3, 1, 2, 2), (8, 2, 1, 2, 1, 2, 4), (1
     "form, group, symmetric", [("int4", 128, True), ("int4", 32, False), ("int4", 0, False), ("int8", 0, True)]
 )
 @pytest.mark.parametrize("division", TILES)
-def test_every_division_into_tiles(device, form, group, symmetric, division):
+def test_every_division_into_tiles(device, poisoned, form, group, symmetric, division):
     nt, wm, wk, stages, split, mt, wo = division
     if split > 1 and not cuda_ops.gpu(device.index).clusters:
         pytest.skip("needs clusters of blocks")
@@ -208,7 +195,7 @@ def test_large_and_tiny_numbers(device, dtype):
 
 @pytest.mark.parametrize("m", [2, 130])
 @pytest.mark.parametrize("dtype", [B, S])
-def test_gradient_of_the_input(device, m, dtype):
+def test_gradient_of_the_input(device, poisoned, m, dtype):
     spec = Spec("int4", 32, False)
     stored, values = matrix(device, spec, 40, 160)
     x = draw(device, m, 160, dtype=dtype).requires_grad_()
