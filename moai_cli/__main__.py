@@ -1,5 +1,19 @@
-"""`python -m moai_cli`: the same as the `moai` executable."""
+"""The `moai` executable, also as `python -m moai_cli`."""
 
-from moai_cli.main import main
+from __future__ import annotations
 
-main()
+from typing import NoReturn
+
+from moai_cli import interrupt
+
+
+def main() -> NoReturn:
+    """Entry point: Ctrl-C has a word from here on, also while the command line itself is imported."""
+    interrupt.catch()
+    from moai_cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

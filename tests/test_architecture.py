@@ -119,7 +119,7 @@ def test_code_speaks_of_the_project_alone_and_is_safe():
 def test_metadata_matches_the_house():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"moai": "moai_cli.main:main"} and project["requires-python"] == ">=3.10"
+    assert project["scripts"] == {"moai": "moai_cli.__main__:main"} and project["requires-python"] == ">=3.10"
     assert {"cuda", "quant", "gptq", "eval", "gguf", "track", "test", "dev"} <= set(project["optional-dependencies"])
     top = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     assert top - {"build", "dist", "runs"} <= {

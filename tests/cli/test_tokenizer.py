@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -70,15 +69,32 @@ def test_errors_are_one_line_and_a_hint(arguments, line, moai, text, tmp_path):
 
 
 def test_a_signal_while_merging_ends_it_and_leaves_nothing(tmp_path):
-    """The library's trainer doesn't hear of signals: enough text that it is busy when the signal comes."""
+    """The library's trainer doesn't hear of signals: it is busy with enough text when the signal comes."""
     words = (
         f"{n * 7919 % 100_003:05d}"[::-1].translate(str.maketrans("0123456789", "abcdefghij")) for n in range(400_000)
     )
     (tmp_path / "much.txt").write_text("\n".join(words), encoding="utf-8")
-    command = [sys.executable, "-m", "moai_cli", "tokenizer", "train", "much.txt", "-o", "out", "--min-frequency", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-    time.sleep(2)
+    code = (
+        "import sys, moai_core.tokenizer.train as train\n"
+        "from moai_cli import interrupt\n"
+        "from moai_cli.main import run\n"
+        "inner = train.run_trainer\n"
+        "def told(tokenizer, trainer, texts, tell):\n"
+        "    inner(tokenizer, trainer, texts, lambda event: (tell(event), print(event['event'], flush=True)))\n"
+        "train.run_trainer = told\n"
+        "interrupt.catch()\n"
+        "sys.exit(run(['tokenizer', 'train', 'much.txt', '-o', 'out', '--min-frequency', '1']))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert "merging\n" in iter(process.stdout.readline, "")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "error: interrupted" in err and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["much.txt"]
