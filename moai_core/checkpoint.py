@@ -26,7 +26,8 @@ import torch
 
 from moai_core import storage, tensors, weights
 from moai_core.errors import CheckpointError, StorageError, UsageError, storage_error
-from moai_core.storage import lock, verify
+from moai_core.locks import lock
+from moai_core.storage import verify
 
 if TYPE_CHECKING:
     from moai_core.model import MoaiMambaForCausalLM

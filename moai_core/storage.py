@@ -1,16 +1,15 @@
-"""Folders that are either whole or not there: atomic writing with a manifest, verification, purging, a run's lock.
+"""Folders that are either whole or not there: atomic writing with a manifest, verification, purging.
 
 Why: training is killed at any moment, disks fill up and bits flip (safetensors alone notices almost none of them). A
 folder is written as `NAME.tmp-PID`: every file is flushed to the disk, `manifest.json` (size and SHA-256 of each file,
 and of itself) comes last, all of it is read back and compared, and only then it is renamed to NAME. So a folder under
 its final name was whole once, and damage that comes later shows. Other temporary names: `NAME.old-PID` is being
 replaced, `NAME.del-PID` is being deleted. What the files mean is left to the callers (checkpoint.py, weights.py).
-POSIX only (flock, fsync of folders).
+POSIX only (fsync of folders).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moai_core.errors import CheckpointError, LockedError, StorageError, storage_error
+from moai_core.locks import is_locked_here, lock
 
 MANIFEST = "manifest.json"
 _DAMAGED = "copy the folder again from where it came, or take another checkpoint"
@@ -32,20 +32,9 @@ _MANIFEST_LIMIT = 8 << 20
 _STEP = re.compile(r"step-(0|[1-9]\d{0,15})")
 _TEMPORARY = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old|del)-(?P<pid>[1-9]\d{0,9})")
 
-# What this process is busy with: temporary folders under way, and run folders it has locked (path -> file descriptor).
+# The temporary folders that this process has under way.
 _writing: set[Path] = set()
-_locks: dict[Path, int] = {}
-
-
-def _after_fork() -> None:
-    # A flock lives as long as any copy of its descriptor: a data worker that outlives a killed trainer must not keep it
-    for fd in _locks.values():
-        os.close(fd)
-    _locks.clear()
-    _writing.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_writing.clear)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -339,7 +328,7 @@ def tidy(run_dir: Path) -> list[Path]:
         return []
     try:
         # The lock's holder may write from another machine, where its PID means something: nobody cleans without it.
-        with nullcontext() if Path(os.path.abspath(run_dir)) in _locks else lock(run_dir):
+        with nullcontext() if is_locked_here(run_dir) else lock(run_dir):
             for path, match in stale:
                 final = run_dir / match["name"]
                 if match["kind"] == "old" and not final.exists():  # killed between the two renames of a replacement
@@ -382,64 +371,3 @@ def _is_stale(path: Path, pid: int) -> bool:
     except PermissionError:
         return False
     return False
-
-
-# ---- the lock ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold `run_dir` (made if missing) against other writers; it ends with the process, whatever ends that.
-
-    Raises LockedError naming the holder's PID at once, StorageError if the folder can't be written.
-    """
-    run_dir = Path(os.path.abspath(run_dir))
-    hint = "wait for it, stop it, or choose another output folder"
-    fd = _hold(run_dir / ".lock", f"{run_dir}: {{}} is writing to this run folder", hint)
-    _locks[run_dir] = fd
-    try:
-        yield
-    finally:
-        if _locks.get(run_dir) == fd:  # not so in a forked child, which closed it at birth
-            del _locks[run_dir]
-            with suppress(OSError):
-                os.ftruncate(fd, 0)
-            os.close(fd)
-
-
-@contextmanager
-def lock_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a file, which needn't be there yet, against others that ask the same: by `.NAME.lock` beside it, which is
-    gone at the end. Raises as `lock` does.
-    """
-    path = Path(os.path.realpath(path))
-    beside = path.with_name(f".{path.name}.lock")
-    fd = _hold(beside, f"{path}: {{}} has it open", "end that one first, or choose another file")
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            beside.unlink()
-        os.close(fd)
-
-
-def _hold(file: Path, held: str, hint: str) -> int:
-    """A descriptor of `file` (made if missing, with its folder) under an exclusive lock. Raises LockedError with the
-    text `held`, in which {} is who has it."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as exc:
-        raise storage_error(exc, file.parent) from exc
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    except OSError as exc:
-        holder = os.pread(fd, 32, 0).strip()
-        os.close(fd)
-        if not isinstance(exc, BlockingIOError):
-            raise storage_error(exc, file) from exc
-        who = f"process {int(holder)}" if holder.isdigit() else "another process"
-        raise LockedError(held.format(who), hint=hint) from exc
-    return fd

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "paths"},
-    {"config", "storage"},
+    {"config", "locks"},
+    {"storage"},
     {"recipe"},
     {"footprint"},
     {"plan"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"bench"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-TORCH_FREE = {"errors", "paths", "config", "recipe", "footprint", "plan"}
+TORCH_FREE = {"errors", "paths", "config", "locks", "storage", "recipe", "footprint", "plan"}
 SOURCES = sorted(p for top in ("moai_core", "moai_cli") for p in (ROOT / top).rglob("*.py"))
 
 

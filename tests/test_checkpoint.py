@@ -8,7 +8,6 @@ import random
 import resource
 import signal
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moai_core import checkpoint, storage, tensors
-from moai_core.errors import CheckpointError, LockedError, StorageError, UsageError
+from moai_core.errors import CheckpointError, UsageError
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -285,72 +284,6 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_are_not(tiny_model,
     os.rename(tmp_path / "step-1", tmp_path / f"step-1.old-{dead}")  # killed between the renames of a replacement
     assert checkpoint.latest(tmp_path) == tmp_path / "step-1"
     assert names(tmp_path) == ["notes.tmp", "step-1", f"step-2.tmp-{alive}", "step-3.tmp-0"]
-
-
-def test_leftovers_of_a_locked_run_are_left_alone(tiny_model, tmp_path):
-    checkpoint.save(tmp_path, 1, model=tiny_model())
-    leftover = tmp_path / f"step-2.tmp-{dead_pid()}"
-    leftover.mkdir()
-    with locked_by_a_child(tmp_path):
-        assert checkpoint.latest(tmp_path).name == "step-1" and leftover.exists()
-    with checkpoint.lock(tmp_path):
-        checkpoint.latest(tmp_path)
-    assert not leftover.exists()
-
-
-class locked_by_a_child:
-    """A child process holds the lock; `with` gives its PID."""
-
-    def __init__(self, run: Path, *, grandchild: bool = False) -> None:
-        self.run, self.grandchild = run, grandchild
-
-    def __enter__(self) -> int:
-        ready, told = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            with checkpoint.lock(self.run):
-                if self.grandchild and os.fork() == 0:
-                    os.write(told, f"{os.getpid()}\n".encode())
-                    time.sleep(30)
-                    os._exit(0)
-                os.write(told, b"ready\n")
-                time.sleep(30)
-            os._exit(0)
-        self.answer = os.read(ready, 100)
-        if self.grandchild:
-            while self.answer.count(b"\n") < 2:
-                self.answer += os.read(ready, 100)
-        return self.pid
-
-    def __exit__(self, *_) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-
-
-def test_a_second_writer_is_told_the_pid_at_once(tmp_path):
-    with locked_by_a_child(tmp_path) as pid:
-        begin = time.monotonic()
-        with pytest.raises(LockedError, match=f"process {pid} is writing") as caught, checkpoint.lock(tmp_path):
-            pass
-        assert time.monotonic() - begin < 1 and caught.value.exit_code == 6
-    with checkpoint.lock(tmp_path), pytest.raises(LockedError, match=str(os.getpid())), checkpoint.lock(tmp_path):
-        pass
-
-
-def test_the_lock_ends_with_its_process_even_if_children_outlive_it(tmp_path):
-    locked = locked_by_a_child(tmp_path, grandchild=True)
-    with locked:
-        pass
-    survivor = int(next(line for line in locked.answer.split() if line != b"ready"))
-    os.kill(survivor, 0)
-    with checkpoint.lock(tmp_path):
-        os.kill(survivor, signal.SIGKILL)
-
-
-def test_lock_where_nothing_can_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file"), checkpoint.lock(tmp_path / "file" / "run"):
-        pass
 
 
 # ---- folders from elsewhere: damaged, foreign, hostile -------------------------------------------

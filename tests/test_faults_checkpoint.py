@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moai_core import checkpoint, storage, tensors
+from moai_core import checkpoint, locks, storage, tensors
 from moai_core.errors import CheckpointError, StorageError
 
 # Everything through which a save touches the disk. `shutil.rmtree` and `pathlib` go through these as well.
@@ -443,4 +443,4 @@ def test_soak_of_2000_saves(save, run_path):
                 before = used()
         after = used()
     assert after[0] == before[0] and after[1] - before[1] <= 2 << 20
-    assert names(run_path) == ["step-2499", "step-2500"] and not storage._writing and not storage._locks
+    assert names(run_path) == ["step-2499", "step-2500"] and not storage._writing and not locks._held

@@ -50,12 +50,13 @@ def chat(
     with options.loading(path, device):
         given = options.sampling(flags)
         from moai_cli.talk import Talk
-        from moai_core import checkpoint, storage
+        from moai_core import checkpoint
         from moai_core.generation import Session, Settings, files
+        from moai_core.locks import lock_file
 
     if session is not None:
         files.check_output(session, "--session", force=True)
-    with nullcontext() if session is None else storage.lock_file(session):
+    with nullcontext() if session is None else lock_file(session):
         network, words, folder = files.open_model(
             path, tokenizer=tokenizer, device=device, dtype=dtype, scan=scan, on_event=console.on_event
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from moai_core import storage
+from moai_core import locks
 
 
 def say(*lines):
@@ -150,7 +150,7 @@ def test_wrong_use_gets_one_line_and_an_exit_code(flags, code, message, moai, fo
 
 def test_a_session_is_open_in_one_chat_at_a_time(moai, folder, tmp_path):
     """The second is told before it loads anything; the lock is gone with the first."""
-    with storage.lock_file(tmp_path / "금요일"):
+    with locks.lock_file(tmp_path / "금요일"):
         code, out, err = moai("chat", "-m", folder, "--session", "금요일", stdin=say("hello"))
         assert (code, out) == (6, "") and f"금요일: process {os.getpid()} has it open\nhint: " in err, err
         assert not (tmp_path / "금요일").exists()
