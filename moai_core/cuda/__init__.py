@@ -19,7 +19,7 @@ from moai_core.cuda import driver, nvrtc
 from moai_core.cuda.driver import Kernel
 from moai_core.tracing import constant
 
-__all__ = ["FOLDER", "TYPES", "Kernel", "kernel", "team", "why_not"]
+__all__ = ["FOLDER", "TYPES", "Kernel", "kernel", "why_not"]
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -77,16 +77,6 @@ def _refusal(index: int) -> str | None:
 def defines(macros: Mapping[str, str | int]) -> dict[str, str]:
     """What each macro stands for: the short names of number types become those of CUDA."""
     return {key: _TYPES.get(str(value), str(value)) for key, value in sorted(macros.items())}
-
-
-@lru_cache(maxsize=256)
-def team(size: int, v: int) -> int:
-    """Threads that hold a row of `size` values in vectors of v (rows.cuh)."""
-    vectors = -(-size // v)
-    if vectors <= 32:
-        return 1 << (vectors - 1).bit_length()
-    # Two vectors a thread: loads under way enough with few threads to meet at the barrier.
-    return min(512 if vectors <= 2048 else 1024, 32 * -(-vectors // 64))
 
 
 @lru_cache(maxsize=1024)

@@ -1,6 +1,6 @@
 // Rows that a team of threads holds in registers, once through memory: shared by norm.cu and quant_rows.cu.
 //
-// A team of TEAM threads has a row of SIZE values, PER vectors of V a thread (cuda.team). Teams up to a warp stand side by
+// A team of TEAM threads has a row of SIZE values, PER vectors of V a thread (rows.py). Teams up to a warp stand side by
 // side in a block of BLOCK threads; a larger team is a block of its own.
 //   R  the residual stream and its sum      X  what is added to it      W  the norm's weight
 #pragma once

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moai_core import cuda
+from moai_core.cuda.rows import WIDEST
 from moai_core.model import fused_ops as ops
 from moai_core.model import loss_ops
 
@@ -32,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x (..., size) in any floating dtype; its rows may be slices of longer ones. weight (size,). Returns (..., size) in
     the weight's dtype. Saves x, weight and the scale of each row (fp32).
     """
-    if x.shape[-1] <= ops.WIDEST and usable(x, weight):
+    if x.shape[-1] <= WIDEST and usable(x, weight):
         return ops.rms_norm(x, weight, eps, weight.dtype)[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(weight.dtype)
@@ -48,7 +49,7 @@ def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float)
     """
     if x is None:
         return residual, rms_norm(residual, weight, eps)
-    if residual.shape == x.shape and x.shape[-1] <= ops.WIDEST and usable(residual, x, weight):
+    if residual.shape == x.shape and x.shape[-1] <= WIDEST and usable(residual, x, weight):
         wide = torch.promote_types(residual.dtype, x.dtype)
         total, y, _ = ops.add_rms_norm(residual.to(wide), x, weight, eps, weight.dtype)
         return total, y

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moai_core import cuda
 from moai_core.cuda import ops
-from moai_core.model import fused_ops
+from moai_core.cuda.rows import WIDEST, summands, vector
 from moai_core.quant import kernels, scaled_mm, scaled_mm_ops
 from moai_core.quant.linear import QuantLinear
 from moai_core.quant.scaled_mm import Quantized
@@ -47,7 +47,7 @@ def _takes(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
         or layer.in_features % scaled_mm.ALIGNED
     ):
         return False
-    if layer.in_features > scaled_mm_ops.WIDEST or cuda.why_not(device) is not None:
+    if layer.in_features > WIDEST or cuda.why_not(device) is not None:
         return False
     return kernels.pick(layer.spec, device, dtype, layer.kernel) is scaled_mm
 
@@ -71,22 +71,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Quantized:
 def _norm_quantize(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(total, codes, scales); total is empty where nothing is added. The row is divided as norm.cu divides it."""
     total = residual.new_empty(0) if x is None else ops.dense(residual)
-    (rows, apart), weight = fused_ops._rows(residual), weight.contiguous()
-    size = weight.shape[0]
-    v, added, x_apart = fused_ops._vector(size, rows, weight), rows, apart
-    if x is not None:
-        x, x_apart = fused_ops._rows(x)
-        if fused_ops._vector(size, x) < min(v, 16 // x.element_size()):
-            x, x_apart = x.clone(memory_format=torch.contiguous_format), size
-        added = x
+    weight = weight.contiguous()
+    rows, distance, x, x_distance, v = summands(residual, x, weight)
+    size, added, out = weight.shape[0], rows if x is None else x, None if x is None else total
     count = residual.numel() // size
     codes, scales = scaled_mm_ops.results(count, size, residual)
-    norm = fused_ops._norm_kernels(residual.device, rows.dtype, added.dtype, weight.dtype, weight.dtype, v, size)
-    run, together, block = scaled_mm_ops.kernel(
-        "norm_quantize", residual.device, size, v, norm.block // norm.teams, R=rows.dtype, X=added.dtype, W=weight.dtype
-    )
-    out = None if x is None else total
-    run(-(-count // together), block, rows, x, weight, out, codes.view(torch.uint8), scales, count, apart, x_apart, eps)
+    types = {"R": rows.dtype, "X": added.dtype, "W": weight.dtype}
+    run, together, block = scaled_mm_ops.kernel("norm_quantize", rows.device, size, v, **types)
+    made = (out, codes.view(torch.uint8), scales)
+    run(-(-count // together), block, rows, x, weight, *made, count, distance, x_distance, eps)
     return total, codes, scales
 
 
@@ -95,10 +88,8 @@ def _swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     size = gate.shape[-1]
     count = gate.numel() // size
     codes, scales = scaled_mm_ops.results(count, size, gate)
-    v = fused_ops._vector(size, gate, up)
-    run, together, block = scaled_mm_ops.kernel(
-        "swiglu_quantize", gate.device, size, v, cuda.team(size, v), X=gate.dtype
-    )
+    v = vector(size, gate, up)
+    run, together, block = scaled_mm_ops.kernel("swiglu_quantize", gate.device, size, v, X=gate.dtype)
     run(-(-count // together), block, gate, up, codes.view(torch.uint8), scales, count)
     return codes, scales
 

@@ -13,9 +13,9 @@ from torch.autograd import Function
 
 from moai_core import cuda
 from moai_core.cuda import ops
+from moai_core.cuda.rows import apart, multiprocessors, summands, team, vector
 
-# What one row of a norm may have: a block holds it in registers, or a warp.
-WIDEST = 32768
+# What the small norms' row may have: a warp holds it in registers.
 WIDEST_SMALL = 512
 
 
@@ -123,16 +123,16 @@ def _rms_norm_backward(
     where total has that dtype already; the last, y made once more with the bits of the forward pass, unless `again`.
     """
     d, narrow, d_weight, y = _norm_gradients(d_y, total, weight, dtype, again)
-    (rows, apart), weight = _rows(total), weight.contiguous()
+    (rows, distance), weight = apart(total), weight.contiguous()
     d_y, d_total = d_y.contiguous(), None if d_total is None else d_total.contiguous()
     count, size = rstd.numel(), weight.shape[0]
-    v = _vector(size, rows, weight, d_y, d_total)
+    v = vector(size, rows, weight, d_y, d_total)
     k = _norm_kernels(total.device, total.dtype, dtype, weight.dtype, d_y.dtype, v, size)
     grid = min(-(-count // k.teams), k.resident)
     partial = rstd.new_empty(grid, size)
     second = None if dtype == total.dtype else narrow
     made = y if again else None
-    k.backward(grid, k.block, d_y, d_total, rows, weight, rstd, d, second, made, partial, count, apart)
+    k.backward(grid, k.block, d_y, d_total, rows, weight, rstd, d, second, made, partial, count, distance)
     k.sum(-(-size // 32), 1024, partial, d_weight, grid)
     return d, narrow, d_weight, y
 
@@ -140,17 +140,11 @@ def _rms_norm_backward(
 def _norm_forward(
     residual: Tensor, x: Tensor | None, weight: Tensor, total: Tensor | None, y: Tensor, rstd: Tensor, eps: float
 ) -> None:
-    (residual, apart), weight = _rows(residual), weight.contiguous()
-    count, size = rstd.numel(), weight.shape[0]
-    # x has no say in how a row is divided: the norm made again from the stored sum must have the same bits.
-    v, x_apart, added = _vector(size, residual, weight), apart, residual
-    if x is not None:
-        x, x_apart = _rows(x)
-        if _vector(size, x) < min(v, 16 // x.element_size()):
-            x, x_apart = x.clone(memory_format=torch.contiguous_format), size
-        added = x
-    k = _norm_kernels(residual.device, residual.dtype, added.dtype, weight.dtype, y.dtype, v, size)
-    k.forward(-(-count // k.teams), k.block, residual, x, weight, total, y, rstd, count, apart, x_apart, eps)
+    weight = weight.contiguous()
+    rows, distance, x, x_distance, v = summands(residual, x, weight)
+    count, size, added = rstd.numel(), weight.shape[0], rows if x is None else x
+    k = _norm_kernels(rows.device, rows.dtype, added.dtype, weight.dtype, y.dtype, v, size)
+    k.forward(-(-count // k.teams), k.block, rows, x, weight, total, y, rstd, count, distance, x_distance, eps)
 
 
 def _small_norms(
@@ -158,11 +152,11 @@ def _small_norms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The norms of three slices and rstd (..., 3) fp32."""
     weights = [weight.contiguous() for weight in (weight0, weight1, weight2)]
-    ys, (rows, apart) = _small_outputs(x, weights), _rows(x)
+    ys, (rows, distance) = _small_outputs(x, weights), apart(x)
     count = ys[3].numel() // 3
     a, b, c = sizes = [weight.shape[0] for weight in weights]
-    forward, _, _ = _small_kernels(x.device, x.dtype, weights[0].dtype, _vector(a | b | c, rows, *weights), a + b + c)
-    forward(-(-count // 8), 256, rows, *weights, *ys, count, *sizes, apart, eps)
+    forward, _, _ = _small_kernels(x.device, x.dtype, weights[0].dtype, vector(a | b | c, rows, *weights), a + b + c)
+    forward(-(-count // 8), 256, rows, *weights, *ys, count, *sizes, distance, eps)
     return ys
 
 
@@ -172,14 +166,14 @@ def _small_norms_backward(
     """Gradients of x and the three weights."""
     weights = [weight.contiguous() for weight in (weight0, weight1, weight2)]
     d_ys = [d_y.contiguous() for d_y in (d_y0, d_y1, d_y2)]
-    (rows, apart), (d_x, *d_weights) = _rows(x), _small_gradients(x, weights)
+    (rows, distance), (d_x, *d_weights) = apart(x), _small_gradients(x, weights)
     count = rstd.numel() // 3
     a, b, c = sizes = [weight.shape[0] for weight in weights]
-    v, size = _vector(a | b | c, rows, *weights, *d_ys), a + b + c
+    v, size = vector(a | b | c, rows, *weights, *d_ys), a + b + c
     _, backward, add = _small_kernels(x.device, x.dtype, weights[0].dtype, v, size)
-    grid = min(-(-count // 8), 4 * _multiprocessors(x.device))
+    grid = min(-(-count // 8), 4 * multiprocessors(x.device))
     partial = rstd.new_empty(grid, size)
-    backward(grid, 256, *d_ys, rows, *weights, rstd, d_x, partial, count, *sizes, apart)
+    backward(grid, 256, *d_ys, rows, *weights, rstd, d_x, partial, count, *sizes, distance)
     add(-(-size // 32), 1024, partial, *d_weights, grid, *sizes)
     return (d_x, *d_weights)  # type: ignore[return-value]
 
@@ -187,7 +181,7 @@ def _small_norms_backward(
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = ops.dense(gate)
     gate, up = gate.contiguous(), up.contiguous()
-    v = _vector(out.numel(), gate, up)
+    v = vector(out.numel(), gate, up)
     forward, _ = _swiglu_kernels(gate.device, gate.dtype, v)
     forward(-(-out.numel() // (256 * v)), 256, gate, up, out, out.numel())
     return out
@@ -206,13 +200,13 @@ def _swiglu_backward_again(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
 def _launch_swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor, *, again: bool) -> tuple[Tensor, Tensor]:
     d_gate, d_up = ops.dense(gate), ops.dense(up)
     gate, up = gate.contiguous(), up.contiguous()
-    v = _vector(gate.numel(), d_out, gate, up)
+    v = vector(gate.numel(), d_out, gate, up)
     _, backward = _swiglu_kernels(gate.device, gate.dtype, v)
     backward(-(-gate.numel() // (256 * v)), 256, d_out, gate, up, d_gate, d_up, gate.numel(), int(again))
     return d_gate, d_up
 
 
-# ---- Shapes of results, and what of a tensor a thread moves
+# ---- Shapes of results
 
 
 def _norm_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -234,34 +228,6 @@ def _small_outputs(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Te
 def _small_gradients(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a, b, c = weights
     return ops.dense(x), ops.dense(a), ops.dense(b), ops.dense(c)
-
-
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x with the values of a row side by side, and how far apart its rows begin. Copies only where it must."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1 and rows.shape[1] != 1:
-        rows = rows.contiguous()
-    return rows, rows.stride(0)
-
-
-def _vector(size: int, *tensors: Tensor | None) -> int:
-    """Values that a thread moves at once: 16 bytes of the narrowest dtype, fewer where a row's size, the distance of
-    rows or an address doesn't allow it.
-    """
-    most, steps = 4, size
-    for t in tensors:
-        if t is None:
-            continue
-        width, past = t.element_size(), t.data_ptr() & 15
-        if width == 2 and most == 4:
-            most = 8
-        if t.dim() > 1 and t.shape[-2] > 1:
-            steps |= t.stride(-2)
-        if past:
-            steps |= (past & -past) // width
-    return min(most, steps & -steps)
 
 
 # ---- Kernels, and how they divide the work
@@ -288,15 +254,15 @@ def _norm_kernels(
     v: int,
     size: int,
 ) -> _NormKernels:
-    team = cuda.team(size, v)
-    block = team if team > 32 else 128
+    threads = team(size, v)
+    block = threads if threads > 32 else 128
     types = {"R": stream, "X": added, "W": weight, "Y": result}
     macros = {letter: cuda.TYPES[dtype] for letter, dtype in types.items()}
-    sizes = {"SIZE": size, "V": v, "TEAM": team, "PER": -(-size // (v * team))}
+    sizes = {"SIZE": size, "V": v, "TEAM": threads, "PER": -(-size // (v * threads))}
     forward, backward, add = (
         cuda.kernel("norm.cu", f"norm_{name}", device, **macros, **sizes) for name in ("forward", "backward", "sum")
     )
-    return _NormKernels(forward, backward, add, block // team, block, _multiprocessors(device) * -(-512 // block))
+    return _NormKernels(forward, backward, add, block // threads, block, multiprocessors(device) * -(-512 // block))
 
 
 @lru_cache(maxsize=256)
@@ -315,11 +281,6 @@ def _swiglu_kernels(device: torch.device, dtype: torch.dtype, v: int) -> tuple[c
         cuda.kernel("swiglu.cu", f"swiglu_{way}", device, T=cuda.TYPES[dtype], V=v) for way in ("forward", "backward")
     )
     return a, b
-
-
-@lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # ---- Registration

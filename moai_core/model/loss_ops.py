@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moai_core import cuda
 from moai_core.cuda import ops
-from moai_core.model.fused_ops import _multiprocessors, _vector
+from moai_core.cuda.rows import multiprocessors, vector
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def _cross_entropy_gradient(logits: Tensor, targets: Tensor, scale: Tensor | Non
 def _launch_cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor | None, *, write: bool) -> Tensor:
     rows, vocabulary = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
-    v = _vector(vocabulary, logits)
+    v = vector(vocabulary, logits)
     vectors, width = vocabulary // v, v * logits.element_size()
     block = next((b for b in (128, 256, 512) if vectors <= 4 * b), 1024)
     # As much of the row as fits beside the block's own few numbers stays on the multiprocessor between its two passes.
@@ -40,8 +40,8 @@ def _launch_cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor | None,
 
 def scale_in_place(x: Tensor, by: Tensor) -> None:
     """See fused.scale_in_place."""
-    v = _vector(x.numel(), x)
-    grid = min(-(-x.numel() // (256 * v)), 8 * _multiprocessors(x.device))
+    v = vector(x.numel(), x)
+    grid = min(-(-x.numel() // (256 * v)), 8 * multiprocessors(x.device))
     _cross_entropy_kernel("scale_in_place", x, v, 1024)(grid, 256, x, by, x.numel())
 
 

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from moai_core.cuda.rows import WIDEST
 from moai_core.model import fused
 from moai_core.model import fused_ops as ops
 from moai_core.model.norm import RMSNorm
@@ -48,7 +49,7 @@ def fusable(x: Tensor, *linears: nn.Module, norm: RMSNorm | None = None) -> bool
     weights = [_weight(linear) for linear in linears]
     dtype = _product_dtype(x, weights[0])
     if norm is not None:
-        if x.shape[-1] > ops.WIDEST or not _unwatched(norm) or not fused.usable(x, norm.weight, *weights):
+        if x.shape[-1] > WIDEST or not _unwatched(norm) or not fused.usable(x, norm.weight, *weights):
             return False
         one_type = norm.weight.dtype == weights[0].dtype
     else:

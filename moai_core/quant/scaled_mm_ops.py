@@ -16,11 +16,10 @@ from torch import Tensor
 
 from moai_core import cuda
 from moai_core.cuda import ops
+from moai_core.cuda.rows import WIDEST, team, vector
 from moai_core.quant.fp8 import LARGEST
 
 CODES = torch.float8_e4m3fn
-# What one row may have: a block holds it in registers.
-WIDEST = 32768
 # A row of zeros must not divide by zero; e4m3's own smallest number is larger by far.
 _TINY = 1e-12
 
@@ -45,11 +44,10 @@ def results(rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=256)
-def kernel(
-    name: str, device: torch.device, size: int, v: int, threads: int, **types: torch.dtype
-) -> tuple[cuda.Kernel, int, int]:
-    """(kernel, rows of a block, threads of a block) of quant_rows.cu for rows of `size` values, `threads` of which hold
-    one in vectors of v. types: R, X and W there; what a kernel has none of is bf16."""
+def kernel(name: str, device: torch.device, size: int, v: int, **types: torch.dtype) -> tuple[cuda.Kernel, int, int]:
+    """(kernel, rows of a block, threads of a block) of quant_rows.cu for rows of `size` values in vectors of v. types:
+    R, X and W there; what a kernel has none of is bf16."""
+    threads = team(size, v)
     chosen = {key: cuda.TYPES[types.get(key, torch.bfloat16)] for key in "RXW"}
     per = -(-size // (v * threads))
     found = cuda.kernel("quant_rows.cu", name, device, **chosen, SIZE=size, V=v, TEAM=threads, PER=per)
@@ -57,19 +55,12 @@ def kernel(
     return found, block // threads, block
 
 
-def _vector(size: int, x: Tensor) -> int:
-    """Values that a thread moves at once: up to 8, fewer where the size, the distance of rows or the address has no
-    such power of two."""
-    steps = size | 8 | x.stride(0) | (x.data_ptr() // x.element_size())
-    return steps & -steps
-
-
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, size = x.shape
     codes, scales = results(rows, size, x)
-    v = _vector(size, x)
-    run, together, block = kernel("quantize_rows", x.device, size, v, cuda.team(size, v), X=x.dtype)
+    v = vector(size, x, most=8)
+    run, together, block = kernel("quantize_rows", x.device, size, v, X=x.dtype)
     run(-(-rows // together), block, x, codes.view(torch.uint8), scales, rows, x.stride(0))
     return codes, scales
 
