@@ -25,7 +25,7 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "scan states", "log
 LOSS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 30}
 LOSS_FEW = 4
 BF16_CHUNK = 1 << 24
-# Channels whose gradients of B and C are one partial sum of the scan (moai_core/scan/cpu_kernels.py, cuda.py).
+# Channels whose gradients of B and C are one partial sum of the scan (W of moai_core/cpu/tiles.py; scan/cuda.py).
 SCAN_WIDTH = {"cpu": 128, "cuda": 32}
 
 

@@ -23,12 +23,13 @@ from typing import Any
 from moai_core import cpu
 
 _ROOT = Path(__file__).resolve().parent.parent
-_SCAN, _STEP, _QUANT = "moai_core.scan.cpu_kernels", "moai_core.model.step_kernels", "moai_core.quant.cpu_kernels"
+_SCAN, _CONV = "moai_core.scan.cpu_kernels", "moai_core.scan.cpu_conv_kernels"
+_STEP, _QUANT = "moai_core.model.step_kernels", "moai_core.quant.cpu_kernels"
 # By kind, in the order in which they are needed: a prompt is read, then a token made. (tiles are a prompt's, on
 # processors with a matrix unit.)
 KERNELS = {
     "plain": [
-        (_SCAN, "conv_forward"),
+        (_CONV, "conv_forward"),
         (_SCAN, "scan_forward"),
         *((_STEP, name) for name in ("add_norm", "dense", "small_norms", "negative_exp")),
         (_SCAN, "scan_step"),

@@ -32,7 +32,8 @@ from moai_core.quant import kernels
 from moai_core.quant.linear import QuantEmbedding, QuantLinear
 
 WIDEST = 64
-_OURS, _SCAN = "moai_core.model.step_kernels", "moai_core.scan.cpu_kernels"
+_OURS = "moai_core.model.step_kernels"
+_SCAN, _CONV = "moai_core.scan.cpu_kernels", "moai_core.scan.cpu_conv_kernels"
 _known: WeakKeyDictionary[nn.Module, dict[int, Step]] = WeakKeyDictionary()
 
 
@@ -114,7 +115,7 @@ class Step:
             self._add_norm(x, layer.input_layernorm)
             self._linear([m.in_proj], self.h, [both])
             conv = (1, inner, width, 0, _at(both), 8 * inner, 0, *map(self._solid, (m.conv1d.weight, m.conv1d.bias)))
-            self._add(_SCAN, "conv_forward", tiles, rows * inner * width, *conv, 0, 0, _at(u))
+            self._add(_CONV, "conv_forward", tiles, rows * inner * width, *conv, 0, 0, _at(u))
             self.places += [(len(self.operations) - 1, 9), (len(self.operations) - 1, 10)]
             if m.conv_scale is not None:
                 self._add(_OURS, "scale", rows, rows * inner, inner, _at(u), self._solid(m.conv_scale))

@@ -1,4 +1,4 @@
-"""The scan on processors: `cpu_kernels` behind torch's tensors, autograd and threads.
+"""The scan on processors: `cpu_kernels` and `cpu_conv_kernels` behind torch's tensors, autograd and threads.
 
 float32 and, converted at the door, bfloat16 and float16; everything is computed in float32. Results are the same bits
 for any number of threads. Leaves out float64 (the reference does it) and second derivatives.
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from moai_core import cpu
 from moai_core.tracing import untraced
 
-_KERNELS = "moai_core.scan.cpu_kernels"
+_SCAN, _CONV = "moai_core.scan.cpu_kernels", "moai_core.scan.cpu_conv_kernels"
 
 
 def why_not(device: torch.device, dtype: torch.dtype, **needs: object) -> str | None:
@@ -90,7 +90,7 @@ def step(
     states = A.shape[1]
     y, last = torch.empty_like(u_, memory_format=torch.contiguous_format), torch.empty_like(first)
     cpu.run(
-        _KERNELS, "scan_step", batch * _tiles(channels), batch * channels * states, channels, states,
+        _SCAN, "scan_step", batch * _tiles(channels), batch * channels * states, channels, states,
         *_at(u_, 1), *_at(dt_, 1), *_at(z_, 1), *_at(B_, 1), *_at(C_, 1),
         *map(_address, (A_, D_, bias_, first, last, y)),
     )  # fmt: skip
@@ -130,7 +130,7 @@ class _Scan(torch.autograd.Function):
         to_B, to_C = u.new_empty(batch, tiles, length, states), u.new_empty(batch, tiles, length, states)
         to_D, to_bias = u.new_empty(batch, channels), u.new_empty(batch, channels)
         cpu.run(
-            _KERNELS, "scan_backward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
+            _SCAN, "scan_backward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
             *_at(u), *_at(dt), *_at(z), *_at(B), *_at(C), *map(_address, (A, D, dt_bias, kept)), *_at(g_y),
             *map(_address, (g_last, to_u, to_dt, to_z, to_A, to_B, to_C, to_D, to_bias, to_first)),
         )  # fmt: skip
@@ -157,7 +157,7 @@ class _Conv(torch.autograd.Function):
         to_u, to_first = u.new_empty(u.shape), u.new_empty(batch, channels, width - 1)
         to_weight, to_bias = u.new_empty(batch, channels, width), u.new_empty(batch, channels)
         cpu.run(
-            _KERNELS, "conv_backward", batch * _tiles(channels), u.numel() * width, length, channels, width,
+            _CONV, "conv_backward", batch * _tiles(channels), u.numel() * width, length, channels, width,
             _address(marks),
             *_at(u), *map(_address, (weight, bias, state)), *_at(g_y),
             *map(_address, (g_last, to_u, to_weight, to_bias, to_first)),
@@ -188,7 +188,7 @@ def _scan_forward(
     y, last = u.new_empty(u.shape), u.new_empty(batch, channels, states)
     kept = u.new_empty(batch * tiles, -(-length // kernels.T), states, kernels.W) if keep else None
     cpu.run(
-        _KERNELS, "scan_forward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
+        _SCAN, "scan_forward", batch * tiles, u.numel() * states, length, channels, states, _address(marks),
         *_at(u), *_at(dt), *_at(z), *_at(B), *_at(C), *map(_address, (A, D, dt_bias, state, last, y, kept)),
     )  # fmt: skip
     return y, last, kept
@@ -202,7 +202,7 @@ def _conv_forward(
     width = weight.shape[-1]
     y, last = u.new_empty(u.shape), u.new_empty(batch, channels, width - 1)
     cpu.run(
-        _KERNELS, "conv_forward", batch * _tiles(channels), u.numel() * width, length, channels, width,
+        _CONV, "conv_forward", batch * _tiles(channels), u.numel() * width, length, channels, width,
         _address(marks),
         *_at(u), *map(_address, (weight, bias, state, last, y)),
     )  # fmt: skip
@@ -254,4 +254,4 @@ def _tiles(channels: int) -> int:
 
 
 def _kernels() -> ModuleType:
-    return cpu.load(_KERNELS)
+    return cpu.load(_SCAN)

@@ -1,12 +1,11 @@
-"""Machine code for the CPU scan, written as numba functions: the selective scan, the causal convolution and their
-gradients.
+"""Machine code for the CPU scan, written as numba functions: the selective scan, its gradients and one step of it.
 
 Why numba: it needs no compiler on the user's machine, and its LLVM turns the loops over channels below into
 full-width vector instructions. Each kernel is compiled once and cached on disk. Leaves out torch altogether: `cpu`
 owns tensors, autograd and threads.
 
-An item of work (moai_core/cpu) is one batch row times one tile of W channels. Sums over tiles and rows are left to
-the caller, in a fixed order.
+An item of work (moai_core/cpu) is one batch row times one tile of W channels (cpu/tiles.py). Sums over tiles and rows
+are left to the caller, in a fixed order.
 
 How the scan is laid out: channels lie in vector lanes, the states of a tile stay in the first-level cache, time runs
 sequentially. Softplus, gate and skip happen once a token at the edge of a chunk of T tokens, outside the loop over
@@ -15,137 +14,33 @@ Each exponential is a polynomial of degree 5 with an error of 1e-7 relative; nea
 float32 is, so slow states keep their memory. Only floating-point contraction and, in sums, reassociation are allowed
 to the compiler: NaN and infinity pass through.
 
-Letters: B batch, L tokens, I channels, N states, K convolution width, W channels of a tile, T tokens of a chunk. In
-the kernels x_b and x_t are the byte strides of x over batch and time; channels are always adjacent. Source: arXiv
-2312.00752, algorithm 2.
+Letters: B batch, L tokens, I channels, N states, W channels of a tile, T tokens of a chunk. In the kernels x_b and x_t
+are the byte strides of x over batch and time; channels are always adjacent. Source: arXiv 2312.00752, algorithm 2.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import carray, types
-from numba.core import cgutils
+from numba import carray
 
 from moai_core.cpu.elementary import LN2, LOG2E, ONE, ZERO, exp2, f32, sigmoid, softplus
-from moai_core.cpu.instructions import (
-    bytes_at,
-    floats_at,
-    intrinsic,
-    kernel,
-    plain,
-    summing,
-    take,
-    tiny,
+from moai_core.cpu.instructions import bytes_at, floats_at, kernel, plain, summing, take
+from moai_core.cpu.tiles import (
+    FRESH,
+    PADDING,
+    W,
+    clear,
+    copy,
+    denormals,
+    load,
+    load_turned,
+    store,
+    store_turned,
+    tile,
+    vector,
 )
 
-W = 128
 T = 16
-FRESH, PADDING = 1, 2  # marks of a token, see `cpu._marks`
-
-
-@intrinsic
-def denormals(typing: Any, control: Any) -> Any:
-    """Sets x86's floating-point control word and returns the old one; 0 as argument means: treat denormals as zeros.
-
-    A state that fades over masked tokens would otherwise sink into numbers below 1e-38, where each operation costs a
-    hundred times more. Other processors pay no such price, so nothing happens there.
-    """
-
-    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        word = ir.IntType(32)
-        if not builder.module.triple.startswith(("x86_64", "i386", "i686")):
-            return ir.Constant(word, 0)
-        slot = cgutils.alloca_once(builder, word)
-        pointer = builder.bitcast(slot, ir.IntType(8).as_pointer())
-        access = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
-        store = builder.module.declare_intrinsic("llvm.x86.sse.stmxcsr", (), access)
-        load = builder.module.declare_intrinsic("llvm.x86.sse.ldmxcsr", (), access)
-        builder.call(store, [pointer])
-        old = builder.load(slot)
-        fast = builder.or_(old, ir.Constant(word, 0x8040))  # flush to zero, denormals are zeros
-        builder.store(builder.select(builder.icmp_unsigned("==", args[0], ir.Constant(word, 0)), fast, args[0]), slot)
-        builder.call(load, [pointer])
-        return old
-
-    return types.uint32(types.uint32), codegen
-
-
-@tiny
-def tile(rows):
-    return np.empty((rows, W), f32)
-
-
-# Loops and not slices: numba takes half a second to compile an assignment to a slice, for the text of its error.
-
-
-@plain
-def clear(into, first, last):
-    """Makes rows of W zeros, from the first up to the last, which stays."""
-    for r in range(first, last):
-        for c in range(W):
-            into[r, c] = ZERO
-
-
-@plain
-def copy(values, into, rows):
-    for r in range(rows):
-        for c in range(W):
-            into[r, c] = values[r, c]
-
-
-@plain
-def load(into, address, stride, tokens, width, marks):
-    """into[t, c] = the floats at address + t * stride; channels beyond the width and padding become 0."""
-    for t in range(tokens):
-        if marks and carray(bytes_at(marks + t), (1,))[0] == PADDING:
-            clear(into, t, t + 1)
-            continue
-        row = carray(floats_at(address + t * stride), (width,))
-        for c in range(width):
-            into[t, c] = row[c]
-        for c in range(width, W):
-            into[t, c] = ZERO
-
-
-@plain
-def store(values, address, stride, tokens, width):
-    for t in range(tokens):
-        row = carray(floats_at(address + t * stride), (width,))
-        for c in range(width):
-            row[c] = values[t, c]
-
-
-@plain
-def load_turned(into, address, rows, width):
-    """into[n, c] = the floats of a contiguous (width, rows) array; channels beyond the width become 0."""
-    block = carray(floats_at(address), (width, rows))
-    for n in range(rows):
-        for c in range(width):
-            into[n, c] = block[c, n]
-        for c in range(width, W):
-            into[n, c] = ZERO
-
-
-@plain
-def store_turned(values, address, rows, width):
-    block = carray(floats_at(address), (width, rows))
-    for c in range(width):
-        for n in range(rows):
-            block[c, n] = values[n, c]
-
-
-@plain
-def vector(into, address, width, default):
-    """into[c] = the floats at the address, or the default where there are none (address 0)."""
-    for c in range(W):
-        into[c] = default
-    if address != 0:
-        row = carray(floats_at(address), (width,))
-        for c in range(width):
-            into[c] = row[c]
 
 
 @plain
@@ -424,149 +319,4 @@ def scan_step(slots):
             for c in range(W):
                 yy[0, c] *= zz[0, c] * sigmoid(zz[0, c])
         store(yy, y + 4 * (b * I + c0), 0, 1, width)
-    denormals(control)
-
-
-@tiny
-def real_tokens(marks, L):
-    """How many tokens stand before the padding at the end of a row."""
-    if marks == 0:
-        return L
-    row = carray(bytes_at(marks), (L,))
-    n = 0
-    while n < L and row[n] != PADDING:
-        n += 1
-    return n
-
-
-@plain
-def conv_token(t, K, age, w, shift, x, pre):
-    """pre = bias + sum over the taps that reach no further back than `age` tokens; x[t + K - 1] is the token itself."""
-    for c in range(W):
-        pre[c] = shift[c]
-    for k in range(K - 1 - age, K):
-        for c in range(W):
-            pre[c] += w[k, c] * x[t + k, c]
-
-
-@kernel
-def conv_forward(slots):
-    s = carray(slots, (20,))
-    L, I, K, marks, u, u_b, u_t = s[2], s[3], s[4], s[5], s[6], s[7], s[8]
-    weight, bias, first, last, y = s[9], s[10], s[11], s[12], s[13]
-    tiles = (I + W - 1) // W
-    w, x, yy, pre, shift = tile(K), tile(K - 1 + T), tile(T), tile(1), tile(1)
-    control = denormals(np.uint32(0))
-    while True:
-        item = take(slots)
-        if item >= s[1]:
-            break
-        b, c0 = item // tiles, item % tiles * W
-        width = min(W, I - c0)
-        load_turned(w, weight + 4 * c0 * K, K, width)
-        vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
-        if first:
-            load_turned(x, first + 4 * (b * I + c0) * (K - 1), K - 1, width)
-        else:
-            clear(x, 0, K - 1)
-        real = real_tokens(marks + b * L if marks else 0, L)
-        age = K - 1  # how many tokens back belong to this document
-        for t0 in range(0, L, T):
-            tokens, alive = min(T, L - t0), max(0, min(T, real - t0))
-            load(x[K - 1 :], u + b * u_b + t0 * u_t + 4 * c0, u_t, alive, width, 0)
-            for t in range(alive):
-                if marks and carray(bytes_at(marks + b * L + t0 + t), (1,))[0] == FRESH:
-                    age = 0
-                conv_token(t, K, age, w, shift[0], x, pre[0])
-                for c in range(W):
-                    yy[t, c] = pre[0, c] * sigmoid(pre[0, c])
-                age = min(age + 1, K - 1)
-            clear(yy, alive, T)
-            store(yy, y + 4 * ((b * L + t0) * I + c0), 4 * I, tokens, width)
-            for k in range(K - 1):  # the window slides: upwards, so that no row is overwritten before it moved
-                for c in range(W):
-                    x[k, c] = x[alive + k, c]
-        clear(x, 0, K - 1 - age)
-        store_turned(x, last + 4 * (b * I + c0) * (K - 1), K - 1, width)
-    denormals(control)
-
-
-@plain
-def put(g_x, rows, t0, K, to_first, to_u, stride, width):
-    """Writes the first rows of g_x, row 0 being token t0 - (K - 1): before token 0 to the state's, else to u's."""
-    for r in range(rows):
-        t = t0 + r - (K - 1)
-        if t < 0:
-            block = carray(floats_at(to_first), (width, K - 1))
-            for c in range(width):
-                block[c, t0 + r] = g_x[r, c]
-        else:
-            row = carray(floats_at(to_u + t * stride), (width,))
-            for c in range(width):
-                row[c] = g_x[r, c]
-
-
-@kernel
-def conv_backward(slots):
-    s = carray(slots, (28,))
-    L, I, K, marks, u, u_b, u_t = s[2], s[3], s[4], s[5], s[6], s[7], s[8]
-    weight, bias, first, gy, gy_b, gy_t, g_last = s[9], s[10], s[11], s[12], s[13], s[14], s[15]
-    to_u, to_weight, to_bias, to_first = s[16], s[17], s[18], s[19]
-    tiles = (I + W - 1) // W
-    w, x, gg, pre, shift = tile(K), tile(K - 1 + T), tile(T), tile(1), tile(1)
-    g_x, g_w, g_bias = tile(K - 1 + T), tile(K), tile(1)
-    control = denormals(np.uint32(0))
-    while True:
-        item = take(slots)
-        if item >= s[1]:
-            break
-        b, c0 = item // tiles, item % tiles * W
-        width = min(W, I - c0)
-        load_turned(w, weight + 4 * c0 * K, K, width)
-        vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
-        if first:
-            load_turned(x, first + 4 * (b * I + c0) * (K - 1), K - 1, width)
-        else:
-            clear(x, 0, K - 1)
-        clear(g_x, 0, K - 1)
-        clear(g_w, 0, K)
-        clear(g_bias, 0, 1)
-        out = to_u + 4 * (b * L * I + c0)
-        real = real_tokens(marks + b * L if marks else 0, L)
-        age = K - 1
-        for t0 in range(0, real, T):
-            alive = min(T, real - t0)
-            load(x[K - 1 :], u + b * u_b + t0 * u_t + 4 * c0, u_t, alive, width, 0)
-            load(gg, gy + b * gy_b + t0 * gy_t + 4 * c0, gy_t, alive, width, 0)
-            clear(g_x, K - 1, K - 1 + T)
-            for t in range(alive):
-                if marks and carray(bytes_at(marks + b * L + t0 + t), (1,))[0] == FRESH:
-                    age = 0
-                conv_token(t, K, age, w, shift[0], x, pre[0])
-                for c in range(W):
-                    r = sigmoid(pre[0, c])
-                    g = gg[t, c] * (r * (ONE + pre[0, c] * (ONE - r)))
-                    gg[t, c] = g
-                    g_bias[0, c] += g
-                for k in range(K - 1 - age, K):
-                    for c in range(W):
-                        g_x[t + k, c] += w[k, c] * gg[t, c]
-                        g_w[k, c] += x[t + k, c] * gg[t, c]
-                age = min(age + 1, K - 1)
-            put(g_x, alive, t0, K, to_first + 4 * (b * I + c0) * (K - 1), out, 4 * I, width)
-            for k in range(K - 1):
-                for c in range(W):
-                    x[k, c] = x[alive + k, c]
-                    g_x[k, c] = g_x[alive + k, c]
-        if g_last:  # the window that the call left behind: it saw only tokens of the last document
-            load_turned(x, g_last + 4 * (b * I + c0) * (K - 1), K - 1, width)
-            for k in range(K - 1 - age, K - 1):
-                for c in range(W):
-                    g_x[k, c] += x[k, c]
-        put(g_x, K - 1, real, K, to_first + 4 * (b * I + c0) * (K - 1), out, 4 * I, width)
-        clear(gg, 0, 1)
-        for t in range(real, L):
-            store(gg, out + 4 * t * I, 0, 1, width)
-        store_turned(g_w, to_weight + 4 * (b * I + c0) * K, K, width)
-        store(g_bias, to_bias + 4 * (b * I + c0), 0, 1, width)
     denormals(control)

@@ -18,12 +18,12 @@ def test_every_kernel_of_an_answer_is_known():
 
 
 def test_it_waits_for_names_and_not_for_a_process_that_died(monkeypatch):
-    said = "print('moai_core.scan.cpu_kernels conv_forward')\n"
+    said = "print('moai_core.scan.cpu_conv_kernels conv_forward')\n"
     helper = warm.Helper.__new__(warm.Helper)
     helper.left = set(warm.KERNELS["plain"])
     helper.process = subprocess.Popen([sys.executable, "-c", said], stdout=subprocess.PIPE, text=True)
-    helper.wait("moai_core.scan.cpu_kernels", "conv_forward")
-    assert ("moai_core.scan.cpu_kernels", "conv_forward") not in helper.left
+    helper.wait("moai_core.scan.cpu_conv_kernels", "conv_forward")
+    assert ("moai_core.scan.cpu_conv_kernels", "conv_forward") not in helper.left
     helper.wait("moai_core.scan.cpu_kernels", "scan_forward")
     assert not helper.left
     helper.process.wait()
