@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from moai_core.quant.formats import Spec
 from moai_core.quantize import search
-from moai_core.quantize.calibrate import Statistics
+from moai_core.quantize.runner import Statistics
 
 GRID = 20
 # The search looks at no more rows than this: the scale belongs to the columns.

@@ -32,8 +32,9 @@ from moai_core.model.modeling import MoaiMambaLayer
 from moai_core.quant import linear
 from moai_core.quant.formats import FORMATS, Spec
 from moai_core.quantize import layerwise, layouts, plan, report, search
-from moai_core.quantize.calibrate import Calibration, Runner
+from moai_core.quantize.calibrate import Calibration
 from moai_core.quantize.plan import EMBEDDING, HEAD
+from moai_core.quantize.runner import Runner
 
 VERSION = 1
 KEY = "key.json"

@@ -2,7 +2,7 @@
 
     in_proj; x_proj; dt_proj; out_proj; gate and up; down
 
-Before a matrix is quantized, the inputs that it gets from those already quantized are gathered (calibrate.py); then it
+Before a matrix is quantized, the inputs that it gets from those already quantized are gathered (runner.py); then it
 is, perhaps, scaled (awq.py) or rotated (rotate.py), then rounded (search.py, or gptq.py and refine.py). The layer
 computes on with the values that are stored, and hands what it makes of the calibration sequences to the next one.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from moai_core.errors import UsageError
 from moai_core.quant.formats import FORMATS, Spec, decode
 from moai_core.quantize import awq, gptq, refine, rotate, search
-from moai_core.quantize.calibrate import BLOCKS, Runner, Statistics
+from moai_core.quantize.runner import BLOCKS, Runner, Statistics
 
 if TYPE_CHECKING:
     from moai_core.model.modeling import MoaiMambaLayer

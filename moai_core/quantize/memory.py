@@ -13,8 +13,9 @@ import torch
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.quant import fake, linear
 from moai_core.quantize import layerwise, plan, search
-from moai_core.quantize.calibrate import Runner, from_tokens
+from moai_core.quantize.calibrate import from_tokens
 from moai_core.quantize.plan import EMBEDDING, HEAD
+from moai_core.quantize.runner import Runner
 
 
 def quantize(model: Any, settings: plan.Settings, calib_data: Any = None) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moai_core.quant.formats import Spec
 from moai_core.quantize import gptq, search
-from moai_core.quantize.calibrate import exact_products
+from moai_core.quantize.runner import exact_products
 
 SWEEPS = 2
 _BLOCK = 128

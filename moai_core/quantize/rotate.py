@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moai_core.errors import UsageError
 from moai_core.quant import hadamard
-from moai_core.quantize.calibrate import Statistics
+from moai_core.quantize.runner import Statistics
 
 # The modules whose inputs may be rotated; of the others several read the same inputs, or they come from a norm.
 ROTATABLE = ("mamba.out_proj", "feed_forward.down_proj")

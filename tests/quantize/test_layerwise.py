@@ -14,8 +14,9 @@ from moai_core.errors import CheckpointError, UsageError
 from moai_core.quant import linear
 from moai_core.quant.formats import Spec
 from moai_core.quantize import awq, layerwise, rotate
-from moai_core.quantize.calibrate import Runner, from_tokens
+from moai_core.quantize.calibrate import from_tokens
 from moai_core.quantize.layerwise import Options, quantize_layer
+from moai_core.quantize.runner import Runner
 
 LARGE = ("mamba.in_proj", "mamba.out_proj", "feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")
 WHOLE = {"norms": {}, "no norms": {"dt_bc_norm": False}, "no ffn": {"ffn": "none"}}

@@ -15,8 +15,9 @@ from moai_core.data.tokenize import load_tokenizer
 from moai_core.evaluate import evaluate
 from moai_core.paths import RECIPES
 from moai_core.quant.formats import Spec
-from moai_core.quantize.calibrate import Runner, from_text
+from moai_core.quantize.calibrate import from_text
 from moai_core.quantize.layerwise import Options, quantize_layer
+from moai_core.quantize.runner import Runner
 
 LARGE = ("mamba.in_proj", "mamba.out_proj", "feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")
 RUNS = {
