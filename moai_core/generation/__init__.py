@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moai_core.generation.engine import Completion, generate
+    from moai_core.generation.engine import generate
+    from moai_core.generation.row import Completion
     from moai_core.generation.sampling import Settings
     from moai_core.generation.session import Session
 
-_HOME = {"Completion": "engine", "Session": "session", "Settings": "sampling", "generate": "engine"}
+_HOME = {"Completion": "row", "Session": "session", "Settings": "sampling", "generate": "engine"}
 __all__ = ["Completion", "Session", "Settings", "generate"]
 
 

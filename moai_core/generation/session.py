@@ -28,7 +28,8 @@ from moai_core import storage
 from moai_core.data.tokenize import fingerprint as tokenizer_fingerprint
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.generation import decode_batch, files
-from moai_core.generation.engine import Completion, OnEvent, Row, eos_ids, make_batch, prefill
+from moai_core.generation.engine import OnEvent, eos_ids, make_batch, prefill
+from moai_core.generation.row import Completion, Row
 from moai_core.generation.sampling import SETTINGS, Settings, new_seed
 from moai_core.generation.text import Vocabulary, check_messages, check_text
 from moai_core.model.state import MoaiState
