@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,24 @@ def gpus() -> list[Device]:
         capable = props.major >= 8
         found.append(Device(f"cuda:{index}", props.name, total, free, capable, f"{props.major}.{props.minor}"))
     return found
+
+
+def place(name: str) -> torch.device:
+    """The device that a --device flag names; auto is the first GPU, else the CPU. A GPU becomes torch's current one.
+    Raises UsageError for a device that is unknown or not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N (got {name!r})")
+    if name == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(name[5:]) if ":" in name else torch.cuda.current_device() if count else 0
+    if index >= count:
+        held = f"{count} CUDA GPU{'s' * (count > 1)}, numbered from 0" if count else "no CUDA GPU"
+        raise UsageError(f"--device {name}: this machine has {held}", hint="--device auto takes what there is")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def require(recipe: Recipe) -> None:

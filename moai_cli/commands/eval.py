@@ -66,6 +66,9 @@ def evaluate(
     ):
         if value not in allowed:
             raise UsageError(f"{name} must be {' or '.join(allowed)} (got {value!r})")
+    for name, count in (("--max-length", max_length), ("--batch-size", batch_size), ("--limit", limit)):
+        if count is not None and count < 1:
+            raise UsageError(f"{name} must be at least 1 (got {count})")
     result = _run(
         required_model(model),
         data,
@@ -87,7 +90,7 @@ def evaluate(
     rows = [
         ["loss", f"{result['loss']:.4f}"],
         ["perplexity", f"{result['perplexity']:.3f}"],
-        ["bits per byte", f"{result['bits_per_byte']:.4f}"],
+        ["bits per byte", f"{result['bits_per_byte']:.4f}" if result["bytes"] else "-"],
     ]
     rows += [[name, f"{result[name]:,}"] for name in ("tokens", "bytes", "documents")]
     rows += [["seconds", f"{result['seconds']:.1f}"], ["tokens/s", f"{result['tokens_per_second']:,.0f}"]]
@@ -96,12 +99,10 @@ def evaluate(
 
 def _run(model: Path, data: str, tokenizer: str | None, device: str, scan: str, **options: Any) -> dict[str, Any]:
     with loading(model, device):
-        import torch
-
         from moai_core.checkpoint import latest, load_model
         from moai_core.data.read import find_files
         from moai_core.data.tokenize import load_tokenizer
-        from moai_core.errors import UsageError
+        from moai_core.device import place
         from moai_core.evaluate import evaluate_file
 
     bar = progress("tokens")
@@ -116,16 +117,10 @@ def _run(model: Path, data: str, tokenizer: str | None, device: str, scan: str, 
             note(event["message"])
 
     find_files(data)  # a wrong path is told before the model loads
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        place = torch.device(where)
-    except RuntimeError as exc:
-        raise UsageError(f"--device: unknown device {device!r}", hint="cpu, cuda, cuda:N or auto") from exc
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: this machine has no CUDA GPU", hint="use --device cpu")
+    where = place(device)
     step = latest(model, on_event=show) if model.is_dir() and not (model / "config.json").exists() else None
     folder = step or model
-    loaded = load_model(folder, device=place, scan=scan, on_event=show)
+    loaded = load_model(folder, device=where, scan=scan, on_event=show)
     words = load_tokenizer(tokenizer or folder)
     begin = time.perf_counter()
     with bar:

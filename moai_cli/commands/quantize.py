@@ -67,7 +67,7 @@ def quantize(
     of the state over up to 32k tokens; it lies in the folder as quantization.json and quantization.png. An interrupted
     run goes on where it was when started again.
     """
-    from moai_core.bench.report import place
+    from moai_core.device import place
     from moai_core.errors import UsageError
     from moai_core.quantize.disk import quantize_folder
     from moai_core.quantize.plan import Settings

@@ -30,6 +30,7 @@ from moai_core.bench.pictures import Panel, curves
 from moai_core.bench.report import Curve, Table
 from moai_core.bench.score import Text
 from moai_core.data.tokenize import token_bytes
+from moai_core.device import place
 from moai_core.errors import UsageError
 from moai_core.evaluate import summary
 from moai_core.recipe import Source
@@ -249,7 +250,7 @@ def run(
     check_contexts(contexts)
     if plot is not None:
         report.check_plot(plot)
-    where = report.place(device)
+    where = place(device)
     sources = [Source(path=path) for path in data] or [Source(path=str(PACKAGED))]
     loaded = score.load_all(models, where, scan=scan, on_event=on_event)
     words = score.tokenizer_of(models[0], tokenizer, next(iter(loaded.values())))

@@ -21,6 +21,7 @@ from moai_core import config as sizes
 from moai_core.bench import report, timing
 from moai_core.bench.quantized import FORMATS, model
 from moai_core.bench.report import Table
+from moai_core.device import place
 from moai_core.errors import UsageError
 from moai_core.generation import decode
 from moai_core.generation.sampling import Settings
@@ -106,7 +107,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure every format, engine and batch asked for: {"environment", "model", "copy_bytes_per_s", "results",
     "notes"}. What an engine refuses or memory doesn't hold is left out with a note. UsageError for wrong words."""
-    where = report.place(device)
+    where = place(device)
     cuda = where.type == "cuda"
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset must be one of {', '.join(PRESETS)} (got {preset!r})")

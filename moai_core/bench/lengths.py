@@ -27,6 +27,7 @@ from moai_core.bench import report, timing
 from moai_core.bench.report import Curve, Table
 from moai_core.bench.timing import Case, Clock, Rotation, Timing, Work
 from moai_core.bench.work import DIRECTIONS, Inputs, Shape, attend, both_ways, cases, heads_of
+from moai_core.device import place
 from moai_core.errors import UsageError
 from moai_core.scan import reference
 
@@ -295,7 +296,7 @@ def run(
     if length < 16:
         raise UsageError(f"--seq-len must be at least 16 (got {length})")
     report.check_effort(limit, repeats)
-    where = report.place(device)
+    where = place(device)
     width = _HIDDEN[where.type] if hidden is None else hidden
     if width < 8 or width % 8:
         raise UsageError(f"--hidden must be a multiple of 8 (got {width})", hint=f"use {width // 8 * 8 + 8}")

@@ -28,6 +28,7 @@ from moai_core.bench import report, score
 from moai_core.bench.needle_prompts import LANGUAGES, Haystacks, Needle
 from moai_core.bench.pictures import heatmaps
 from moai_core.bench.report import Table
+from moai_core.device import place
 from moai_core.errors import UsageError
 
 CHUNK = 2048
@@ -258,7 +259,7 @@ def run(
         raise UsageError(f"--candidates must be at least --pairs ({pairs}; got {candidates})")
     if plot is not None:
         report.check_plot(plot)
-    where = report.place(device)
+    where = place(device)
     loaded = score.load_all(models, where, scan=scan, on_event=on_event)
     words = score.tokenizer_of(models[0], tokenizer, next(iter(loaded.values())))
     found = measure(

@@ -22,6 +22,7 @@ from moai_core import config as sizes
 from moai_core.bench import report, timing
 from moai_core.bench.quantized import FORMATS, model
 from moai_core.bench.report import Table
+from moai_core.device import place
 from moai_core.errors import UsageError
 from moai_core.quant import kernels
 from moai_core.quant import linear as quant
@@ -49,7 +50,7 @@ def run(
     """Measure every format at every length: {"environment", "model", "layers", "dtype", "chunk", "results", "notes"},
     JSON-able; a result is {"format", "kernel", "length", "prefill": timing, "tokens_per_s", "times_plain", "goal",
     "weight_bytes"}. Raises UsageError for wrong words."""
-    where = report.place(device)
+    where = place(device)
     cuda = where.type == "cuda"
     if preset is not None and preset not in sizes.PRESETS:
         raise UsageError(f"--preset must be one of {', '.join(sizes.PRESETS)} (got {preset!r})")

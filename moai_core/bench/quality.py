@@ -25,6 +25,7 @@ from moai_core.bench import report, score
 from moai_core.bench.context import PACKAGED
 from moai_core.bench.report import Table
 from moai_core.bench.score import Text
+from moai_core.device import place
 from moai_core.errors import UsageError
 from moai_core.quant import kernels, linear
 from moai_core.quantize.report import LENGTHS, drift, states_after
@@ -198,7 +199,7 @@ def run(
     names = [score.name_of(path) for path in (parent, *models)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two of the models have the same name, {twice}", hint="give each model once")
-    where = report.place(device)
+    where = place(device)
     kind = report.dtype_of(dtype, where)
     words = score.tokenizer_of(parent, tokenizer, checkpoint.load_model(parent))
     sources = [Source(path=path) for path in data] or [Source(path=str(PACKAGED))]

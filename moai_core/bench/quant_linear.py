@@ -26,6 +26,7 @@ from moai_core import cuda
 from moai_core.bench import report, timing
 from moai_core.bench.report import Table
 from moai_core.bench.timing import Clock
+from moai_core.device import place
 from moai_core.errors import UsageError
 from moai_core.model.configuration import get_mamba_config
 from moai_core.quant import cuda as kernel
@@ -331,7 +332,7 @@ def run(
     names = report.among("--preset", presets or ["2b", "8b"], ("2b", "8b", "16b"))
     wanted = report.among("--only", only or list(NAMES), NAMES)
     counts = report.numbers("--rows", rows or [str(m) for m in ROWS])
-    where = report.place(device)
+    where = place(device)
     if reason := cuda.why_not(where):
         raise UsageError(f"moai's kernels for integer matrices can't run here: {reason}", hint="use a CUDA GPU")
     chosen = [case for name in names for case in cases(name) if case.name in wanted]

@@ -34,26 +34,6 @@ OnEvent = Callable[[dict[str, Any]], None]
 # ---- choices that benchmarks share
 
 
-def place(name: str) -> torch.device:
-    """The device of a --device flag; auto is the first GPU, else the CPU. UsageError for one that isn't there."""
-    cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
-    except RuntimeError as exc:
-        raise UsageError(f"--device: unknown device {name!r}", hint="cpu, cuda, cuda:N or auto") from exc
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be cpu or cuda (got {name!r})")
-    if device.type == "cuda":
-        if not cuda:
-            raise UsageError(f"--device {name}: this machine has no CUDA GPU", hint="use --device cpu")
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    return device
-
-
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """The type of a --dtype flag; auto is bf16 on a GPU and fp32 on a CPU."""
     if name == "auto":

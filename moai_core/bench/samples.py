@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from moai_core.bench import report, score
 from moai_core.bench.report import Table
+from moai_core.device import place
 from moai_core.generation.engine import generate
 from moai_core.generation.sampling import Settings
 
@@ -110,7 +111,7 @@ def run(
     """Loads and writes: {"benchmark", "environment", "model", "settings", "samples", "notes"}, JSON-able."""
     settings = {"seed": seed, "max_new_tokens": tokens, "temperature": temperature, "top_p": 0.95}
     Settings(**settings)  # type: ignore[arg-type]
-    where = report.place(device)
+    where = place(device)
     loaded = score.load(model, where, scan=scan, on_event=on_event)
     words = score.tokenizer_of(model, tokenizer, loaded)
     made = samples(loaded, words, seed=seed, tokens=tokens, temperature=temperature, on_event=on_event)

@@ -27,6 +27,7 @@ from moai_core.bench import report, timing
 from moai_core.bench.report import Table
 from moai_core.bench.timing import Clock
 from moai_core.bench.work import CONV_WIDTH, DIRECTIONS, Inputs, Shape, agreement, cases, picked, recorded
+from moai_core.device import place
 from moai_core.errors import UsageError
 from moai_core.scan import reference
 
@@ -290,7 +291,7 @@ def run(
     if plot is not None:
         report.check_plot(plot)
     report.check_effort(limit, repeats)
-    where = report.place(device)
+    where = place(device)
     found = measure(
         shapes_of(where, preset, lengths, batches, dims, states), device=where, dtype=report.dtype_of(dtype, where),
         against=[word.strip() for text in against or ["auto"] for word in text.split(",")], resets=resets,

@@ -282,7 +282,7 @@ def run(
     *, device: str = "auto", command: str = "", on_event: report.OnEvent = lambda event: None, **flags: Any
 ) -> dict[str, Any]:
     """`measure` with the words of flags; see `options`. Refuses what a CPU has no memory for before it begins."""
-    where = report.place(device)
+    where = devices.place(device)
     asked = options(where, **flags)
     if where.type == "cpu":
         shape = replace(asked.recipe.train, batch_size=max(asked.batches), accumulation=1, effective_batch=None)

@@ -28,7 +28,7 @@ def check_format(format: str) -> str:
     kind = ALIASES.get(format, format)
     if kind != "auto" and kind not in KINDS:
         raise UsageError(
-            f"data.format: unknown kind {format!r}", hint=f"use auto, {', '.join(KINDS)} (or {', '.join(ALIASES)})"
+            f"unknown kind of records {format!r}", hint=f"use auto, {', '.join(KINDS)} (or {', '.join(ALIASES)})"
         )
     return kind
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moai_core import storage, tensors
+from moai_core.device import place
 from moai_core.errors import CheckpointError, DataError, StorageError, UsageError, storage_error
 from moai_core.generation.sampling import SETTINGS, Settings, check_settings
 from moai_core.generation.text import check_messages, check_text
@@ -83,7 +84,7 @@ def open_model(
 
     if dtype not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)} (got {dtype!r})")
-    where = pick_device(device)
+    where = place(device)
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists():
         folder = checkpoint.latest(folder, on_event=on_event or (lambda event: None)) or folder
@@ -95,19 +96,6 @@ def open_model(
     made = load_tokenizer(folder if tokenizer is None else tokenizer)
     check_tokenizer(made, model.config.vocab_size)
     return model, made, folder
-
-
-def pick_device(name: str) -> str:
-    """`name` as torch knows it. Raises UsageError for a device that is unknown or not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N (got {name!r})")
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(name.partition(":")[2] or 0) >= count:
-            raise UsageError(f"--device {name}: this machine has {count or 'no'} CUDA GPU{'' if count == 1 else 's'}")
-    return name
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from moai_core import scan as kernels
-from moai_core.bench import lengths, report, scan, timing, train
+from moai_core.bench import lengths, scan, timing, train
 from moai_core.bench.timing import Case, Clock
 from moai_core.bench.work import Shape
+from moai_core.device import place
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 @pytest.fixture
 def clock():
-    return Clock(report.place("cuda"))
+    return Clock(place("cuda"))
 
 
 def test_the_host_does_not_show_in_the_time(clock):
@@ -45,7 +46,7 @@ def test_out_of_memory_is_left_out(clock):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_scan(dtype):
     found = scan.measure(
-        [Shape(2, 300, 64)], device=report.place("cuda"), dtype=dtype, resets=kernels.BACKENDS.get("cuda") is not None,
+        [Shape(2, 300, 64)], device=place("cuda"), dtype=dtype, resets=kernels.BACKENDS.get("cuda") is not None,
         repeats=3,
     )  # fmt: skip
     assert [note for note in found["notes"] if "WRONG" in note] == []

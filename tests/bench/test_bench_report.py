@@ -9,6 +9,7 @@ import torch
 
 from moai_core.bench import report
 from moai_core.bench.report import Curve, Table
+from moai_core.device import place
 from moai_core.errors import StorageError, UsageError
 
 CPU = torch.device("cpu")
@@ -74,10 +75,10 @@ def test_lists_of_numbers_and_names():
 
 
 def test_devices_and_types():
-    assert report.place("cpu") == CPU
+    assert place("cpu") == CPU
     for wrong in ("abacus", "meta", *(() if torch.cuda.is_available() else ("cuda",))):
         with pytest.raises(UsageError, match="--device"):
-            report.place(wrong)
+            place(wrong)
     assert report.dtype_of("auto", CPU) == torch.float32 and report.dtype_of("bf16", CPU) == torch.bfloat16
     assert report.dtype_of("auto", torch.device("cuda")) == torch.bfloat16
     with pytest.raises(UsageError, match="--dtype"):

@@ -84,7 +84,7 @@ def test_train(moai):
         (("scan", "--preset", "h100", "--batch", "2"), "--preset and --batch don't go together"),
         (("scan", "--preset", "a10"), "--preset: unknown name 'a10'"),
         (("scan", "--backend", "tea"), "unknown scan backend 'tea'"),
-        (("scan", "--device", "abacus"), "--device: unknown device 'abacus'"),
+        (("scan", "--device", "abacus"), "--device must be auto, cpu, cuda or cuda:N (got 'abacus')"),
         (("scan", "--dtype", "int8"), "--dtype must be auto, bf16, fp16, fp32 (got 'int8')"),
         (("scan", "--json", "--markdown"), "--json and --markdown don't go together"),
         (("scan", "--repeats", "0"), "--repeats at least 1"),

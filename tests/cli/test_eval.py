@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -77,20 +78,37 @@ def test_skipped_lines_are_told(model, tmp_path, capsys):
     assert "1 bad line left out" in capsys.readouterr().err
 
 
+def test_text_of_which_no_byte_is_scored(model, tmp_path, capsys):
+    """The first token has nothing before it, the end no bytes: there are no bits per byte."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    command = ["eval", "-m", str(model), "-d", str(tmp_path / "a.jsonl"), "--scan", "reference"]
+    assert run(command) == 0 and re.search(r"bits per byte +-\n", capsys.readouterr().out)
+    assert run([*command, "--json"]) == 0 and json.loads(capsys.readouterr().out)["bits_per_byte"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["--model", "MODEL"], 2, "--data is missing"),
         (["--model", "MODEL", "--data", "missing.txt"], 2, "missing.txt: no such file or folder"),
         (["--model", "nowhere", "--data", "DATA"], 3, "nowhere"),
-        (["--model", "MODEL", "--data", "DATA", "--batch-size", "0"], 2, "batch_size must be at least 1 (got 0)"),
-        (["--model", "MODEL", "--data", "DATA", "--device", "abacus"], 2, "--device"),
+        (["--model", "MODEL", "--data", "DATA", "--batch-size", "0"], 2, "--batch-size must be at least 1 (got 0)"),
+        (["--model", "MODEL", "--data", "DATA", "--max-length", "0"], 2, "--max-length must be at least 1 (got 0)"),
+        (["--model", "MODEL", "--data", "DATA", "--limit", "-5"], 2, "--limit must be at least 1 (got -5)"),
+        *(
+            (
+                ["--model", "MODEL", "--data", "DATA", "--device", one],
+                2,
+                f"--device must be auto, cpu, cuda or cuda:N (got '{one}')",
+            )
+            for one in ("abacus", "meta", "mps", "xla", "cpu:7")
+        ),
         (
             ["--model", "MODEL", "--data", "DATA", "--train-on", "user"],
             2,
             "--train-on must be assistant or all (got 'user')",
         ),
-        (["--model", "MODEL", "--data", "DATA", "--format", "csv"], 2, "unknown kind 'csv'"),
+        (["--model", "MODEL", "--data", "DATA", "--format", "csv"], 2, "unknown kind of records 'csv'"),
         (["--model", "MODEL", "--data", "DATA", "--tokenizer", "nonesuch"], 2, "'nonesuch': no such folder or name"),
     ],
 )

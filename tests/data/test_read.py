@@ -170,7 +170,7 @@ def test_missing_empty_and_foreign(tmp_path):
     write(tmp_path, "pictures/a.png", b"x")
     refuses(tmp_path / "pictures", "1 file, none of them readable")
     refuses(f"{tmp_path}/*.nothing", "no files")
-    with pytest.raises(UsageError, match="unknown kind 'csv'"):
+    with pytest.raises(UsageError, match="unknown kind of records 'csv'"):
         load(write(tmp_path, "a.jsonl", JSONL), format="csv")
 
 
