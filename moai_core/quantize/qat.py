@@ -35,7 +35,8 @@ from moai_core.quantize import plan
 from moai_core.quantize.memory import quantize, weights_of
 from moai_core.recipe import Recipe
 from moai_core.training import setup
-from moai_core.training.loop import Result, train
+from moai_core.training.loop import train
+from moai_core.training.run import Result
 
 MODES = ("full", "scales", "qlora")
 # Peak learning rates: of full by size (hidden width), as MOAI's specification has them; scales and adapters bear more.

@@ -9,17 +9,16 @@
 One step: fetch all micro-batches, count their label tokens over all ranks, divide each micro-batch's summed loss by
 that count (so that accumulation and ranks change nothing but the order of a sum), clip, update. A step whose loss or
 gradient is not finite is skipped on every rank. All state is in the checkpoint: a run resumed on a CPU takes the same
-steps, bit for bit, as one that never stopped. Signals, resuming, collectives and trackers live in stop.py, resume.py,
-parallel.py and track.py. Left out: sharded models, multimodal data, early stopping.
+steps, bit for bit, as one that never stopped. What comes before the first step is run.py's; signals, collectives and
+trackers are in stop.py, parallel.py and track.py. Left out: sharded models, multimodal data, early stopping.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 from typing import Any
@@ -27,48 +26,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moai_core import checkpoint, evaluate
-from moai_core.data.loader import Loader
+from moai_core import checkpoint
 from moai_core.errors import Interrupted, NonFiniteError, StorageError, UsageError
 from moai_core.model.loss import IGNORED, shift_labels
 from moai_core.model.padding import in_order
 from moai_core.recipe import Recipe
 from moai_core.training import metrics, optim, setup, track
 from moai_core.training.parallel import Ranks
-from moai_core.training.run import Fetched, OnEvent, Run
+from moai_core.training.run import Fetched, OnEvent, Result, Run
 from moai_core.training.sample import sample
 from moai_core.training.stop import StopFlag
+from moai_core.training.validate import validate
 
 # Threads of torch's products on the processor while a GPU trains: what is left to them is small, and a team of one
 # thread a core waits for each other. On 64 cores that took a GPU from 980 to 360 thousand tokens/s.
 GPU_THREADS = 4
 # Train losses that the mean in `Result.loss` is taken over.
 RECENT = 10
-
-
-@dataclass
-class Result:
-    """What a finished run reports. loss: mean of the last ten steps; valid, best and sample are None where the recipe
-    asks for none.
-    """
-
-    run_dir: Path
-    checkpoint: Path | None
-    step: int
-    tokens: int
-    loss: float | None
-    valid: dict[str, Any] | None
-    best: dict[str, Any] | None
-    sample: dict[str, Any] | None
-    tokens_per_s: float | None
-    seconds: float
-    skipped: int
-    resumed_from: int | None
-    plot: Path | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
 def train(
@@ -303,42 +277,25 @@ class Loop(Run):
     def _saved_step(self) -> int:
         return -1 if self.saved is None else int(self.saved.name.removeprefix("step-"))
 
-    def _valid_batches(self, loader: Loader) -> Iterator[dict[str, Any]]:
-        """The same batches each time, at most one pass; ends early on a wish to stop."""
-        for batch in loader.once(-(-self.recipe.train.eval_batches // self.ranks.world)):
-            if self.stop:
-                return
-            yield batch
-
     def _evaluate(self) -> None:
         if not self.valid_loaders:
             return
-        progress, sums = self.progress, {}
-        for name, loader in self.valid_loaders.items():
-            found = evaluate.evaluate(
-                self.model,
-                self._valid_batches(loader),
-                device=self.ranks.device,
-                autocast=self.ranks.autocast,
-                on_event=self.on_event,
-            )
-            self._agree_to_go_on(0, 0)
-            sums[name] = self.ranks.sum(found["nats"], found["tokens"], found["bytes"])
-        nats, tokens, size = (sum(part) for part in zip(*sums.values(), strict=True))
-        valid = evaluate.summary(nats, int(tokens), int(size))
-        if any(name is not None for name in sums):
-            each = {name or "": evaluate.summary(n, int(t), int(b)) for name, (n, t, b) in sums.items()}
-            valid["sets"] = each
+        progress = self.progress
+        valid = validate(
+            self.model,
+            self.valid_loaders,
+            self.ranks,
+            batches=self.recipe.train.eval_batches,
+            stop=self.stop,
+            agree=lambda: self._agree_to_go_on(0, 0),
+            on_event=self.on_event,
+        )
         progress.evaluated, progress.valid = progress.step, {"step": progress.step, **valid}
         if math.isfinite(valid["loss"]) and (progress.best is None or valid["loss"] < progress.best["loss"]):
             progress.best = progress.valid
         if self.ranks.main:
-            row = {
-                "kind": "valid",
-                "step": progress.step,
-                "valid_loss": valid["loss"],
-                **{k: v for k, v in valid.items() if k != "loss"},
-            }
+            row = {"kind": "valid", "step": progress.step, "valid_loss": valid["loss"]}
+            row |= {k: v for k, v in valid.items() if k != "loss"}
             self.metrics.write(row)
             self.on_event({"event": "valid", **row})
             sets = {f"bits_per_byte/{name}": one["bits_per_byte"] for name, one in valid.get("sets", {}).items()}

@@ -1,5 +1,5 @@
 """A run before its first step: the folder taken, the weights made or loaded, the data opened, a checkpoint's state put
-back.
+back. And what a run holds on the way (Progress, Fetched) and reports at its end (Result).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,31 @@ class Progress:
     valid: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     sample: dict[str, Any] | None = None
+
+
+@dataclass
+class Result:
+    """What a finished run reports. loss: mean of the last ten steps; valid, best and sample are None where the recipe
+    asks for none.
+    """
+
+    run_dir: Path
+    checkpoint: Path | None
+    step: int
+    tokens: int
+    loss: float | None
+    valid: dict[str, Any] | None
+    best: dict[str, Any] | None
+    sample: dict[str, Any] | None
+    tokens_per_s: float | None
+    seconds: float
+    skipped: int
+    resumed_from: int | None
+    plot: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
 @dataclass
