@@ -24,7 +24,7 @@ from moai_core.convert import jamba, mamba, packed, parity
 from moai_core.convert.runtimes import TransformersRuntime, quiet
 from moai_core.convert.source import Lazy, OnEvent, Options, Packed, Parity, Refused, Runtime, Source
 from moai_core.errors import MoaiError, UsageError
-from moai_core.quant import formats
+from moai_core.quant import formats, packing
 from moai_core.quant.formats import Spec
 
 FORMATS = tuple(packed.LAYOUTS)
@@ -175,7 +175,7 @@ def _zeros(spec: Spec, out: int, columns: int) -> Packed:
 def _parts(layout: Any, module: str, one: Packed) -> dict[str, Lazy]:
     """The layout's tensors of a matrix, none made yet."""
     out, half = one.tensors["qweight"].shape
-    made = layout.made(one.spec, out, half * 8 // formats.FORMATS[one.spec.format].bits)
+    made = packing.made(layout, one.spec, out, half * 8 // formats.FORMATS[one.spec.format].bits)
     loading = packed.Loading(one.tensors)
 
     def part(leaf: str) -> Lazy:

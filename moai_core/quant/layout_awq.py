@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.quant import packing
-from moai_core.quant.formats import Layout, Spec
+from moai_core.quant.formats import Spec
 from moai_core.quant.packing import Stored, Tensors
 
 METHOD = "awq"
@@ -89,13 +89,6 @@ OPTIONAL: tuple[str, ...] = ()
 # ---- out of moai's tensors ---------------------------------------------------------------------------------------
 
 
-def made(spec: Spec, out: int, columns: int) -> Layout:
-    """See packing.py."""
-    return {
-        name: (shape, types[0]) for name, (shape, types) in shapes(packing.stored(spec).sized(out, columns)).items()
-    }
-
-
 def _pack(found: Tensor) -> Tensor:
     """(R, O) -> (R, O/8) int32."""
     return packing.pack(found.reshape(len(found), -1, 8)[..., ORDER].flatten(1), BITS)
@@ -127,11 +120,6 @@ def _int4(spec: Spec) -> Spec:
 MADE = {"qweight": _made_qweight, "qzeros": _made_qzeros, "scales": _made_scales}
 
 
-def to_layout(tensors: Tensors, spec: Spec) -> dict[str, Tensor]:
-    """AWQ's tensors of moai's int4. Raises UsageError for another format, or zero points that are no whole numbers."""
-    return {name: make(tensors, spec) for name, make in MADE.items()}
-
-
 # ---- into moai's tensors -----------------------------------------------------------------------------------------
 
 
@@ -148,14 +136,6 @@ def _points(tensors: Tensors, stored: Stored) -> Tensor:
 
 
 PARTS = {"qweight": _qweight, "scales": _scales, "zeros": _points}
-
-
-def from_layout(tensors: Tensors, stored: Stored) -> tuple[dict[str, Tensor], Spec]:
-    """moai's tensors of the same numbers. Raises Unfit where moai's formats can't hold them, CheckpointError for
-    tensors of other shapes and scales that are no numbers."""
-    stored = size(tensors, stored)
-    packing.check_shapes(tensors, shapes(stored), OPTIONAL)
-    return {name: PARTS[name](tensors, stored) for name in packing.parts(stored)}, stored.spec
 
 
 def decode(tensors: Tensors, stored: Stored) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moai_core.errors import CheckpointError
 from moai_core.quant import packing
-from moai_core.quant.formats import Layout, Spec
+from moai_core.quant.formats import Spec
 from moai_core.quant.packing import Stored, Tensors
 
 METHOD = "compressed-tensors"
@@ -103,12 +103,6 @@ OPTIONAL = ("weight_g_idx",)
 # ---- out of moai's tensors ---------------------------------------------------------------------------------------
 
 
-def made(spec: Spec, out: int, columns: int) -> Layout:
-    """See packing.py."""
-    found = shapes(packing.stored(spec).sized(out, columns)).items()
-    return {name: (shape, types[0]) for name, (shape, types) in found if name not in OPTIONAL}
-
-
 def _made_packed(tensors: Tensors, spec: Spec) -> Tensor:
     return packing.pack(packing.codes(tensors, spec), packing.stored(spec).bits)
 
@@ -132,13 +126,6 @@ MADE = {
     "weight_shape": _made_shape,
     "weight_zero_point": _made_zero_point,
 }
-
-
-def to_layout(tensors: Tensors, spec: Spec) -> dict[str, Tensor]:
-    """compressed-tensors' tensors of moai's int4 or int8. Raises UsageError for another format, or zero points that are
-    no whole numbers."""
-    names = [name for name in MADE if name != "weight_zero_point" or not spec.symmetric]
-    return {name: MADE[name](tensors, spec) for name in names}
 
 
 # ---- into moai's tensors -----------------------------------------------------------------------------------------
@@ -172,22 +159,11 @@ def _points(tensors: Tensors, stored: Stored) -> Tensor:
 PARTS = {"qweight": _qweight, "scales": _scales, "zeros": _points}
 
 
-def from_layout(tensors: Tensors, stored: Stored) -> tuple[dict[str, Tensor], Spec]:
-    """moai's tensors of the same numbers. Raises Unfit where moai's formats can't hold them, CheckpointError for
-    tensors of other shapes, groups that don't exist and scales that are no numbers."""
-    stored = size(tensors, stored)
-    packing.check_shapes(tensors, shapes(stored), OPTIONAL)
-    return {name: PARTS[name](tensors, stored) for name in packing.parts(stored)}, stored.spec
-
-
 def decode(tensors: Tensors, stored: Stored) -> Tensor:
     """(O, I) fp32, exactly the stored values, in whatever order the groups are; `stored` is `size`'s. Raises
     CheckpointError."""
-    index = tensors.get("weight_g_idx")
-    if index is None:
-        index = torch.arange(stored.columns) // (stored.group_size or stored.columns)
-    packing.check_index(index, stored.groups)
-    scales, index = packing.numbers(tensors["weight_scale"]), index.long()
+    index = packing.of_columns(tensors.get("weight_g_idx"), stored)
+    scales = packing.numbers(tensors["weight_scale"])
     q = _codes(tensors, stored).float()
     q = q.sub_(stored.zero) if stored.symmetric else q.sub_(_zeros(tensors, stored).float()[:, index])
     return q.mul_(scales[:, index])

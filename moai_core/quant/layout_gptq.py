@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moai_core.errors import CheckpointError
 from moai_core.quant import packing
-from moai_core.quant.formats import Layout, Spec
+from moai_core.quant.formats import Spec
 from moai_core.quant.packing import Stored, Tensors
 
 METHOD = "gptq"
@@ -110,13 +110,6 @@ OPTIONAL = ("g_idx",)
 # ---- out of moai's tensors ---------------------------------------------------------------------------------------
 
 
-def made(spec: Spec, out: int, columns: int) -> Layout:
-    """See packing.py."""
-    return {
-        name: (shape, types[0]) for name, (shape, types) in shapes(packing.stored(spec).sized(out, columns)).items()
-    }
-
-
 def _made_qweight(tensors: Tensors, spec: Spec) -> Tensor:
     return packing.pack(packing.codes(tensors, spec), packing.stored(spec).bits).T.contiguous()
 
@@ -137,12 +130,6 @@ def _made_index(tensors: Tensors, spec: Spec) -> Tensor:
 
 
 MADE = {"qweight": _made_qweight, "qzeros": _made_qzeros, "scales": _made_scales, "g_idx": _made_index}
-
-
-def to_layout(tensors: Tensors, spec: Spec) -> dict[str, Tensor]:
-    """GPTQ's tensors of moai's int4 or int8. Raises UsageError for another format, or zero points that are no whole
-    numbers."""
-    return {name: make(tensors, spec) for name, make in MADE.items()}
 
 
 # ---- into moai's tensors -----------------------------------------------------------------------------------------
@@ -177,21 +164,10 @@ def _points(tensors: Tensors, stored: Stored) -> Tensor:
 PARTS = {"qweight": _qweight, "scales": _scales, "zeros": _points}
 
 
-def from_layout(tensors: Tensors, stored: Stored) -> tuple[dict[str, Tensor], Spec]:
-    """moai's tensors of the same numbers. Raises Unfit where moai's formats can't hold them, CheckpointError for
-    tensors of other shapes, groups that don't exist, scales that are no numbers, zero points where there are none."""
-    stored = size(tensors, stored)
-    packing.check_shapes(tensors, shapes(stored), OPTIONAL)
-    return {name: PARTS[name](tensors, stored) for name in packing.parts(stored)}, stored.spec
-
-
 def decode(tensors: Tensors, stored: Stored) -> Tensor:
     """(O, I) fp32, exactly the stored values, in whatever order the groups are; `stored` is `size`'s. Raises
     CheckpointError."""
-    index = tensors.get("g_idx")
-    if index is None:
-        index = torch.arange(stored.columns) // (stored.group_size or stored.columns)
-    packing.check_index(index, stored.groups)
-    scales, zeros, index = packing.numbers(tensors["scales"]).T, _zeros(tensors, stored).float(), index.long()
+    index = packing.of_columns(tensors.get("g_idx"), stored)
+    scales, zeros = packing.numbers(tensors["scales"]).T, _zeros(tensors, stored).float()
     q = packing.unpack(tensors["qweight"].T, stored.bits).float()
     return q.sub_(zeros[:, index]).mul_(scales[:, index])

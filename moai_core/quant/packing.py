@@ -9,13 +9,10 @@ order. Each module has
     fits(spec, out, columns)   why it can't store a matrix, or None
     size(found, stored)        the Stored of one matrix, whose out and columns are known then
     shapes(stored)             {name: (shape, types)} of what it stores; those in OPTIONAL may be missing
-    made(spec, out, columns)   {name: (shape, type)} of what to_layout gives
-    to_layout(tensors, spec)   from moai's tensors
-    from_layout(tensors, stored)
-                               (moai's tensors, Spec), the same numbers bit for bit
+    MADE                       {name: function(tensors, spec)}: the layout's tensors of moai's
+    PARTS                      {name: function(tensors, stored)}: moai's tensors of the layout's, the same numbers bit
+                               for bit. With a mapping that loads a tensor when asked for it, few are in memory at once
     decode(tensors, stored)    (O, I) fp32, also of what moai's formats can't hold
-    MADE, PARTS                the tensors that to_layout and from_layout make, one by one, by a function each: with a
-                               mapping that loads a tensor when asked for it, few are in memory at a time
 
 Source of each: the docstrings there.
 """
@@ -30,7 +27,7 @@ import torch
 from torch import Tensor
 
 from moai_core.errors import CheckpointError, UsageError
-from moai_core.quant.formats import GROUPS, Spec, pack4, unpack4
+from moai_core.quant.formats import GROUPS, Layout, Spec, pack4, unpack4
 
 Tensors = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
@@ -205,6 +202,15 @@ def by_group(index: Tensor | None, stored: Stored) -> Tensor:
     return blocks[:, 0]
 
 
+def of_columns(index: Tensor | None, stored: Stored) -> Tensor:
+    """(I,) int64, the stored group of each column; None: a group's columns are neighbours. Raises CheckpointError for a
+    group that doesn't exist."""
+    if index is None:
+        return torch.arange(stored.columns) // (stored.group_size or stored.columns)
+    check_index(index, stored.groups)
+    return index.long()
+
+
 def check_index(index: Tensor, groups: int) -> None:
     """Raises CheckpointError for a column of a group that doesn't exist."""
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < groups:
@@ -249,3 +255,9 @@ def _name(dtype: torch.dtype) -> str:
 def parts(stored: Stored) -> tuple[str, ...]:
     """The names of moai's tensors. Raises Unfit."""
     return ("qweight", "scales") if stored.spec.symmetric else ("qweight", "scales", "zeros")
+
+
+def made(layout: Any, spec: Spec, out: int, columns: int) -> Layout:
+    """{name: (shape, type)} of what a layout's module makes of a matrix (out, columns) of moai's."""
+    shapes = layout.shapes(stored(spec).sized(out, columns)).items()
+    return {name: (shape, types[0]) for name, (shape, types) in shapes if name in layout.MADE}

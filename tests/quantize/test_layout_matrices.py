@@ -43,6 +43,18 @@ def same(one, two):
     return one.keys() == two.keys() and all(one[n].dtype == two[n].dtype and torch.equal(one[n], two[n]) for n in one)
 
 
+def to_layout(layout, tensors, spec):
+    """The layout's tensors of moai's."""
+    return {name: layout.MADE[name](tensors, spec) for name in packing.made(layout, spec, 64, 96)}
+
+
+def from_layout(layout, tensors, stored):
+    """moai's tensors and format of the layout's."""
+    stored = layout.size(tensors, stored)
+    packing.check_shapes(tensors, layout.shapes(stored), layout.OPTIONAL)
+    return {name: layout.PARTS[name](tensors, stored) for name in packing.parts(stored)}, stored.spec
+
+
 def digest(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
@@ -56,13 +68,13 @@ def test_there_and_back(name, spec):
     tensors = make(spec)
     if name == "awq" and spec.format == "int8":
         with pytest.raises(UsageError, match="AWQ has 4 bits"):
-            LAYOUTS[name].to_layout(tensors, spec)
+            to_layout(LAYOUTS[name], tensors, spec)
         return
     layout = LAYOUTS[name]
-    written = layout.to_layout(tensors, spec)
-    assert {n: (tuple(t.shape), t.dtype) for n, t in written.items()} == layout.made(spec, 64, 96)
+    written = to_layout(layout, tensors, spec)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in written.items()} == packing.made(layout, spec, 64, 96)
     stored = config(name, spec)
-    back, found = layout.from_layout(written, stored)
+    back, found = from_layout(layout, written, stored)
     if name == "awq" and spec.symmetric:
         assert found == Spec("int4", spec.group_size, False)
         assert (back.pop("zeros") == 8).all()
@@ -71,8 +83,8 @@ def test_there_and_back(name, spec):
     assert same(back, tensors)
     values = layout.decode(written, sized(name, written, stored))
     assert values.dtype == torch.float32 and torch.equal(values, decode(spec, tensors))
-    again = layout.to_layout(
-        {**back, **({"zeros": written["scales"].T * 0 + 8} if name == "awq" and spec.symmetric else {})}, found
+    again = to_layout(
+        layout, {**back, **({"zeros": written["scales"].T * 0 + 8} if name == "awq" and spec.symmetric else {})}, found
     )
     assert same(again, written)
 
@@ -85,7 +97,7 @@ def test_there_and_back_of_random_matrices(groups, blocks, symmetric, name, seed
     if not symmetric:
         kept["zeros"] = torch.randint(16, (out, groups), generator=generator).half()
     tensors = FORMATS["int4"].pack(torch.randint(16, (out, columns), generator=generator), kept)
-    back, _ = LAYOUTS[name].from_layout(LAYOUTS[name].to_layout(tensors, spec), config(name, spec))
+    back, _ = from_layout(LAYOUTS[name], to_layout(LAYOUTS[name], tensors, spec), config(name, spec))
     assert all(torch.equal(back[n], tensors[n]) for n in tensors)
 
 
@@ -94,8 +106,8 @@ def test_compressed_tensors_takes_rows_and_columns_that_fill_no_number(out, colu
     for symmetric in (True, False):
         spec = Spec("int4", 0, symmetric)
         tensors = make(spec, out, columns)
-        written = layout_compressed.to_layout(tensors, spec)
-        back, found = layout_compressed.from_layout(written, config("compressed-tensors", spec))
+        written = to_layout(layout_compressed, tensors, spec)
+        back, found = from_layout(layout_compressed, written, config("compressed-tensors", spec))
         assert found == spec and same(back, tensors)
 
 
@@ -129,26 +141,26 @@ AUTO_AWQ = {
 def test_the_bits_of_auto_gptq(symmetric, group):
     spec = Spec("int4", group, symmetric)
     tensors = make(spec)
-    written = layout_gptq.to_layout(tensors, spec)
+    written = to_layout(layout_gptq, tensors, spec)
     if not symmetric:  # moai writes version 2 then; auto-gptq knew version 1 alone
         zeros = tensors["zeros"].to(torch.int32).T - 1
         written["qzeros"] = sum(zeros[:, i::8] << (4 * i) for i in range(8)).to(torch.int32)
     assert tuple(digest(written[n]) for n in ("qweight", "qzeros", "scales")) == AUTO_GPTQ[symmetric, group]
     theirs = {"bits": 4, "group_size": group or -1, "sym": symmetric, "desc_act": False, "damp_percent": 0.01}
-    back, found = layout_gptq.from_layout(written, layout_gptq.read_config(theirs))
+    back, found = from_layout(layout_gptq, written, layout_gptq.read_config(theirs))
     assert found == spec and same(back, tensors)
 
 
 @pytest.mark.parametrize(("symmetric", "group"), AUTO_AWQ)
 def test_the_bits_of_autoawq(symmetric, group):
     spec = Spec("int4", group, symmetric)
-    written = layout_awq.to_layout(make(spec), spec)
+    written = to_layout(layout_awq, make(spec), spec)
     assert tuple(digest(written[n]) for n in ("qweight", "qzeros", "scales")) == AUTO_AWQ[symmetric, group]
     for theirs in (
         {"quant_method": "awq", "zero_point": True, "group_size": group or -1, "bits": 4, "version": "gemm"},
         {"zero_point": True, "q_group_size": group or -1, "w_bit": 4, "version": "GEMM"},
     ):
-        back, found = layout_awq.from_layout(written, layout_awq.read_config(theirs))
+        back, found = from_layout(layout_awq, written, layout_awq.read_config(theirs))
         assert found == Spec("int4", group, False) and torch.equal(decode(found, back), decode(spec, make(spec)))
 
 
@@ -161,7 +173,7 @@ def test_compressed_tensors_reads_and_writes_the_same(spec, out):
     values = decode(spec, tensors)
     arguments = quantization.QuantizationArgs(**layout_compressed.write_config(spec))
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
-    written = layout_compressed.to_layout(tensors, spec)
+    written = to_layout(layout_compressed, tensors, spec)
     exact = {**written, "weight_scale": written["weight_scale"].float()}
     assert torch.equal(theirs.PackedQuantizationCompressor.decompress(exact, scheme)["weight"], values)
     state = {"weight": values, "weight_scale": tensors["scales"].float()}
@@ -169,7 +181,7 @@ def test_compressed_tensors_reads_and_writes_the_same(spec, out):
         state["weight_zero_point"] = (tensors["zeros"] - 8).to(torch.int8)
     made = theirs.PackedQuantizationCompressor.compress(state, scheme)
     assert same({n: made[n] for n in exact}, exact)
-    back, found = layout_compressed.from_layout({n: made[n] for n in exact}, config("compressed-tensors", spec))
+    back, found = from_layout(layout_compressed, {n: made[n] for n in exact}, config("compressed-tensors", spec))
     assert found == spec and same(back, tensors)
 
 
@@ -178,13 +190,13 @@ def test_zero_points_of_version_1():
     spec = Spec("int4", 32, False)
     tensors = make(spec)
     tensors["zeros"][0, 0] = 0
-    two = layout_gptq.to_layout(tensors, spec)
+    two = to_layout(layout_gptq, tensors, spec)
     one = {**two, "qzeros": two["qzeros"].clone()}
     codes = packing.unpack(two["qzeros"], 4)
     one["qzeros"] = packing.pack((codes - 1) & 15, 4)
     for written, version in ((one, "gptq"), (two, "gptq_v2")):
         stored = layout_gptq.read_config({"bits": 4, "group_size": 32, "sym": False, "checkpoint_format": version})
-        assert same(layout_gptq.from_layout(written, stored)[0], tensors)
+        assert same(from_layout(layout_gptq, written, stored)[0], tensors)
     assert layout_gptq.write_config(spec)["checkpoint_format"] == "gptq_v2"
     assert layout_gptq.write_config(Spec("int4"))["checkpoint_format"] == "gptq"
 
@@ -194,7 +206,7 @@ def test_zero_points_of_version_1():
 
 def gptq(symmetric=True):
     spec = Spec("int4", 32, symmetric)
-    return layout_gptq.to_layout(make(spec), spec), config("gptq", spec), spec
+    return to_layout(layout_gptq, make(spec), spec), config("gptq", spec), spec
 
 
 def test_groups_that_stand_in_another_order_are_read():
@@ -206,7 +218,7 @@ def test_groups_that_stand_in_another_order_are_read():
         for name in ("scales", "qzeros"):
             moved[name] = torch.empty_like(written[name])
             moved[name][order] = written[name]
-        assert same(layout_gptq.from_layout(moved, stored)[0], make(spec))
+        assert same(from_layout(layout_gptq, moved, stored)[0], make(spec))
         assert torch.equal(layout_gptq.decode(moved, sized("gptq", moved, stored)), decode(spec, make(spec)))
 
 
@@ -217,16 +229,16 @@ def test_groups_of_columns_that_are_no_neighbours_are_decoded_but_not_held(symme
     index = torch.randperm(96, generator=generator) // 32
     moved = {**written, "g_idx": index.int()}
     with pytest.raises(Unfit, match=r"not of neighbouring columns \(desc_act\)"):
-        layout_gptq.from_layout(moved, stored)
+        from_layout(layout_gptq, moved, stored)
     tensors = make(spec)
     q = packing.codes(tensors, spec).double()
     zeros = tensors["zeros"].double() if not symmetric else torch.full((64, 3), 8.0).double()
     expected = (q - zeros[:, index]) * tensors["scales"].double()[:, index]
     assert torch.equal(layout_gptq.decode(moved, sized("gptq", moved, stored)).double(), expected)
-    compressed = layout_compressed.to_layout(tensors, spec) | {"weight_g_idx": index.int()}
+    compressed = to_layout(layout_compressed, tensors, spec) | {"weight_g_idx": index.int()}
     stored = config("compressed-tensors", spec)
     with pytest.raises(Unfit, match="neighbouring"):
-        layout_compressed.from_layout(compressed, stored)
+        from_layout(layout_compressed, compressed, stored)
     values = layout_compressed.decode(compressed, sized("compressed-tensors", compressed, stored))
     assert torch.equal(values.double(), expected)
 
@@ -247,7 +259,7 @@ def test_other_groups_and_widths_are_decoded_but_not_held(stored, why):
         "scales": torch.rand(groups, 64, generator=generator).half(),
     }
     with pytest.raises(Unfit, match=why):
-        layout_gptq.from_layout(written, stored)
+        from_layout(layout_gptq, written, stored)
     values = layout_gptq.decode(written, layout_gptq.size(written, stored))
     mask = 2**stored.bits - 1
     for o, i in ((0, 0), (63, 95), (17, 42)):
@@ -260,10 +272,10 @@ def test_other_groups_and_widths_are_decoded_but_not_held(stored, why):
 def test_scales_that_fp16_does_not_hold():
     written, stored, spec = gptq()
     held = {**written, "scales": written["scales"].to(torch.bfloat16)}
-    assert same(layout_gptq.from_layout(held, stored)[0], make(spec))
+    assert same(from_layout(layout_gptq, held, stored)[0], make(spec))
     fine = {**written, "scales": written["scales"].float() * (1 + 2**-20)}
     with pytest.raises(Unfit, match="scales in float32 that fp16 doesn't hold"):
-        layout_gptq.from_layout(fine, stored)
+        from_layout(layout_gptq, fine, stored)
     assert torch.equal(layout_gptq.decode(fine, sized("gptq", fine, stored)), decode(spec, make(spec)) * (1 + 2**-20))
 
 
@@ -274,7 +286,7 @@ def test_zero_points_that_were_trained_stay_with_moai():
         tensors["zeros"][3, 1] = bad
         for layout in LAYOUTS.values():
             with pytest.raises(UsageError, match=r"a zero point of .* can't be stored in this layout"):
-                layout.to_layout(tensors, spec)
+                to_layout(layout, tensors, spec)
     with pytest.raises(UsageError, match="nf4 can't be stored in this layout, int4 and int8 can"):
         layout_gptq.write_config(Spec("nf4", 0))
 
@@ -286,7 +298,7 @@ def broken():
     """(layout, its tensors and Stored, what is wrong, the message)"""
     for name in LAYOUTS:
         spec = Spec("int4", 32, False)
-        good, stored = LAYOUTS[name].to_layout(make(spec), spec), config(name, spec)
+        good, stored = to_layout(LAYOUTS[name], make(spec), spec), config(name, spec)
         q, s, z = (
             ("weight_packed", "weight_scale", "weight_zero_point")
             if name == "compressed-tensors"
@@ -310,7 +322,7 @@ def broken():
         index = written["g_idx"].clone()
         index[5] = bad
         yield "gptq", written | {"g_idx": index}, stored, f"g_idx holds {bad}, there are groups 0 to 2"
-        compressed = layout_compressed.to_layout(make(spec), spec) | {"weight_g_idx": index}
+        compressed = to_layout(layout_compressed, make(spec), spec) | {"weight_g_idx": index}
         yield "compressed-tensors", compressed, config("compressed-tensors", spec), f"g_idx holds {bad}"
     yield "gptq", written | {"g_idx": written["g_idx"][:-1]}, stored, "g_idx has the shape"
     yield (
@@ -319,12 +331,12 @@ def broken():
         stored,
         "a zero point is 9, that of every symmetric group is 8",
     )
-    good = layout_compressed.to_layout(make(spec), spec)
+    good = to_layout(layout_compressed, make(spec), spec)
     stored = config("compressed-tensors", spec)
     for shape in ([64, 97], [64, 88], [64, -96], [65, 96], [2**62, 96]):
         yield "compressed-tensors", good | {"weight_shape": torch.tensor(shape)}, stored, "weight_shape is"
     yield "compressed-tensors", good | {"weight_shape": torch.tensor([64.0, 96.0])}, stored, "two whole numbers"
-    eight = layout_gptq.to_layout(make(Spec("int8", 32)), Spec("int8", 32))
+    eight = to_layout(layout_gptq, make(Spec("int8", 32)), Spec("int8", 32))
     eight["qweight"][0, 0] &= -256
     yield "gptq", eight, config("gptq", Spec("int8", 32)), "holds the integer -128"
 
@@ -333,7 +345,7 @@ def broken():
 def test_what_is_broken_is_said_in_one_line(case):
     name, tensors, stored, message = list(broken())[case]
     with pytest.raises(CheckpointError, match=message) as caught:
-        LAYOUTS[name].from_layout(tensors, stored)
+        from_layout(LAYOUTS[name], tensors, stored)
     assert "\n" not in caught.value.message and caught.value.exit_code == 3
 
 
