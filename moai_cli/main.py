@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
@@ -95,6 +96,35 @@ def _error(exc: BaseException) -> MoaiError | None:
     return None
 
 
+_KINDS = {"int_parsing": "a whole number", "float_parsing": "a number", "int_parsing_size": "a smaller number"}
+_LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def _wrong_value(exc: TyperException) -> str | None:
+    """`--flag must be a whole number (got 'x')`; None where Typer says better what is wrong. Its own words for a value
+    of the wrong type, which are pydantic's, don't show the value."""
+    parameter, cause = getattr(exc, "param", None), exc.__cause__
+    errors = getattr(cause, "errors", None)
+    if parameter is None or errors is None:
+        return None
+    problem = errors()[0]
+    limits = [f"{sign} {problem['ctx'][key]}" for key, sign in _LIMITS.items() if key in problem.get("ctx", {})]
+    wanted = limits[0] if limits else _KINDS.get(problem["type"])
+    name = parameter.opts[0] if parameter.opts else parameter.human_readable_name
+    return wanted and f"{name} must be {wanted} (got {problem['input']!r})"
+
+
+def _command(argv: Sequence[str]) -> str:
+    """`moai bench scan`, of a command line that begins so."""
+    found, command = ["moai"], typer.main.get_command(app)
+    for word in argv:
+        if (inner := getattr(command, "commands", {}).get(word)) is None:
+            break
+        found.append(word)
+        command = inner
+    return " ".join(found)
+
+
 def _drop_stdout() -> None:
     """What is still buffered can't be written: nothing more to flush at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -111,12 +141,11 @@ def run(argv: list[str] | None = None) -> int:
     except TyperException as exc:
         if os.environ.get("MOAI_DEBUG"):
             raise
-        context = getattr(exc, "ctx", None)
         if type(exc).__name__ == "NoArgsIsHelpError":
             typer.echo(exc.format_message(), err=True)
             return 2
-        hint = f"{context.command_path} --help" if context is not None else "moai --help"
-        return console.fail(UsageError(exc.format_message(), hint=hint))
+        asked = _command(sys.argv[1:] if argv is None else argv)
+        return console.fail(UsageError(_wrong_value(exc) or exc.format_message(), hint=f"{asked} --help"))
     except typer.Exit as exc:
         return exc.exit_code
     except BaseException as exc:
@@ -142,8 +171,9 @@ _register()
 
 def main() -> NoReturn:
     """Entry point of the `moai` executable. Pipes and files get UTF-8 whatever the locale; a terminal gets its own
-    encoding, with `?` for what it can't show; what was closed (`>&-`) takes everything in silence.
+    encoding, with `?` for what it can't show; what was closed takes everything in silence (`>&-`) or is empty (`<&-`).
     """
+    sys.stdin = sys.stdin or os.fdopen(os.open(os.devnull, os.O_RDONLY))
     sys.stdout, sys.stderr = (
         stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") for stream in (sys.stdout, sys.stderr)
     )

@@ -14,7 +14,7 @@ import typer
 
 from moai_cli import console
 from moai_core import paths
-from moai_core.errors import UsageError
+from moai_core.errors import UsageError, shell
 
 
 def by_name(model: Any) -> Any:
@@ -133,7 +133,7 @@ def required_model(path: Path | None) -> Path:
     if path is not None:
         return path
     runs = sorted(Path("runs").glob("*/step-*/manifest.json"), key=lambda file: file.stat().st_mtime)
-    newest = f"--model {runs[-1].parent.parent}" if runs else None
+    newest = f"--model {shell(runs[-1].parent.parent)}" if runs else None
     if (folder := paths.pretrained()) is not None:
         other = f"{newest} takes the newest run here" if newest else "--model takes another"
         console.note(f"using {folder.name}, the model that comes with moai ({_about(folder)}); {other}")

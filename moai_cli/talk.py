@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moai_cli import console
 from moai_cli.lines import Lines
-from moai_core.errors import CheckpointError, Interrupted, StorageError, UsageError
+from moai_core.errors import CheckpointError, Interrupted, StorageError, UsageError, shell
 
 if TYPE_CHECKING:
     from moai_core.generation import Completion, Session
@@ -182,9 +182,9 @@ class Talk:
         *names, flag = [*_words(text), ""] if not text.endswith("--force") else _words(text)
         path = Path(names[0]).expanduser() if len(names) == 1 else self.file if not names else None
         if path is None:
-            raise UsageError("/save needs a file name", hint="/save friday.session")
+            raise _no_file("/save", names)
         if path.exists() and path not in self.own and flag != "--force":
-            raise UsageError(f"{path}: exists already", hint=f"/save {path} --force replaces it")
+            raise UsageError(f"{path}: exists already", hint=f"/save {shell(path)} --force replaces it")
         self.session.save(path)
         self.own.add(path)
         console.note(f"saved to {path}")
@@ -192,7 +192,7 @@ class Talk:
     def _load(self, text: str) -> None:
         names = _words(text)
         if len(names) != 1:
-            raise UsageError("/load needs a file name", hint="/load friday.session")
+            raise _no_file("/load", names)
         self.load(Path(names[0]).expanduser())
 
     def _stats(self, _: str) -> None:
@@ -242,6 +242,13 @@ def _words(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as exc:
         raise UsageError(f"can't read the file name: {exc}", hint="close the quotes") from exc
+
+
+def _no_file(command: str, names: list[str]) -> UsageError:
+    if names:
+        hint = f"quote a name with spaces: {command} {shell(' '.join(names))}"
+        return UsageError(f"{command} takes one file name (got {len(names)})", hint=hint)
+    return UsageError(f"{command} needs a file name", hint=f"{command} friday.session")
 
 
 def _shown(value: Any) -> str:

@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_HINTS = {
+    errno.ENOENT: "check the path: a file or folder in it doesn't exist",
+    errno.ENOTDIR: "check the path: what should be a folder in it is a file",
+    errno.EISDIR: "name a file, not a folder",
+    errno.EROFS: "choose a place that may be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 class MoaiError(Exception):
@@ -83,6 +91,10 @@ def storage_error(exc: OSError, path: str | os.PathLike[str]) -> StorageError:
             f"{where}: disk full ({exc.strerror})",
             hint="free some space or choose another folder, then run the same command again",
         )
-    return StorageError(
-        f"{where}: {exc.strerror or exc}", hint="check that the path exists and that you may write there"
-    )
+    hint = _HINTS.get(exc.errno or 0, "check that the path exists and that you may read and write there")
+    return StorageError(f"{where}: {exc.strerror or exc}", hint=hint)
+
+
+def shell(path: str | os.PathLike[str]) -> str:
+    """A path as a hint shows it inside a command to paste: in quotes where a shell would take it apart."""
+    return shlex.quote(os.fspath(path))

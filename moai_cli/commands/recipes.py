@@ -100,7 +100,7 @@ def cp(
 ) -> None:
     """Copy a recipe, to change it. The copy still extends the packaged bases."""
     from moai_core import recipe
-    from moai_core.errors import UsageError, storage_error
+    from moai_core.errors import UsageError, shell, storage_error
 
     source = recipe.find(name)
     target = to / source.name if to.is_dir() or to.suffix not in (".yaml", ".yml") else to
@@ -118,7 +118,7 @@ def cp(
     if json:
         print_json({"from": str(source), "to": str(target)})
     else:
-        console.print(clean(f"{target}: train it with moai train --recipe {target}"), markup=False)
+        console.print(clean(f"{target}: train it with moai train --recipe {shell(target)}"), markup=False)
 
 
 @app.command(epilog="Example: `moai recipes check mine.yaml optim.lr=1e-4`")

@@ -25,7 +25,7 @@ import torch
 
 from moai_core import __version__, storage
 from moai_core import device as devices
-from moai_core.errors import Interrupted, MoaiError, StorageError, UsageError, storage_error
+from moai_core.errors import Interrupted, MoaiError, StorageError, UsageError, shell, storage_error
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OnEvent = Callable[[dict[str, Any]], None]
@@ -219,7 +219,8 @@ def check_effort(limit: float, repeats: int | None) -> None:
 def check_plot(path: Path) -> None:
     """Raises before the work begins what would stop the picture at its end: StorageError, UsageError."""
     if path.suffix.lower() != ".png":
-        raise UsageError(f"--plot must name a PNG file (got {str(path)!r})", hint=f"--plot {path.stem or 'bench'}.png")
+        name = shell(f"{path.stem or 'bench'}.png")
+        raise UsageError(f"--plot must name a PNG file (got {str(path)!r})", hint=f"--plot {name}")
     if not path.parent.is_dir():
         raise StorageError(f"{path}: no such folder", hint="make the folder first")
     if path.exists() and not path.is_file():

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moai_core.data.records import BadRecord, Document, Problems, Segment
-from moai_core.errors import DataError
+from moai_core.errors import DataError, shell
 
 TEXT = (".txt", ".text", ".md", ".markdown")
 PACKED = (".gz", ".zst")
@@ -77,7 +77,7 @@ def read_blocks(path: Path, problems: Problems) -> Iterator[bytes]:
                 if block[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     raise DataError(
                         f"{path}:1: starts with a UTF-16 byte order mark; moai reads UTF-8",
-                        hint=f"iconv -f UTF-16 -t UTF-8 {path.name}",
+                        hint=f"iconv -f UTF-16 -t UTF-8 {shell(path.name)}",
                     )
                 problems.origin = 3 if block.startswith(b"\xef\xbb\xbf") else 0
                 block, start = block[problems.origin :], False

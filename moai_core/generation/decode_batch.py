@@ -40,7 +40,7 @@ def describe(model: Any, wanted: str = "auto") -> str:
     """Which engine runs, and why not the other, in one line."""
     if pick(model, wanted) == "graph":
         return "graph: fused kernels, a CUDA graph a step, sampling on the GPU"
-    return "plain: " + ("named" if wanted == "plain" else f"{decode.why_not(model)}")
+    return "plain: " + ("named" if wanted == "plain" else f"graph can't be used here, {decode.why_not(model)}")
 
 
 def make(model: Any, vocabulary_size: int, wanted: str = "auto", *, rows: int = 1) -> engine.Batch | Batch:

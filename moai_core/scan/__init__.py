@@ -104,7 +104,7 @@ def pick(
             return BACKENDS[name]
         if backend == name:
             raise UsageError(
-                f"scan backend '{name}' can't be used here: {reason}", hint="use scan: auto to let moai choose"
+                f"scan backend '{name}' can't be used here: {reason}", hint="auto lets moai choose"
             )
     refusals = "; ".join(f"{name}: {reason}" for name, reason in reasons)
     raise UsageError(f"no scan backend works on {device} with {dtype} ({refusals})")

@@ -18,7 +18,7 @@ import torch
 from moai_core import storage, weights
 from moai_core.checkpoint import load_model
 from moai_core.data.tokenize import check_tokenizer, load_tokenizer
-from moai_core.errors import UsageError
+from moai_core.errors import UsageError, shell
 
 _MULTIPLE = 128
 
@@ -49,7 +49,7 @@ class Grown:
         if own is not None and ids_of(own) != ids_of(state):
             raise UsageError(
                 f"{folder}: the model's own tokenizer has other tokens than the one to extend",
-                hint=f"name the model's folder as the tokenizer, too: extend {folder} … --model {folder}",
+                hint=f"name the model's folder as the tokenizer, too: extend {shell(folder)} … --model {shell(folder)}",
             )
 
     def write(self, out: Path, pieces: dict[int, list[int]], files: dict[str, bytes]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moai_core import checkpoint, storage
-from moai_core.errors import CheckpointError, UsageError, storage_error
+from moai_core.errors import CheckpointError, UsageError, shell, storage_error
 from moai_core.recipe import Recipe
 from moai_core.training import metrics
 
@@ -135,6 +135,6 @@ def check_agreement(
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
         hint = "train the new recipe in another folder with --output"
         if not explicit and not any(_covers(MUST_AGREE, k) for k in wrong) and len(shown) == len(wrong):
-            hint += f", or take the new values from here on with --resume {step_dir}"
+            hint += f", or take the new values from here on with --resume {shell(step_dir)}"
         raise UsageError(f"{step_dir} was trained with another recipe: {', '.join(shown[:3])}{more}", hint=hint)
     return differ

@@ -16,7 +16,7 @@ import torch
 
 from moai_core import checkpoint, plan, scan
 from moai_core.data import tokenize
-from moai_core.errors import UsageError
+from moai_core.errors import UsageError, shell
 from moai_core.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def load_tokenizer(recipe: Recipe, folder: Path | None) -> PreTrainedTokenizerFa
         trained_with = tokenize.load_tokenizer(folder)
         if tokenize.fingerprint(trained_with) != tokenize.fingerprint(tokenizer):
             why = f"{recipe.tokenizer} is not the tokenizer that {folder} was trained with"
-            raise recipe.error("tokenizer", why, hint=f"tokenizer={folder}")
+            raise recipe.error("tokenizer", why, hint=shell(f"tokenizer={folder}"))
     return tokenizer
 
 
@@ -151,9 +151,10 @@ def _load_plain(
     """As load_model; UsageError for a quantized one, most of which would stand still."""
     model = load_model(path, recipe, tokenizer, dtype, on_event)
     if model.config.quantization is not None:
+        decode = f"moai convert {shell(path)} PLAIN --to moai --outtype bf16"
         raise UsageError(
             f"{path}: is quantized, and what is quantized can't be trained here",
-            hint=f"`moai qat` trains it, and `moai convert {path} PLAIN --to moai --outtype bf16` decodes it before",
+            hint=f"`moai qat` trains it, and `{decode}` decodes it before",
         )
     return model
 

@@ -114,6 +114,12 @@ def test_a_session_file_continues_bit_for_bit(moai, folder, tmp_path):
         (["/set seed"], 2, "error: /set seed must be"),
         (["/save"], 2, "error: /save needs a file name"),
         (["/save there"], 2, "error: there: exists already"),
+        (
+            ["/save a b.session"],
+            2,
+            "error: /save takes one file name (got 2)\nhint: quote a name with spaces: /save 'a b.session'\n",
+        ),
+        (["/load a b.session"], 2, "error: /load takes one file name (got 2)"),
         (["/save no/folder/x"], 4, "no/folder/x: No such file"),
         (["/save 'x"], 2, "error: can't read the file name"),
         (["/load"], 2, "error: /load needs a file name"),

@@ -184,7 +184,7 @@ def test_logits_that_are_not_finite_are_an_error(stand, monkeypatch):
 def test_engines_are_picked_or_refused_with_a_reason():
     model, tokenizer = make_model(1), make_tokenizer()
     assert decode_batch.pick(model) == decode_batch.pick(model, "plain") == "plain"
-    assert decode_batch.describe(model) == "plain: it runs on CUDA GPUs only, not on cpu"
+    assert decode_batch.describe(model) == "plain: graph can't be used here, it runs on CUDA GPUs only, not on cpu"
     assert decode_batch.describe(model, "plain") == "plain: named"
     with pytest.raises(UsageError, match="'graph' can't be used here: it runs on CUDA GPUs only"):
         generate(model, tokenizer, ["a"], engine="graph")
