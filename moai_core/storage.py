@@ -187,17 +187,18 @@ def sha256(path: Path) -> str:
 
 def read_json(path: Path, *, limit: int = _MANIFEST_LIMIT) -> Any:
     """JSON from a file that nobody vouches for: at most `limit` bytes, UTF-8, no key twice. Raises CheckpointError."""
-    return parse_json(_read_limited(path, limit), str(path))
+    return parse_json(read_limited(path, limit), str(path))
 
 
-def _read_limited(path: Path, limit: int = _MANIFEST_LIMIT) -> bytes:
+def read_limited(path: Path, limit: int) -> bytes:
+    """The bytes of a file that nobody vouches for, at most `limit` of them. Raises CheckpointError."""
     try:
         with open(path, "rb") as file:
             raw = file.read(limit + 1)
     except OSError as exc:
         raise CheckpointError(f"{path}: can't be read ({exc.strerror})") from exc
     if len(raw) > limit:
-        raise CheckpointError(f"{path}: larger than the {limit >> 20} MB such a file may have")
+        raise CheckpointError(f"{path}: larger than the {limit >> 20} MiB such a file may have")
     return raw
 
 
@@ -224,7 +225,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: incomplete ({MANIFEST} is missing)", hint=_DAMAGED)
-    raw = _read_limited(path)
+    raw = read_limited(path, _MANIFEST_LIMIT)
     body = parse_json(raw, str(path))
     files = body.get("files") if isinstance(body, dict) else None
     if not isinstance(files, dict) or raw != _manifest_bytes(files):

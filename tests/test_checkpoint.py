@@ -385,7 +385,7 @@ HOSTILE_CONFIGS = {
     "broken": (lambda f: (f / "config.json").write_text('{"model_type": "mamba_moai",'), "config.json: not valid JSON"),
     "binary": (lambda f: (f / "config.json").write_bytes(b"\x80\x04\x95pickle"), "config.json: not valid JSON"),
     "nested": (lambda f: (f / "config.json").write_text("[" * 500_000), "config.json: not valid JSON"),
-    "too large": (lambda f: (f / "config.json").write_text(" " * (2 << 20)), "larger than the 1 MB"),
+    "too large": (lambda f: (f / "config.json").write_text(" " * (2 << 20)), "larger than the 1 MiB"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, got list"),
     "a folder": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "can't be read"),
     "auto_map": (lambda f: edit(f, auto_map={"AutoModelForCausalLM": "evil.py--Model"}), "auto_map asks to run code"),
@@ -457,7 +457,7 @@ def test_index_that_forgets_a_tensor_or_is_no_index(plain):
 
 def test_an_index_that_would_fill_the_memory(plain):
     limit = 8 << 20
-    for size, message in ((limit, "has no weight_map"), (limit + 3, "larger than the 8 MB")):
+    for size, message in ((limit, "has no weight_map"), (limit + 3, "larger than the 8 MiB")):
         (plain / "model.safetensors.index.json").write_bytes(b"[" + b"{}," * ((size - 3) // 3) + b"1]")
         answer = in_child(lambda: checkpoint.load_model(plain))
         assert answer.startswith("CheckpointError") and message in answer, answer

@@ -261,12 +261,7 @@ def read_files(path: Path) -> dict[str, bytes]:
     for name in FILES:
         file = path / name
         if file.is_file():
-            try:
-                if file.stat().st_size > _FILE_LIMIT:
-                    raise CheckpointError(f"{file}: larger than the {_FILE_LIMIT >> 20} MB such a file may have")
-                found[name] = file.read_bytes()
-            except OSError as exc:
-                raise CheckpointError(f"{file}: can't be read ({exc.strerror})") from exc
+            found[name] = storage.read_limited(file, _FILE_LIMIT)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if name in found:
             _json(found[name], path / name)

@@ -26,6 +26,7 @@ import numpy as np
 from moai_core.data.records import Document, Segment
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.paths import TOKENIZERS
+from moai_core.storage import read_limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -115,15 +116,7 @@ def _folder(path_or_name: str | Path) -> Path:
 
 
 def _read(path: Path) -> bytes:
-    limit = _LIMITS[path.name]
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(limit + 1)
-    except OSError as exc:
-        raise CheckpointError(f"{path}: can't be read ({exc.strerror})") from exc
-    if len(raw) > limit:
-        raise CheckpointError(f"{path}: larger than the {limit >> 20} MiB such a file may have")
-    return raw
+    return read_limited(path, _LIMITS[path.name])
 
 
 def _text(raw: bytes, path: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from moai_core.data.regexes import check_patterns
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.paths import TOKENIZERS
-from moai_core.storage import parse_json
+from moai_core.storage import parse_json, read_limited
 from moai_core.tokenizer.layout import load_backend
 from moai_core.tokenizer.text import OnEvent, Source, Texts
 
@@ -30,13 +30,7 @@ def open_tokenizer(name: str) -> tuple[Any, dict[str, Any]]:
     The backend takes no text for a special token. Raises UsageError when there is none, CheckpointError.
     """
     path = find_tokenizer(name)
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_LIMIT + 1)
-    except OSError as exc:
-        raise CheckpointError(f"{path}: can't be read ({exc.strerror})") from exc
-    if len(raw) > _LIMIT:
-        raise CheckpointError(f"{path}: larger than the {_LIMIT >> 20} MiB such a file may have")
+    raw = read_limited(path, _LIMIT)
     state = parse_json(raw, str(path))
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise CheckpointError(f"{path}: not a tokenizer.json (it has no model)")
