@@ -244,12 +244,9 @@ def run(
     and the picture. join: None joins the packaged text, whose records are short,
     and leaves other texts as they are.
     """
-    for flag, value, least in (("--max-length", length, 2), ("--tokens", tokens, 2), ("--chunk", chunk, 1)):
-        if value is not None and value < least:
-            raise UsageError(f"{flag} must be at least {least} (got {value})")
+    report.at_least(("--max-length", length, 2), ("--tokens", tokens, 2), ("--chunk", chunk, 1))
     check_contexts(contexts)
-    if plot is not None:
-        report.check_plot(plot)
+    report.check_plot(plot)
     where = place(device)
     sources = [Source(path=path) for path in data] or [Source(path=str(PACKAGED))]
     loaded = score.load_all(models, where, scan=scan, on_event=on_event)
@@ -262,9 +259,7 @@ def run(
     if contexts:
         found["contexts"] = by_context(loaded, texts, words, contexts=contexts, on_event=on_event)
         found["notes"] += lengths(texts, contexts)[1:]
-    if plot is not None:
-        picture(found, plot)
-    return {**found, "plot": None if plot is None else str(plot)}
+    return report.with_picture(found, plot, picture)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,18 +17,13 @@ from typing import Any
 
 import torch
 
-from moai_core import config as sizes
 from moai_core.bench import report, timing
-from moai_core.bench.quantized import FORMATS, model
+from moai_core.bench.quantized import FORMATS, model, sized
 from moai_core.bench.report import Table
 from moai_core.device import place
-from moai_core.errors import UsageError
 from moai_core.generation import decode
 from moai_core.generation.sampling import Settings
 
-PRESETS = ("2b", "8b", "16b")
-# Without a preset on a CPU: seconds, not minutes.
-_SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 8192}
 ENGINES = ("graph", "plain")
 _STEPS = 16
 # What was asked of the 2b shape on one H100 80GB (tokens/s), and what mamba_ssm 2.3.2 with CUDA graphs reached there.
@@ -109,12 +104,8 @@ def run(
     "notes"}. What an engine refuses or memory doesn't hold is left out with a note. UsageError for wrong words."""
     where = place(device)
     cuda = where.type == "cuda"
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset must be one of {', '.join(PRESETS)} (got {preset!r})")
-    if (layers is not None and layers < 1) or (repeats is not None and repeats < 1):
-        raise UsageError("--layers and --repeats must be at least 1")
-    preset = preset or ("2b" if cuda else None)
-    numbers = sizes.fields(preset, **(({} if preset else _SMALL) | ({"num_hidden_layers": layers} if layers else {})))
+    report.at_least(("--repeats", repeats, 1))
+    name, numbers = sized(preset, layers, where)
     rows = report.numbers("--batch", batches or ["1", "8", "64"])
     names = report.among("--format", formats or (["none", "int4"] if cuda else ["none"]), list(FORMATS))
     chosen = report.among("--engine", engines or list(ENGINES), ENGINES)
@@ -122,7 +113,7 @@ def run(
     clock = timing.Clock(where)
     found: dict[str, Any] = {
         "environment": report.environment(where, command),
-        "model": preset or "small",
+        "model": name,
         "layers": numbers["num_hidden_layers"],
         "dtype": report.short(number),
         "copy_bytes_per_s": copy_rate(clock),

@@ -291,10 +291,8 @@ def run(
     on_event: report.OnEvent = lambda event: None,
 ) -> dict[str, Any]:
     """`measure` with the words of flags, and the picture; the report, with `plot` where there is one."""
-    if plot is not None:
-        report.check_plot(plot)
-    if length < 16:
-        raise UsageError(f"--seq-len must be at least 16 (got {length})")
+    report.check_plot(plot)
+    report.at_least(("--seq-len", length, 16))
     report.check_effort(limit, repeats)
     where = place(device)
     width = _HIDDEN[where.type] if hidden is None else hidden
@@ -304,9 +302,7 @@ def run(
         lengths_up_to(length), hidden=width, device=where, dtype=report.dtype_of(dtype, where), backend=backend,
         repeats=repeats, limit=limit, command=command, on_event=on_event,
     )  # fmt: skip
-    if plot is not None:
-        picture(found, plot)
-    return {**found, "plot": None if plot is None else str(plot)}
+    return report.with_picture(found, plot, picture)
 
 
 def main(argv: list[str] | None = None) -> int:

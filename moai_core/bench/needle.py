@@ -257,8 +257,7 @@ def run(
         raise UsageError(f"--depths must be percentages from 0 to 100 (got {wrong[0]})")
     if candidates < pairs:
         raise UsageError(f"--candidates must be at least --pairs ({pairs}; got {candidates})")
-    if plot is not None:
-        report.check_plot(plot)
+    report.check_plot(plot)
     where = place(device)
     loaded = score.load_all(models, where, scan=scan, on_event=on_event)
     words = score.tokenizer_of(models[0], tokenizer, next(iter(loaded.values())))
@@ -267,9 +266,7 @@ def run(
         candidates=candidates, digits=digits, seed=seed, filler=filler, device=where, command=command,
         on_event=on_event,
     )  # fmt: skip
-    if plot is not None:
-        picture(found, plot)
-    return {**found, "plot": None if plot is None else str(plot)}
+    return report.with_picture(found, plot, picture)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,16 +20,13 @@ from torch import Tensor
 
 from moai_core import config as sizes
 from moai_core.bench import report, timing
-from moai_core.bench.quantized import FORMATS, model
+from moai_core.bench.quantized import FORMATS, model, sized
 from moai_core.bench.report import Table
 from moai_core.device import place
-from moai_core.errors import UsageError
 from moai_core.quant import kernels
 from moai_core.quant import linear as quant
 from moai_core.quant.formats import Spec
 
-# Without a preset on a CPU: seconds, not minutes.
-_SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 8192}
 # What was asked of an H100, times bf16.
 GOALS = {("2b", "fp8"): 1.3, ("8b", "fp8"): 1.5, ("2b", "int4"): 0.95}
 
@@ -52,20 +49,15 @@ def run(
     "weight_bytes"}. Raises UsageError for wrong words."""
     where = place(device)
     cuda = where.type == "cuda"
-    if preset is not None and preset not in sizes.PRESETS:
-        raise UsageError(f"--preset must be one of {', '.join(sizes.PRESETS)} (got {preset!r})")
-    for flag, value in (("--layers", layers), ("--repeats", repeats), ("--chunk", chunk)):
-        if value is not None and value < 1:
-            raise UsageError(f"{flag} must be at least 1 (got {value})")
-    preset = preset or ("2b" if cuda else None)
-    numbers = sizes.fields(preset, **(({} if preset else _SMALL) | ({"num_hidden_layers": layers} if layers else {})))
+    report.at_least(("--repeats", repeats, 1), ("--chunk", chunk, 1))
+    name, numbers = sized(preset, layers, where)
     names = report.among("--format", formats or ["none,fp8,int4" if cuda else "none,int4"], list(FORMATS))
     wanted = report.numbers("--length", lengths or (["8192", "32768"] if cuda else ["256"]), least=2)
     number = report.dtype_of(dtype, where)
     found: dict[str, Any] = {
         "benchmark": "prefill",
         "environment": report.environment(where, command),
-        "model": preset or "small",
+        "model": name,
         "layers": numbers["num_hidden_layers"],
         "dtype": report.short(number),
         "chunk": chunk,
@@ -77,10 +69,10 @@ def run(
     clock = timing.Clock(where)
     for length in wanted:
         found["results"] += _measure(made, length, chunk, clock, repeats, found["notes"], tell)
-    whole = preset is not None and numbers["num_hidden_layers"] == sizes.fields(preset)["num_hidden_layers"]
+    whole = name in sizes.PRESETS and numbers["num_hidden_layers"] == sizes.PRESETS[name]["num_hidden_layers"]
     if whole and "H100" in found["environment"].get("gpu", "") and number == torch.bfloat16:
         for row in found["results"]:
-            row["goal"] = GOALS.get((str(preset), row["format"]))
+            row["goal"] = GOALS.get((name, row["format"]))
     tell("done")
     return found
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moai_core import config
+from moai_core.bench import report
 from moai_core.quant.formats import FORMATS as KNOWN
 from moai_core.quant.linear import QuantLinear, TiedHead, quantized
 
@@ -25,7 +27,21 @@ FORMATS: dict[str, dict[str, Any] | None] = {
     "int8": _INT8,
     **{name: _whole(name) for name in ("fp8", "nvfp4", "mxfp4", "nf4", "bnb8")},
 }
+# Seconds on a CPU, not minutes.
+_SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 8192}
 _SPREAD = 4
+
+
+def sized(preset: str | None, layers: int | None, device: torch.device) -> tuple[str, dict[str, Any]]:
+    """(name, numbers) of the model that flags ask for: without a preset 2b on a GPU, a small one on a CPU; layers: so
+    many instead of its own. Raises UsageError."""
+    report.check_preset(preset)
+    report.at_least(("--layers", layers, 1))
+    preset = preset or ("2b" if device.type == "cuda" else None)
+    fields: dict[str, Any] = {} if preset else dict(_SMALL)
+    if layers is not None:
+        fields["num_hidden_layers"] = layers
+    return preset or "small", config.fields(preset, **fields)
 
 
 def model(numbers: dict[str, Any], form: str, dtype: torch.dtype, device: torch.device) -> nn.Module:

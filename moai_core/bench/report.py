@@ -25,6 +25,7 @@ import torch
 
 from moai_core import __version__, storage
 from moai_core import device as devices
+from moai_core.config import PRESETS
 from moai_core.errors import Interrupted, MoaiError, StorageError, UsageError, shell, storage_error
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -70,6 +71,19 @@ def among(flag: str, values: Iterable[str] | str, known: Sequence[str]) -> list[
         if word not in known:
             raise UsageError(f"{flag}: unknown name {word!r}", hint=f"choose among {', '.join(known)}")
     return list(dict.fromkeys(words))
+
+
+def at_least(*limits: tuple[str, int | None, int]) -> None:
+    """(flag, value, least) each; UsageError naming the first flag whose value is below its least. None passes."""
+    for flag, value, least in limits:
+        if value is not None and value < least:
+            raise UsageError(f"{flag} must be at least {least} (got {value})")
+
+
+def check_preset(preset: str | None) -> None:
+    """UsageError for a --preset that is no size of moai's."""
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset: unknown size {preset!r}", hint=f"choose among {', '.join(PRESETS)}")
 
 
 # ---- the machine
@@ -216,8 +230,10 @@ def check_effort(limit: float, repeats: int | None) -> None:
         raise UsageError("--limit must be above 0 and --repeats at least 1")
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path | None) -> None:
     """Raises before the work begins what would stop the picture at its end: StorageError, UsageError."""
+    if path is None:
+        return
     if path.suffix.lower() != ".png":
         name = shell(f"{path.stem or 'bench'}.png")
         raise UsageError(f"--plot must name a PNG file (got {str(path)!r})", hint=f"--plot {name}")
@@ -231,6 +247,15 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as exc:
         raise UsageError("the picture needs matplotlib", hint="pip install matplotlib, or --no-plot") from exc
+
+
+def with_picture(
+    found: dict[str, Any], path: Path | None, picture: Callable[[dict[str, Any], Path], None]
+) -> dict[str, Any]:
+    """The report with `plot`, where its picture is: drawn if there is a path, else None."""
+    if path is not None:
+        picture(found, path)
+    return {**found, "plot": None if path is None else str(path)}
 
 
 def draw(path: Path, panels: dict[str, list[Curve]], *, x: str, y: str, title: str) -> None:

@@ -288,8 +288,7 @@ def run(
     on_event: report.OnEvent = lambda event: None,
 ) -> dict[str, Any]:
     """`measure` with the words of flags, and the picture; the report, with `plot` where there is one."""
-    if plot is not None:
-        report.check_plot(plot)
+    report.check_plot(plot)
     report.check_effort(limit, repeats)
     where = place(device)
     found = measure(
@@ -297,9 +296,7 @@ def run(
         against=[word.strip() for text in against or ["auto"] for word in text.split(",")], resets=resets,
         backend=backend, repeats=repeats, limit=limit, command=command, on_event=on_event,
     )  # fmt: skip
-    if plot is not None:
-        picture(found, plot)
-    return {**found, "plot": None if plot is None else str(plot)}
+    return report.with_picture(found, plot, picture)
 
 
 def main(argv: list[str] | None = None) -> int:

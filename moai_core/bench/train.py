@@ -199,12 +199,10 @@ def _is_preset(numbers: dict[str, Any], preset: str) -> bool:
 def attach(results: list[dict[str, Any]], reading: list[dict[str, Any]]) -> None:
     """Puts what is known of mamba_ssm, and the goals, beside moai's rows, as `recorded`."""
     known = recorded()
-    for row in [r for r in results if r["model"] == "moai"]:
-        same = [k for k in known["training"] if (k["batch"], k["length"]) == (row["batch"], row["length"])]
-        row["recorded"] = {who: same[0][who] for who in ("mamba_ssm", "goal")} if same else None
-    for row in [r for r in reading if r["model"] == "moai"]:
-        same = [k for k in known["prefill"] if k["length"] == row["length"]]
-        row["recorded"] = {who: same[0][who] for who in ("mamba_ssm", "goal")} if same else None
+    for rows, table, keys in ((results, "training", ("batch", "length")), (reading, "prefill", ("length",))):
+        for row in [r for r in rows if r["model"] == "moai"]:
+            same = [k for k in known[table] if all(k[key] == row[key] for key in keys)]
+            row["recorded"] = {who: same[0][who] for who in ("mamba_ssm", "goal")} if same else None
 
 
 # ---- what is asked
@@ -235,15 +233,12 @@ def options(
     GPU), else 2b on a GPU and cpu-tiny on a CPU. Raises UsageError and RecipeError."""
     if recipe is not None and preset is not None:
         raise UsageError("--recipe and --preset don't go together", hint="leave one of them out")
-    if preset is not None and preset not in sizes.PRESETS:
-        raise UsageError(f"--preset: unknown size {preset!r}", hint=f"choose among {', '.join(sizes.PRESETS)}")
+    report.check_preset(preset)
     gpu = where.type == "cuda"
     if recipe is None and preset is None:
         recipe, preset = (None, "2b") if gpu else ("cpu-tiny", None)
-    least = {"--steps": (steps, 0), "--layers": (layers, 1), "--prefill-chunk": (chunk, 1), "--repeats": (repeats, 1)}
-    for flag, (value, low) in least.items():
-        if value is not None and value < low:
-            raise UsageError(f"{flag} must be at least {low} (got {value})")
+    report.at_least(("--steps", steps, 0), ("--layers", layers, 1), ("--prefill-chunk", chunk, 1))
+    report.at_least(("--repeats", repeats, 1))
     optimizer = optimizer or ("torch" if preset else "recipe")
     report.among("--optimizer", optimizer, OPTIMIZERS)
     wanted = [f"hardware.gpu={'null' if gpu else 'cpu'}"]
@@ -337,11 +332,7 @@ def _training(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...
 
 
 def _reading(row: dict[str, Any]) -> tuple[str, ...]:
-    head = (
-        row["model"],
-        f"{row['length']:,}",
-        "whole" if row["chunk"] is None else f"{row['chunk']:,}",
-    )
+    head = (row["model"], f"{row['length']:,}", "whole" if row["chunk"] is None else f"{row['chunk']:,}")
     if row.get("out_of_memory"):
         return (*head, "out of memory", "", "", "")
     time = row["prefill"]

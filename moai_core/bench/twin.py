@@ -144,8 +144,7 @@ def run(
     "environment", "recipe", "models", "shapes", "results", "notes", "plot"}, JSON-able.
     """
     made = recipes.load(recipe, list(overrides))
-    if plot is not None:
-        report.check_plot(plot)
+    report.check_plot(plot)
     if not made.train.eval_every:
         raise made.error("train.eval_every", "must be above 0: the pair is judged by validation")
     if made.data.valid is None and not data:
@@ -186,11 +185,8 @@ def run(
         "sweep_steps": steps if len(tries) > 1 else 0,
         "results": results,
         "notes": notes,
-        "plot": None if plot is None else str(plot),
     }
-    if plot is not None:
-        picture(full, plot)
-    return full
+    return report.with_picture(full, plot, picture)
 
 
 def _edges(found: dict[str, dict[str, Any]], tries: Sequence[float]) -> list[str]:

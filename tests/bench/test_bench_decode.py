@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM
-from moai_core.bench import decode, timing
+from moai_core.bench import decode, quantized, timing
 from moai_core.errors import UsageError
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
@@ -14,7 +14,7 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "voc
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setattr(decode, "_SMALL", TINY)
+    monkeypatch.setattr(quantized, "_SMALL", TINY)
     monkeypatch.setattr(decode, "copy_rate", lambda clock: 1e10)
 
 
@@ -59,12 +59,12 @@ def test_a_plain_step_goes_on_from_its_own_token():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"preset": "3b"}, "--preset must be one of 2b, 8b, 16b"),
+        ({"preset": "3b"}, "--preset: unknown size '3b'"),
         ({"formats": ["int3"]}, "--format: unknown name 'int3'"),
         ({"engines": ["fast"]}, "--engine: unknown name 'fast'"),
         ({"batches": "0"}, "--batch must be whole numbers >= 1"),
-        ({"layers": 0}, "--layers and --repeats"),
-        ({"repeats": 0}, "--layers and --repeats"),
+        ({"layers": 0}, "--layers must be at least 1"),
+        ({"repeats": 0}, "--repeats must be at least 1"),
     ],
 )
 def test_wrong_words_are_refused(flags, words):

@@ -14,7 +14,7 @@ TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "v
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setattr(prefill, "_SMALL", TINY)
+    monkeypatch.setattr(quantized, "_SMALL", TINY)
 
 
 def test_a_report_names_what_ran_and_compares_with_none():
