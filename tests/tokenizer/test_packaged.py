@@ -55,7 +55,11 @@ def test_there_is_one_for_every_purpose():
 
 
 def test_ids_and_settings(tokenizer, state):
-    assert tokenizer.convert_tokens_to_ids(list(SPECIAL)) == list(range(7))
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert isinstance(tokenizer, PreTrainedTokenizerFast) and list(SPECIAL) == names
+    assert tokenizer.convert_tokens_to_ids(names) == list(range(7))
     assert sorted(tokenizer.all_special_ids) == list(range(7))
     assert [getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos", "unk")] == [0, 1, 2, 3]
     ids = ids_of(state)
@@ -91,6 +95,14 @@ def test_any_text_comes_back_from_plain_ids(text):
         assert plain(name).decode(ids, skip_special_tokens=False) == text
 
 
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=60))
+def test_any_text_comes_back_through_transformers(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.unk_token_id not in ids or "<unk>" in text
+
+
 _PLAIN: dict = {}
 
 
@@ -111,10 +123,12 @@ def test_chat_template(name, tokenizer):
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "안녕?"},
         {"role": "assistant", "content": "안녕하세요!"},
+        {"role": "user", "content": " 今日は\n{{ 1 }} "},
     ]
     expected = (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n안녕?<|im_end|>\n"
         "<|im_start|>assistant\n안녕하세요!<|im_end|>\n"
+        "<|im_start|>user\n 今日は\n{{ 1 }} <|im_end|>\n"
     )
     assert tokenizer.apply_chat_template(chat, tokenize=False) == expected
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -125,11 +139,13 @@ def test_chat_template(name, tokenizer):
     assert (TOKENIZERS / name / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
 
 
-def test_digits_and_scripts_are_apart(tokenizer):
+def test_digits_and_scripts_are_apart(name, tokenizer):
     text = "2026年東京タワーに行きました。서울에서 커피를 마셨다 in 3 days"
     pieces = [tokenizer.decode(token) for token in tokenizer.encode(text)]
     assert pieces[:4] == list("2026")
-    kinds = [r"[\u30a1-\u30fa]", r"[\u4e00-\u9fff\u3041-\u3096]", r"[\uac00-\ud7a3]", r"[a-z]", r"\d"]
+    together = [r"[\u4e00-\u9fff\u3041-\u3096]"]  # a Japanese word and its ending; the smallest one keeps them apart
+    japanese = together if name != "moai_tiny" else [r"[\u4e00-\u9fff]", r"[\u3041-\u3096]"]
+    kinds = [r"[\u30a1-\u30fa]", *japanese, r"[\uac00-\ud7a3]", r"[a-z]", r"\d"]
     assert all(sum(bool(re.search(kind, piece)) for kind in kinds) <= 1 for piece in pieces), pieces
 
 
