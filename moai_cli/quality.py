@@ -116,10 +116,11 @@ def context(
 
     - `moai bench context -m runs/pair/moai-lr0.004 -m runs/pair/llama-lr0.002 -d 'heldout/*.txt' --context 512,2048`
     """
+    models = model or [required_model(None)]
     from moai_core.bench import context as benchmark
     from moai_core.bench import report
 
-    settings: dict[str, Any] = {"models": model or [required_model(None)], "data": data or [], "length": max_length}
+    settings: dict[str, Any] = {"models": models, "data": data or [], "length": max_length}
     settings |= {"join": join, "tokens": tokens, "chunk": chunk, "format": format, "tokenizer": tokenizer}
     settings |= {"contexts": report.numbers("--context", context, least=2) if context else ()}
     settings |= {"plot": plot, "device": device, "scan": scan}
@@ -162,11 +163,12 @@ def needle(
 
     - `moai bench needle -m runs/pair/moai-lr0.004 -m runs/pair/llama-lr0.002 --pairs 4 --trials 16`
     """
+    models = model or [required_model(None)]
     from moai_core.bench import needle as benchmark
     from moai_core.bench import report
     from moai_core.bench.needle_prompts import LANGUAGES
 
-    settings: dict[str, Any] = {"models": model or [required_model(None)]}
+    settings: dict[str, Any] = {"models": models}
     if lengths:
         settings["lengths"] = report.numbers("--lengths", lengths, least=32)
     if depths:
@@ -180,7 +182,9 @@ def needle(
 
 def samples(
     model: Model = None,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", help="At most so many tokens a sample.")] = 64,
+    tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--tokens", "-n", help="At most so many tokens a sample.")
+    ] = 64,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")] = 0.8,
     seed: Seed = 0,
     tokenizer: Tokenizer = None,
@@ -197,11 +201,12 @@ def samples(
 
     - `moai bench samples -m runs/cpu-tiny --json > samples.json`
     """
+    if tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1 (got {tokens})")
+    chosen = required_model(model)
     from moai_core.bench import samples as benchmark
 
-    if tokens < 1:
-        raise UsageError(f"--tokens must be at least 1 (got {tokens})")
-    settings: dict[str, Any] = {"model": required_model(model), "tokens": tokens, "temperature": temperature}
+    settings: dict[str, Any] = {"model": chosen, "tokens": tokens, "temperature": temperature}
     settings |= {"seed": seed, "tokenizer": tokenizer, "device": device, "scan": scan}
     show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)
 

@@ -138,7 +138,7 @@ class Plan:
                 ("run", "tokens", f"{self.tokens:,} ({self.tokens / self.parameters['total']:.1f} a parameter)")
             )
             lines.append(("run", "FLOPs", f"{self.tokens * (self.flops['training'] + self.flops['recompute']):.3g}"))
-        lines.append(("run", "state a sequence", f"{self.state_bytes / 1e6:.1f} MB, at any length"))
+        lines.append(("run", "state a sequence", f"{_gib(self.state_bytes)}, at any length"))
         lines += [("note", "", note) for note in self.notes]
         groups = [group for group, _, _ in lines]
         return [(group if group not in groups[:n] else "", name, value) for n, (group, name, value) in enumerate(lines)]
@@ -207,4 +207,6 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _gib(n: float) -> str:
-    return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / (1 << 20):.1f} MiB"
+    if n >= GIB / 10:
+        return f"{n / GIB:.2f} GiB"
+    return f"{n / (1 << 20):.1f} MiB" if n >= (1 << 20) / 10 or not n else f"{n / 1024:.1f} KiB"

@@ -206,9 +206,10 @@ def test_steps_tokens_and_words():
         "NVIDIA A100 (80 GB) has 79.10 GiB: fits",
         "steps 10",
         "data.train is not set",
-        "6.9 MB, at any length",
+        "6.6 MiB, at any length",
     ):
         assert words in text
+    assert ("", "state a sequence", "44.0 KiB, at any length") in plan.plan(recipes.load("cpu-tiny")).rows()
     assert "DOES NOT FIT" in "\n".join(
         " ".join(row) for row in plan.plan(recipes.load("a100-2b", ["model.preset=16b"])).rows()
     )

@@ -19,7 +19,7 @@ app = typer.Typer(invoke_without_command=True)
 Words = list[str] | None
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown to paste, with machine and command line.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (bf16 on a GPU, fp32 on a CPU), bf16, fp16 or fp32.")]
-Backend = Annotated[str, typer.Option("--backend", help="Scan backend of moai; `moai doctor` lists them.")]
+Backend = Annotated[str, typer.Option("--scan", "--backend", help="Scan backend; `moai doctor` lists them.")]
 Repeats = Annotated[
     int | None, typer.Option("--repeats", help="Measured calls of each.", show_default="as many as fit into a second")
 ]
@@ -69,11 +69,12 @@ def bench(
     - `moai bench decode --format none,int4`
     """
     if context.invoked_subcommand is not None:
-        for name in context.params:
-            source = context.get_parameter_source(name)
+        for parameter in context.command.params:
+            source = context.get_parameter_source(parameter.name or "")
             if source is not None and source.name == "COMMANDLINE":
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} stands before '{context.invoked_subcommand}'", hint="put flags behind it")
+                raise UsageError(
+                    f"{parameter.opts[0]} stands before '{context.invoked_subcommand}'", hint="put flags behind it"
+                )
         return
     from moai_core.bench import lengths
 
@@ -192,7 +193,9 @@ def train(
         float | None, typer.Option("--clip", help="Clip gradients to this norm; 0: never.", show_default="the recipe's")
     ] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Rows of packed documents, 512 tokens each.")] = False,
-    backend: Annotated[str | None, typer.Option("--backend", help="Scan backend.", show_default="the recipe's")] = None,
+    backend: Annotated[
+        str | None, typer.Option("--scan", "--backend", help="Scan backend.", show_default="the recipe's")
+    ] = None,
     against: Annotated[
         Words,
         typer.Option(

@@ -73,6 +73,9 @@ def generate(
         raise UsageError(
             f"two prompts: {text[:40]!r} and --prompt {prompt[:40]!r}", hint="quote a prompt of many words"
         )
+    lines = output_file is None and input_file is not None and input_file.endswith(".jsonl")
+    if logprobs is not None and not (as_json or lines or (output_file and output_file.suffix in (".json", ".jsonl"))):
+        raise UsageError("--logprobs: plain text has no place for them", hint="add --json, or -o FILE.jsonl")
     path = options.required_model(model)
     with options.loading(path, device):
         given = options.sampling(flags)
@@ -115,9 +118,7 @@ def generate(
         sys.stdout.write(files.dumps({"model": str(folder), "results": records}, indent=2) + "\n")
     elif output_file is None and input_file is not None:
         for one in records:
-            sys.stdout.write(
-                (files.dumps(one) if input_file.endswith(".jsonl") else files.one_line(one["text"])) + "\n"
-            )
+            sys.stdout.write((files.dumps(one) if lines else files.one_line(one["text"])) + "\n")
     flag.check()
 
 

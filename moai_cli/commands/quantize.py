@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moai_cli import console
-from moai_cli.options import Device, Embeddings, Force, GroupSize, Json, Model, required_model
+from moai_cli.options import Device, Embeddings, Force, GroupSize, Json, Model, loading, required_model
 
 
 def quantize(
@@ -67,13 +67,14 @@ def quantize(
     of the state over up to 32k tokens; it lies in the folder as quantization.json and quantization.png. An interrupted
     run goes on where it was when started again.
     """
-    from moai_core.device import place
-    from moai_core.errors import UsageError
-    from moai_core.quantize.disk import quantize_folder
-    from moai_core.quantize.plan import Settings
-    from moai_core.training.stop import StopFlag
-
     source = required_model(model)
+    with loading(source, device):
+        from moai_core.device import place
+        from moai_core.errors import UsageError
+        from moai_core.quantize.disk import quantize_folder
+        from moai_core.quantize.plan import Settings
+        from moai_core.training.stop import StopFlag
+
     target = output or Path("runs") / f"{source.resolve().name}-{method}"
     settings = Settings(method, bits, group_size, symmetric, embeddings, small, rotate, layout)
     settings.spec()  # a wrong flag is told before anything is read

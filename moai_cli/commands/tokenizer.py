@@ -22,7 +22,7 @@ Texts = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
+Out = Annotated[Path, typer.Option("--output", "--out", "-o", help="Folder to write.", show_default=False)]
 MinFrequency = Annotated[int, typer.Option("--min-frequency", help="A merge must be seen so often.")]
 OnError = Annotated[str, typer.Option("--on-error", help="A bad line: stop, or skip and count it.")]
 Notice = Annotated[
@@ -60,7 +60,7 @@ def _working() -> Iterator[Any]:
 
 
 @app.command(
-    epilog="Example: `moai tokenizer train books/ chats.jsonl ko.txt.zst=3 --out my-tokenizer --vocab-size 32000`"
+    epilog="Example: `moai tokenizer train books/ chats.jsonl ko.txt.zst=3 --output my-tokenizer --vocab-size 32000`"
 )
 def train(
     data: Texts,
@@ -94,8 +94,8 @@ def train(
 
 
 @app.command(
-    epilog="Example: `moai tokenizer extend moai filings/ reports.jsonl --add 8000 --out moai-filings`; with a model: "
-    "`moai tokenizer extend my-model filings/ --add 8000 --model my-model --out my-model-filings`"
+    epilog="Example: `moai tokenizer extend moai filings/ reports.jsonl --add 8000 --output moai-filings`; with a "
+    "model: `moai tokenizer extend my-model filings/ --add 8000 --model my-model --output my-model-filings`"
 )
 def extend(
     base: Annotated[str, typer.Argument(help="Folder, tokenizer.json, one of moai's by name, or a name of the hub.")],

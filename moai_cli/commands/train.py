@@ -100,7 +100,7 @@ def show_result(result: Any) -> None:
     """The table at a run's end."""
     rows = [
         ("steps", f"{result.step:,}" + (f" ({result.skipped} skipped)" if result.skipped else "")),
-        ("tokens", f"{result.tokens:,}"),
+        ("target tokens", f"{result.tokens:,}"),
     ]
     rows += [("train loss", f"{result.loss:.4f}")] if result.loss is not None else []
     if result.valid:

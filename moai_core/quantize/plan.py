@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moai_core.errors import UsageError
-from moai_core.quant.formats import FORMATS, Spec
+from moai_core.quant.formats import FORMATS, GROUPS, Spec
 from moai_core.quantize import layouts
 from moai_core.quantize.layerwise import Options
 
@@ -101,6 +101,9 @@ class Settings:
             )
         if self.group_size is not None and not kind.grouped and self.method != "fp4":
             raise UsageError(f"--group-size: {self.method} has no groups to choose", hint="leave it out")
+        if kind.grouped and self.group not in (0, *GROUPS):
+            sizes = ", ".join(map(str, GROUPS))
+            raise UsageError(f"--group-size must be 0 or one of {sizes} (got {self.group})", hint="0: the whole row")
         spec = Spec(name, self.group if kind.grouped else 0, symmetric)
         layouts.check(self.layout, spec, rotate=self.rotate, embeddings=self.embeddings)
         return spec

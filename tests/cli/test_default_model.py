@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -101,6 +103,18 @@ def test_a_folder_of_that_name_comes_first(moai, packaged, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "moai-30m")
     code, out, _ = moai("generate", "-m", "moai-30m", "-p", "x", "-n", 1, "--json")
     assert code == 0 and json.loads(out)["model"] == "moai-30m"
+
+
+def test_that_is_said_before_torch_is_imported(tmp_path):
+    """Nobody waits seconds to read it."""
+    code = (
+        "import sys; from pathlib import Path; from moai_core import paths; paths.PRETRAINED = Path('nothing')\n"
+        "from moai_cli.main import run\n"
+        f"for words in {COMMANDS!r}: assert run(words) == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("error: no model given") == len(COMMANDS), done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -134,6 +134,7 @@ def test_no_control_character_reaches_the_terminal(moai, folder, tmp_path, monke
         (["-m", "MODEL", "-p", "x", "--seed", "-1"], 2, "--seed must be"),
         (["-m", "MODEL", "-p", "x", "--stop", ""], 2, "--stop must be"),
         (["-m", "MODEL", "-p", "x", "--batch-size", "0"], 2, "--batch-size must be"),
+        (["-m", "MODEL", "-p", "x", "--logprobs", "2"], 2, "error: --logprobs: plain text has no place for them"),
         (["-m", "MODEL", "-p", "x", "--device", "tpu"], 2, "--device must be auto, cpu, cuda or cuda:N (got 'tpu')"),
         (["-m", "MODEL", "-p", "x", "--device", "cuda:99"], 2, "--device cuda:99: this machine has"),
         (["-m", "MODEL", "-p", "x", "--dtype", "int4"], 2, "--dtype must be one of"),

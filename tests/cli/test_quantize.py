@@ -81,7 +81,7 @@ def test_formats_of_others_as_json(moai, wide, method):
         (["--method", "int3"], 2, "error: --method can't be 'int3'"),
         (["--method", "awq", "--bits", "8"], 2, "error: --bits 8: awq has 4"),
         (["--group-size", "128"], 2, "group size 128 doesn't divide 32 columns"),
-        (["--group-size", "48"], 2, "group size must be one of 32, 64, 128, 256 (got 48)"),
+        (["--group-size", "48"], 2, "error: --group-size must be 0 or one of 32, 64, 128, 256 (got 48)"),
         (["--embeddings", "int2"], 2, "error: --embeddings can't be 'int2'"),
         (["--method", "fp8", "--rotate"], 2, "error: --rotate is for"),
         (["--method", "fp8", "--group-size", "64"], 2, "error: --group-size: fp8 has no groups"),

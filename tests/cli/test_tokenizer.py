@@ -25,7 +25,7 @@ def test_train_extend_eval(moai, text):
     code, out, err = moai("tokenizer", "train", "text.txt=2", "-o", "새것", "--vocab-size", 330, "--seed", 1)
     assert code == 0 and "ids" in out and "330" in out and err == ""
     (text.parent / "more.txt").write_text("amortization of debentures\n" * 40, encoding="utf-8")
-    code, out, err = moai("tokenizer", "extend", "새것", "more.txt", "--add", 6, "--out", "more", "--json")
+    code, out, err = moai("tokenizer", "extend", "새것", "more.txt", "--add", 6, "--output", "more", "--json")
     report = json.loads(out)
     assert code == 0 and report["added"] == 6 and report["first_new_id"] == 330 and report["vocab_size"] == 336
     assert report["bytes_per_token"] > report["bytes_per_token_before"]
