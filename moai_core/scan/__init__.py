@@ -103,9 +103,7 @@ def pick(
         if reason is None and backend in ("auto", name):
             return BACKENDS[name]
         if backend == name:
-            raise UsageError(
-                f"scan backend '{name}' can't be used here: {reason}", hint="auto lets moai choose"
-            )
+            raise UsageError(f"scan backend '{name}' can't be used here: {reason}", hint="auto lets moai choose")
     refusals = "; ".join(f"{name}: {reason}" for name, reason in reasons)
     raise UsageError(f"no scan backend works on {device} with {dtype} ({refusals})")
 
