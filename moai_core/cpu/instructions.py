@@ -31,7 +31,7 @@ tiny = njit(fastmath={"contract"}, forceinline=True, **_options)
 plain = njit(fastmath={"contract"}, **_options)
 summing = njit(fastmath={"contract", "reassoc"}, **_options)
 
-i8, i16, i32, i64, f16, f32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
+i8, i32, i64, f16, f32 = *(ir.IntType(bits) for bits in (8, 32, 64)), ir.HalfType(), ir.FloatType()
 
 
 def kernel(function: Any) -> Any:

@@ -131,9 +131,6 @@ class ScaledQuantLinear(nn.Module):
         destination.update({prefix + name: tensor for name, tensor in self.tensors().items()})
 
 
-Trained = (FakeQuantLinear, ScaledQuantLinear)
-
-
 def _stored(values: Tensor) -> Tensor:
     """Scales or zeros as they are stored: fp16, none of them lost."""
     return rounded(values.detach())

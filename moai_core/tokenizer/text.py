@@ -52,8 +52,8 @@ class Texts:
     """The pieces of text of several sources, in order; may be read several times and gives the same each time. `whole`
     gives documents uncut and without the roles of chats.
 
-    Emits `{"event": "read", "phase", "done", "total"}` (bytes on the disk) and warnings. After a reading `bytes` and
-    `characters` count its weighted text, `counts` the bytes a source.
+    Emits `{"event": "read", "phase", "done", "total"}` (bytes on the disk) and warnings. After a reading `bytes`
+    counts its weighted text, `counts` that of each source.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Texts:
                 message = f"{source.path}: {len(passed)} files of other kinds passed over, the first: {passed[0]}"
                 self._tell({"event": "warning", "message": message})
         self.total = sum(file.stat().st_size for files in self.files for file in files)
-        self.bytes = self.characters = 0
+        self.bytes = 0
         self.counts: list[int] = []
         self._warned = False
 
     def read(self, phase: str) -> Iterator[str]:
         """The pieces, each as often as its source's weight says. Raises DataError, StorageError."""
-        self.bytes = self.characters = 0
+        self.bytes = 0
         self.counts = [0] * len(self.sources)
         done = 0
         for number, (source, files) in enumerate(zip(self.sources, self.files, strict=True)):
@@ -95,7 +95,6 @@ class Texts:
             for piece in _pieces(files, problems, self.whole):
                 times = whole + (part > 0 and draw.random() < part)
                 self.counts[number] += times * len(piece.encode())
-                self.characters += times * len(piece)
                 for _ in range(times):
                     yield piece
                 if problems.consumed > told:

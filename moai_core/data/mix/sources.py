@@ -7,7 +7,7 @@ a packed file are read in one pass as long as they come in their order."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,6 @@ from moai_core.data.mix.text import sections
 from moai_core.data.read import check_format, documents_of, find_files, suffix
 from moai_core.data.records import BadRecord, Document, Problems, Segment
 from moai_core.errors import DataError, storage_error
-
-OnBytes = Callable[[int], None]
 
 
 class Unit(NamedTuple):
