@@ -112,7 +112,7 @@ def write(source: Source, target: Any, options: Options, on_event: OnEvent | Non
     source.notes.append(f"{len(chosen)} quantized matrices kept bit for bit, {decoded} decoded to {_name(dtype)}")
     if options.format == COMPRESSED and not all(one.spec.symmetric for one in chosen.values()):
         source.notes.append("zero points: transformers loads them with CompressedTensorsConfig(dequantize=True)")
-    quantization = _config(options.format, layout, chosen, found, depth)
+    quantization = _config(options.format, layout, chosen, depth)
     hf.write(
         target, {**values, "dtype": _name(dtype), "quantization_config": quantization}, written, source.files, on_event
     )
@@ -193,9 +193,7 @@ def _parts(layout: Any, module: str, one: Packed) -> dict[str, Lazy]:
 # ---- what readers are told ---------------------------------------------------------------------------------------
 
 
-def _config(
-    format: str, layout: Any, chosen: Mapping[str, Packed], found: Mapping[str, Lazy], depth: int
-) -> dict[str, Any]:
+def _config(format: str, layout: Any, chosen: Mapping[str, Packed], depth: int) -> dict[str, Any]:
     """config.json's quantization_config."""
     if format == COMPRESSED:
         return _compressed(layout, chosen, depth)

@@ -32,7 +32,7 @@ from moai_core.data.records import BAD_LINE, Document
 from moai_core.data.tokenize import Encoded, Encoder, fingerprint
 from moai_core.errors import CheckpointError, DataError, storage_error
 from moai_core.paths import cache_dir
-from moai_core.storage import new_folder, verify, write_file
+from moai_core.storage import new_folder, sha256, verify, write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -132,7 +132,7 @@ def tokenized(
         message = f"{path}: {len(passed)} file{'s' * (len(passed) != 1)} of other kinds passed over ({names})"
         tell({"event": "note", "message": message})
     root = Path(cache).expanduser() if cache else cache_dir()
-    contents = _contents(files, root, tell)
+    contents = _contents(files, root)
     key = hashlib.sha256(json.dumps([VERSION, fingerprint(tokenizer), format, contents]).encode()).hexdigest()[:40]
     folder = root / "tokens" / key
     found = _open(folder, tell)
@@ -182,7 +182,7 @@ def _alone(folder: Path, tell: OnEvent) -> Iterator[None]:
 # ---- what the files hold -------------------------------------------------------------------------------------------
 
 
-def _contents(files: list[Path], root: Path, tell: OnEvent) -> list[list[str]]:
+def _contents(files: list[Path], root: Path) -> list[list[str]]:
     """[[kind of file, SHA-256]] in order; hashes are remembered by path, size, time and inode."""
     absolute = [os.path.abspath(file) for file in files]
     memo = root / "files" / (hashlib.sha256("\0".join(absolute).encode()).hexdigest()[:40] + ".json")
@@ -199,13 +199,7 @@ def _contents(files: list[Path], root: Path, tell: OnEvent) -> list[list[str]]:
             stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
             entry = known.get(name) if isinstance(known, dict) else None
             if not (isinstance(entry, list) and entry[:3] == stamp and len(entry) == 4):
-                with open(file, "rb") as opened:
-                    entry = [
-                        *stamp,
-                        hashlib.file_digest(opened, "sha256").hexdigest()
-                        if hasattr(hashlib, "file_digest")
-                        else _digest(opened),
-                    ]
+                entry = [*stamp, sha256(file)]
                 # A file changed within the clock's grain could change again unnoticed.
                 if now - status.st_mtime_ns > 2_000_000_000:
                     known[name], fresh = entry, True
@@ -219,13 +213,6 @@ def _contents(files: list[Path], root: Path, tell: OnEvent) -> list[list[str]]:
             raise storage_error(exc, memo) from exc
         write_file(memo, json.dumps(known).encode())
     return made
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 # ---- making an entry -----------------------------------------------------------------------------------------------

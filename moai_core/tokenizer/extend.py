@@ -66,7 +66,7 @@ def extend(
     files |= notice_file(Path(notice) if notice else None)
     grown = _grown(model, state, tell)
     texts = Texts(sources, seed=seed, on_error=on_error, on_event=tell)
-    words = count_words(backend, state, texts.read("counting"))
+    words = count_words(backend, texts.read("counting"))
     found, pieces = new_merges(words, state, add, min_frequency, tell)
     if not pieces:
         raise UsageError(
@@ -110,7 +110,7 @@ def ids_of(state: dict[str, Any]) -> dict[str, int]:
     return state["model"]["vocab"] | {token["content"]: token["id"] for token in state.get("added_tokens") or []}
 
 
-def count_words(backend: Any, state: dict[str, Any], texts: Iterable[str]) -> Counter[tuple[int, ...]]:
+def count_words(backend: Any, texts: Iterable[str]) -> Counter[tuple[int, ...]]:
     """How often each word of the text occurs, as the ids that it has."""
     words: Counter[tuple[int, ...]] = Counter()
 

@@ -99,7 +99,7 @@ class _Work:
             for batch in _batches(self.reader.units(source)):
                 done = tally.bytes if source.slice is not None else self.problems.consumed - consumed
                 self._progress("read", sum(sizes[:number]) + min(done, sizes[number]), max(1, sum(sizes)), "bytes")
-                self._judge(number, source, judge, batch)
+                self._judge(number, judge, batch)
             tally.bad = self.problems.skipped - before
             if not tally.units:
                 raise DataError(f"{source.place}: {source.name} holds no text ({self.root / source.path})")
@@ -109,7 +109,7 @@ class _Work:
         self._progress("read", max(1, sum(sizes)), max(1, sum(sizes)), "bytes")
         self.ledger.close()
 
-    def _judge(self, number: int, source: MixSource, judge: Judge, units: list[Unit]) -> None:
+    def _judge(self, number: int, judge: Judge, units: list[Unit]) -> None:
         tally, contents, roles = self.tallies[number], [], []
         prepared = [[judge.prepare(text) for text in unit.contents] for unit in units]
         chat = any(unit.roles for unit in units)
@@ -193,7 +193,7 @@ class _Work:
                 lines = _Lines(self.spool / "lines")
                 self._gather(number, group, lines)
                 lines.close()
-                passes = self._passes(lines, part, group)
+                passes = self._passes(lines, part)
                 for index, (size, chunks) in enumerate(_shards(passes, shard_bytes)):
                     name = f"{part}-{group}-{index:03d}.jsonl.zst"
                     files[name] = {"records": size} | _pack(folder / name, chunks, level)
@@ -265,7 +265,7 @@ class _Work:
                     tally.cut += sum(len(line.encode()) + 1 for line, mark in zip(lines, near, strict=True) if mark)
                     yield unit, "\n".join(line for line, mark in zip(lines, near, strict=True) if not mark).strip("\n")
 
-    def _passes(self, lines: _Lines, part: str, group: str) -> Iterator[bytes]:
+    def _passes(self, lines: _Lines, part: str) -> Iterator[bytes]:
         """The records once, or as often as the weights of their sources say."""
         weights = np.array([source.weight if part == "train" else 1.0 for source in self.mix.sources])
         ends, sources = np.array(lines.ends, np.int64), np.array(lines.sources, np.int64)

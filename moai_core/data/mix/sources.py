@@ -42,7 +42,7 @@ class Reader:
     def units(self, source: MixSource) -> Iterator[Unit]:
         """The units of one source, in order. Raises DataError, StorageError."""
         if source.path.startswith("hf://"):
-            yield from self._records(source, _hub_records(source.path), source.path)
+            yield from self._records(source, _hub_records(source.path))
             return
         path = place(self.root, source.path)
         if source.slice is not None:
@@ -51,7 +51,7 @@ class Reader:
         for file in find_files(path)[0]:
             try:
                 if suffix(file) not in TEXT:
-                    yield from self._records(source, read_records(file, suffix(file), self.problems), str(file))
+                    yield from self._records(source, read_records(file, suffix(file), self.problems))
                 elif source.split == "file":
                     yield from self._documents(source, read_texts(file, self.problems))
                 else:
@@ -127,7 +127,7 @@ class Reader:
         for part in sections("".join(segment.text for segment in document.segments), source.section_chars):
             yield Unit([part], (), document.file, document.line)
 
-    def _records(self, source: MixSource, records: Iterator[tuple[str, int, Any]], name: str) -> Iterator[Unit]:
+    def _records(self, source: MixSource, records: Iterator[tuple[str, int, Any]]) -> Iterator[Unit]:
         chosen = (one for one in records if _wanted(one[2], source))
         if source.columns:
             chosen = ((file, line, _renamed(record, source)) for file, line, record in chosen)
