@@ -1,5 +1,6 @@
 """What every command shares with the person in front of it: consoles, tables, JSON, progress, one-line errors.
- Results go to stdout, everything else (progress, notes, warnings, errors) to stderr, so that a pipe gets results only.
+
+Results go to stdout, everything else (progress, notes, warnings, errors) to stderr, so that a pipe gets results only.
 Text that comes from prompts, data or a model passes through `clean` before it reaches a terminal: control characters of
 C0 and C1 can move the cursor, retitle the window or worse (ECMA-48).
 """

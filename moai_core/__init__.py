@@ -1,5 +1,6 @@
 """moai_core: pure-Mamba language models: configuration, model, scans, quantization, data, training and generation.
- The names below are the public API. They load on first use, so that `import moai_core` costs nothing and stays free of
+
+The names below are the public API. They load on first use, so that `import moai_core` costs nothing and stays free of
 torch.
 """
 

@@ -1,5 +1,6 @@
 """Errors that a user can cause, each with the exit code that the command line documents.
- Why one family: the command line turns any `MoaiError` into one line on stderr, an optional hint, and `exit_code`;
+
+Why one family: the command line turns any `MoaiError` into one line on stderr, an optional hint, and `exit_code`;
 everything else is a bug (exit 1). Invariants inside the core stay plain asserts and never come here.
 """
 

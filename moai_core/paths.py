@@ -1,6 +1,7 @@
 """Where the data that travels with moai lies: recipes, tokenizers and a trained model, from a checkout or an installed
 wheel; and the cache.
- An editable install runs from the checkout, where `recipes/` and `tokenizers/` stand beside the packages; a wheel
+
+An editable install runs from the checkout, where `recipes/` and `tokenizers/` stand beside the packages; a wheel
 carries them inside `moai_core/_share` (an installed top-level `tokenizers/` would shadow the library of that name).
 """
 

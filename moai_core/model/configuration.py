@@ -1,5 +1,6 @@
 """`MoaiMambaConfig`: the model fields as a transformers configuration, and the two ways to make one by name.
- Fields, defaults and presets live in moai_core/config.py; this file only gives them the `PreTrainedConfig` face that
+
+Fields, defaults and presets live in moai_core/config.py; this file only gives them the `PreTrainedConfig` face that
 `from_pretrained`, `AutoConfig` and `generate` expect.
 """
 

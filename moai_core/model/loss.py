@@ -1,6 +1,7 @@
 """Cross-entropy of the next token, computed with the head in chunks of tokens, so that tokens x vocabulary logits never
 exist at once.
- Gradients are taken chunk by chunk in the forward pass, while a chunk's logits are at hand: the same number of matrix
+
+Gradients are taken chunk by chunk in the forward pass, while a chunk's logits are at hand: the same number of matrix
 products as the plain form, without keeping or recomputing logits (the idea of Liger Kernel's fused linear
 cross-entropy, arXiv 2410.10989). The head is called as a module, so that quantized, adapted and tied heads work. With
 moai's CUDA kernels the logits' gradient takes the place of the logits, and nothing of that size is ever fp32.

@@ -1,6 +1,7 @@
 """The Mamba-1 mixer (Gu and Dao, arXiv 2312.00752, section 3), with Jamba's optional norms on dt, B and C (arXiv
 2403.19887).
- Letters: B batch, L tokens, H hidden, I inner width, N state, K convolution width, R time-step rank. dt, B, C, A_log,
+
+Letters: B batch, L tokens, H hidden, I inner width, N state, K convolution width, R time-step rank. dt, B, C, A_log,
 D, z as in the paper. Every projection is called, never read through `.weight`, so that quantized and adapted layers
 work in its place. The bias of dt is a parameter of its own, added inside the scan, and `dt_proj` is a plain matrix.
 Given a `Recomputed` input, the mixer keeps for the backward pass only xz, x_proj's small results, the scan's states and

@@ -2,7 +2,8 @@
 `PreTrainedModel`.
 
     logits = head(norm(layers(embed(ids))));  each layer: x += mixer(norm(x)), then x += ffn(ffn_norm(x))
- Tensor names follow Jamba's, so that a checkpoint reads as a Jamba without attention. One contract holds for state,
+
+Tensor names follow Jamba's, so that a checkpoint reads as a Jamba without attention. One contract holds for state,
 padding and packing, with chunks of any length (`MoaiMambaForCausalLM.forward`). What is left out: attention, positions,
 and anything that grows with the context.
 """

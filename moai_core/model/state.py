@@ -1,5 +1,6 @@
 """`MoaiState`: everything a pure-Mamba model remembers of the tokens it has read.
- Its size does not depend on their number. The model never changes a state that it is given; it returns a new one, so
+
+Its size does not depend on their number. The model never changes a state that it is given; it returns a new one, so
 that a state can be kept, branched and saved. `get_seq_length` and `reorder_cache` are the two methods that
 transformers' `generate` expects of a cache.
 """

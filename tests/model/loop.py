@@ -1,5 +1,6 @@
 """An independent float64 forward pass of the whole model, written token by token from the papers' equations with numpy.
- It shares nothing with moai but the names of the tensors, so that the tests in this folder compare two readings of the
+
+It shares nothing with moai but the names of the tensors, so that the tests in this folder compare two readings of the
 same mathematics.
 """
 
