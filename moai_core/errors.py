@@ -15,6 +15,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _HINTS = {
     errno.ENOENT: "check the path: a file or folder in it doesn't exist",
     errno.ENOTDIR: "check the path: what should be a folder in it is a file",
+    errno.EEXIST: "a file stands where a folder should be: choose another name",
     errno.EISDIR: "name a file, not a folder",
     errno.EROFS: "choose a place that may be written to",
     errno.ENAMETOOLONG: "choose a shorter name",

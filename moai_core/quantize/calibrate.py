@@ -126,7 +126,13 @@ def _sequences(item: Any) -> Iterator[tuple[Tensor, Tensor]]:
             numbers = torch.as_tensor(mask).int() - 1
         numbers = item.get("seq_idx", numbers)
         item = item["input_ids"]
-    ids = torch.as_tensor(item).cpu()
+    try:
+        ids = torch.as_tensor(item).cpu()
+    except (TypeError, ValueError, RuntimeError) as exc:
+        raise UsageError(
+            f"calibration data must be token ids (sequences, tokens) (got {str(item)[:40]!r})",
+            hint="tokenize text first: tokenizer(text).input_ids",
+        ) from exc
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
         raise UsageError(
             f"calibration data must be token ids (sequences, tokens) (got {tuple(ids.shape)}, {ids.dtype})"

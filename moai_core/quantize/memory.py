@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moai_core.config import MODEL_TYPE
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.quant import fake, linear
 from moai_core.quantize import layerwise, plan, search
@@ -25,6 +26,8 @@ def quantize(model: Any, settings: plan.Settings, calib_data: Any = None) -> Any
     calib_data: token ids (S, L), a list of (L,) tensors, or batches with input_ids; for gptq and awq. Raises
     UsageError for settings, data and a model quantized already, CheckpointError for NaN in its weights.
     """
+    if getattr(getattr(model, "config", None), "model_type", None) != MODEL_TYPE:
+        raise UsageError(f"only a MoaiMambaForCausalLM can be quantized (got {type(model).__name__})")
     if model.config.quantization is not None:
         raise UsageError("the model is quantized already", hint="quantize the model that it was made of")
     for name, parameter in model.named_parameters():

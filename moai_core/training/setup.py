@@ -138,6 +138,7 @@ def load_model(
     model = checkpoint.load_model(path, dtype=dtype, on_event=on_event)
     tokenize.check_tokenizer(tokenizer, model.config.vocab_size)
     derived = {key for key in ("vocab_size", "time_step_rank") if getattr(recipe.model, key) is None}
+    derived |= {"use_quantization", "quantization_bits"}  # how weights are stored is no size
     wanted = {key: value for key, value in recipe.model.numbers().items() if key not in derived}
     if own := [key for key, value in wanted.items() if getattr(model.config, key, value) != value]:
         message = f"{path} keeps its own {', '.join(own)}: weights come with their sizes, not the recipe's"

@@ -51,6 +51,7 @@ def test_paths_in_hints_can_be_pasted(moai, folder, tmp_path, monkeypatch):
     [
         (errno.ENOENT, "check the path: a file or folder in it doesn't exist"),
         (errno.EISDIR, "name a file, not a folder"),
+        (errno.EEXIST, "a file stands where a folder should be: choose another name"),
         (errno.EACCES, "check that the path exists and that you may read and write there"),
         (errno.ENOSPC, "free some space or choose another folder, then run the same command again"),
     ],

@@ -101,7 +101,14 @@ def test_ids_in_every_form_of_the_specification():
     assert uneven.seq_idx.tolist() == [[0] * 8, [0] * 5 + [-1] * 3] and uneven.tokens == 13
     masked = from_tokens({"input_ids": ids[:2], "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3])})
     assert torch.equal(masked.seq_idx, uneven.seq_idx)
-    for bad in (torch.rand(2, 3), torch.ones(2, 3, 4, dtype=torch.int64), [], [torch.zeros(0, dtype=torch.int64)]):
+    for bad in (
+        torch.rand(2, 3),
+        torch.ones(2, 3, 4, dtype=torch.int64),
+        [],
+        [torch.zeros(0, dtype=torch.int64)],
+        ["글"],
+        ["", 1],
+    ):
         with pytest.raises(UsageError, match="calibration data"):
             from_tokens(bad)
     with pytest.raises(UsageError, match="end of a row"):

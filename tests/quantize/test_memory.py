@@ -60,6 +60,8 @@ def test_refusals(tiny_model):
         quantize(model, Settings("gptq", group_size=32))
     with pytest.raises(UsageError, match=r"in_proj.weight: group size 128 doesn't divide 32 columns"):
         quantize(model, Settings("int4"))
+    with pytest.raises(UsageError, match=r"only a MoaiMambaForCausalLM can be quantized \(got Linear\)"):
+        quantize(torch.nn.Linear(32, 32), Settings("int4"))
     with pytest.raises(UsageError, match="can't be 'int3'"):
         quantize(model, Settings("int3"))
     with pytest.raises(UsageError, match="--bits 8: awq has 4"):
