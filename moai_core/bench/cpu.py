@@ -164,6 +164,7 @@ def show(environment: dict[str, Any]) -> None:
 
 
 def show_result(result: dict[str, Any]) -> None:
+    """Prints the lines of one shape, as soon as it is measured."""
     shape = f"{result['layers']}, {result['batch']} x {result['length']}"
     for what in ("training", "prefill"):
         timing = result[what]

@@ -55,6 +55,7 @@ class Case(NamedTuple):
 
     @property
     def label(self) -> str:
+        """What tables call it: matrix and preset."""
         return f"{self.name} {self.preset}"
 
 

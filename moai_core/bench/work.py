@@ -55,7 +55,7 @@ def recorded() -> dict[str, Any]:
 
 @dataclass
 class Inputs:
-    """Random inputs of one shape, made once a length and shared by all that read the same layout; `random` draws them.
+    """Random inputs of one shape, made once a length and shared by all that read the same layout; `draw` makes them.
 
     Values as a trained model has them: unit-normal projections, time steps as the model starts with, A = -1 … -N.
     """
@@ -66,6 +66,7 @@ class Inputs:
     _kept: dict[tuple[str, int], Rotation] = field(default_factory=dict)
 
     def draw(self, *shape: int) -> Tensor:
+        """Unit-normal numbers of a shape."""
         return torch.randn(*shape, device=self.clock.device, dtype=self.dtype)
 
     def scan(self, length: int) -> Rotation:

@@ -322,6 +322,7 @@ class Bits:
         self.used = False
 
     def add(self, encoded: Encoded) -> None:
+        """The bits of a document: which of its tokens the loss counts."""
         flags = np.ones(len(encoded.ids), dtype=bool) if encoded.trainable is None else encoded.trainable
         self.used = self.used or encoded.trainable is not None
         self._rest = np.concatenate([self._rest, flags])
@@ -331,6 +332,7 @@ class Bits:
             self._rest = self._rest[whole:]
 
     def close(self) -> None:
+        """Writes what is left; the last byte is filled with zeros."""
         if not self._file.closed:
             self._file.write(np.packbits(self._rest, bitorder="little").tobytes())
             self._file.close()

@@ -89,6 +89,7 @@ class Problems:
     origin: int = 0
 
     def bad(self, file: str, line: int, why: str) -> None:
+        """A record can't be used: counted where bad ones are skipped, else DataError with `file:line: why`."""
         message = f"{file}:{line}: {why}"
         if self.on_error != "skip":
             raise DataError(message, hint=BAD_LINE)

@@ -29,6 +29,8 @@ def convert_section(kind: Any, key: str, inside: Mapping[str, Node], errors: lis
 
 
 def convert(kind: Any, node: Node, limits: Mapping[str, Any], key: str, errors: list[RecipeError]) -> Any:
+    """The value of a node as `kind`, a type of the schema, within `limits`; None where it is wrong, which goes to
+    `errors`."""
     try:
         return _typed(kind, node, limits, key)
     except RecipeError as exc:

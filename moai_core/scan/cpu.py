@@ -24,6 +24,7 @@ _SCAN, _CONV = "moai_core.scan.cpu_kernels", "moai_core.scan.cpu_conv_kernels"
 
 
 def why_not(device: torch.device, dtype: torch.dtype, **needs: object) -> str | None:
+    """Why this backend can't run on `device` in `dtype`, or None if it can; shapes and gradients don't matter to it."""
     if device.type != "cpu":
         return f"it runs on the CPU only, not on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -29,11 +29,13 @@ class Tally:
     kept: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, reason: str, size: int) -> None:
+        """One unit of `size` bytes is left out."""
         entry = self.dropped.setdefault(reason, [0, 0])
         entry[0] += 1
         entry[1] += size
 
     def keep(self, part: str, units: int, records: int, size: int) -> None:
+        """So much goes into `part`: units, the records they are written as, their bytes."""
         entry = self.kept.setdefault(part, [0, 0, 0])
         for index, value in enumerate((units, records, size)):
             entry[index] += value
