@@ -84,7 +84,7 @@ def init(
     _check_folder(folder, force)
     ask = not yes and not json and sys.stdin.isatty() and sys.stdout.isatty()
     name = _chosen("name", name, folder.absolute().name or "moai", ask)
-    if name in (".", "..") or any(c in name for c in '/\\:"|`\0') or not name.isprintable():
+    if not name.strip() or name in (".", "..") or any(c in name for c in '/\\:"|`\0') or not name.isprintable():
         raise UsageError(f"--name must be usable as a folder's name (got {clean(name)!r})")
     recipe = _chosen(
         f"recipe ({', '.join(recipes.names())})", recipe, _for_this_machine() if recipe is None else "", ask

@@ -204,6 +204,6 @@ def evaluate(
     rows: list[tuple[str, ...]] = [("ids", *(f"{row['vocab_size']:,}" for row in made))]
     for label in report["labels"]:
         rows.append((label, *(f"{row['texts'][label]['bytes_per_token']:.3f}" for row in made)))
-    rows.append(("mean", *(f"{row['mean']:.3f}" for row in made)))
+    rows.append(("harmonic mean", *(f"{row['mean']:.3f}" for row in made)))
     rows.append(("text comes back", *("exactly" if row["exact"] else "changed" for row in made)))
     table(("bytes per token", *names), rows, right=range(1, len(made) + 1))

@@ -85,6 +85,8 @@ def evaluate(
     """
     if not tokenizers:
         raise UsageError("no tokenizer named", hint="folders, tokenizer.json files or names: --tokenizer moai")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit must be at least 1 (got {limit})", hint="leave it out to read all")
     labels: dict[str, list[str]] = {}
     for text in data:
         label, path = _label(text)
@@ -104,7 +106,7 @@ def evaluate(
             for row in made:
                 tokens[row["tokenizer"]] += _encode(opened[row["tokenizer"]][0], batch, row)
         if not counted["bytes"]:
-            raise UsageError(f"{', '.join(paths)}: no text in it", hint="check the path")
+            raise UsageError(f"{', '.join(paths)}: no text in it", hint="an empty file, or only blank records")
         for row in made:
             count = tokens[row["tokenizer"]]
             row["texts"][label] = {**counted, "tokens": count, "bytes_per_token": counted["bytes"] / max(1, count)}

@@ -56,6 +56,7 @@ def test_what_is_wrong_is_one_line(moai, tmp_path):
         (("build", "nowhere"), "no data recipe 'nowhere'"),
         (("show", "."), "no mix there"),
         (("show", "."), "mix.json is missing"),
+        (("check", "."), "no mix there (mix.json is missing)"),
     ):
         code, _, err = moai("data", *arguments)
         assert code == 2 and why in err

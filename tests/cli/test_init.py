@@ -114,6 +114,7 @@ def test_the_recipe_fits_the_gpu_found(moai, tmp_path, monkeypatch, kind):
         (("new", "--recipe", "bad.yaml"), "bad.yaml:1: unknown key 'tarin'", None),
         (("new", "--tokenizer", "moa"), "no tokenizer 'moa'", "moai_tiny"),
         (("new", "--name", "a/b"), "--name must be usable as a folder's name", None),
+        (("new", "--name", ""), "--name must be usable as a folder's name (got '')", None),
         (("new", "--name", "a|b"), "--name must be usable as a folder's name", None),
         (("new", "--name", "a\x1b[2J"), "--name must be usable as a folder's name", None),
     ],

@@ -58,6 +58,7 @@ def test_extend_with_a_model(moai, text, folder):
         (["train", "text.txt", "-o", "text.txt"], "error: text.txt: already exists"),
         (["train", "text.txt", "-o", "x", "--on-error", "ignore"], "error: --on-error must be stop or skip"),
         (["extend", "nobody", "text.txt", "-o", "x"], "error: tokenizer 'nobody': no such folder or name"),
+        (["eval", "moai_tiny", "--data", "text.txt", "--limit", "0"], "error: --limit must be at least 1 (got 0)"),
         (["eval", "moai_tiny", "--data", "text.bin"], "error: text.bin: no such file or folder"),
     ],
 )

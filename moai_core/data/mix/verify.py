@@ -56,6 +56,8 @@ def folder(path: Path) -> dict[str, Any]:
 
     Lines are compared as text, without the windows and hashes that `build` uses; code is left out, whose lines repeat
     everywhere."""
+    if not (path / storage.MANIFEST).exists():
+        report.read(path)  # says so where this is no mix at all
     storage.verify(path)
     made = report.read(path)
     spared = {source["name"] for source in made["sources"] if source["lang"] == "code"}
