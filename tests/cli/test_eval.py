@@ -72,7 +72,7 @@ def test_skipped_lines_are_told(model, tmp_path, capsys):
     assert run(common) == 2
     shown = capsys.readouterr()
     assert "a.jsonl:2: not valid JSON" in shown.err
-    assert "hint: " in shown.err
+    assert "count them: data.on_error=skip in a recipe, --on-error skip as a flag\n" in shown.err
     assert shown.out == ""
     assert run([*common, "--on-error", "skip"]) == 0
     assert "1 bad line left out" in capsys.readouterr().err
