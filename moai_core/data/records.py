@@ -24,8 +24,6 @@ from moai_core.errors import DataError
 BAD_LINE = (
     "mend the line, or leave such lines out and count them: data.on_error=skip in a recipe, --on-error skip as a flag"
 )
-    "mend the line, or leave such lines out and count them: data.on_error=skip in a recipe, --on-error skip as a flag"
-)
 KINDS = ("text", "messages", "conversations", "instruction", "prompt")
 ALIASES = {
     "chat": "messages",
