@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moai_core.data.cache import tokenized
+from moai_core.data.cache import Tokens, tokenized
 from moai_core.data.pack import held_out, split_documents
 from moai_core.data.rows import CachedRows, Collate, Row, Turns, permutation
 from moai_core.data.stream import StreamRows
@@ -255,50 +255,21 @@ def make_loader(
     shuffle, seed = (bool(data.shuffle), seed) if split == "train" else (True, _VALID_SEED)
     for path, weight, format, train_on in listed:
         options: dict[str, Any] = {"format": format or data.format, "on_error": data.on_error}
-        all_turns = (train_on or data.train_on) == "all"
+        drawn: dict[str, Any] = {"all_turns": (train_on or data.train_on) == "all", "seed": seed, "shuffle": shuffle}
         if path.startswith("hf://") or data.streaming is True:
-            if path.startswith("hf://") and data.streaming is False:
-                raise UsageError(
-                    f"{path}: hf:// is always streamed",
-                    hint="set data.streaming=auto, or download the files and name their folder",
-                )
-            stream = StreamRows(
-                path,
-                tokenizer,
-                data.max_length,
-                all_turns=all_turns,
-                seed=seed,
-                shuffle=shuffle,
-                part=part,
-                fraction=fraction,
-                **options,
-            )
-            sources.append(stream)
-            keys.append([path, stream.key()])
+            source, key = _streamed(path, tokenizer, data, part=part, fraction=fraction, **drawn, **options)
         else:
             tokens = tokenized(path, tokenizer, cache=data.cache, on_event=tell, **options)
-            pieces = split_documents(tokens.ends, tokens.hashes, data.max_length)
-            if part is not None:
-                chosen = held_out(pieces.hashes, fraction)
-                pieces = pieces.take(chosen if part == "valid" else ~chosen)
-            if not len(pieces.lengths):
-                continue
-            sources.append(CachedRows(tokens, pieces, data.max_length, all_turns=all_turns, seed=seed, shuffle=shuffle))
-            keys.append([tokens.key])
-        weights.append(weight)
+            source, key = _cached(tokens, data.max_length, part, fraction, drawn), [tokens.key]
+        if source is not None:
+            sources.append(source)
+            keys.append(key)
+            weights.append(weight)
     if not sources:
         tell({"event": "warning", "message": "too little text to hold any out for validation; give data.valid"})
         return None
-    order = [
-        data.max_length,
-        seed,
-        shuffle,
-        part,
-        fraction,
-        weights,
-        [str(s[3] or data.train_on) for s in listed],
-        keys,
-    ]
+    turns = [str(train_on or data.train_on) for _, _, _, train_on in listed]
+    order = [data.max_length, seed, shuffle, part, fraction, weights, turns, keys]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     loader = Loader(
         sources,
@@ -316,6 +287,30 @@ def make_loader(
             hint="one-token documents, or chats cut so that no answer is left; see data.train_on",
         )
     return loader
+
+
+def _streamed(
+    path: str, tokenizer: Any, data: Any, **settings: Any
+) -> tuple[CachedRows | StreamRows | None, list[Any]]:
+    """Rows made as the text is read, and what names them. Raises UsageError where the recipe forbids that."""
+    if path.startswith("hf://") and data.streaming is False:
+        raise UsageError(
+            f"{path}: hf:// is always streamed",
+            hint="set data.streaming=auto, or download the files and name their folder",
+        )
+    stream = StreamRows(path, tokenizer, data.max_length, **settings)
+    return stream, [path, stream.key()]
+
+
+def _cached(
+    tokens: Tokens, length: int, part: str | None, fraction: float, drawn: dict[str, Any]
+) -> CachedRows | StreamRows | None:
+    """Rows of tokens on the disk: of all pieces, or of those that `part` ("train", "valid") has; None without any."""
+    pieces = split_documents(tokens.ends, tokens.hashes, length)
+    if part is not None:
+        chosen = held_out(pieces.hashes, fraction)
+        pieces = pieces.take(chosen if part == "valid" else ~chosen)
+    return CachedRows(tokens, pieces, length, **drawn) if len(pieces.lengths) else None
 
 
 def _sources(value: Any, split: str) -> list[tuple[str, float, str | None, str | None]]:

@@ -258,18 +258,9 @@ def generate(
                 del open_rows[number]
                 row.state = None
                 if on_event is not None:
-                    done = len(prompts) - len(waiting) - len(open_rows)
-                    answer = row.answer
-                    on_event(
-                        {
-                            "event": "row",
-                            "row": number,
-                            "tokens": len(answer.tokens),
-                            "finish_reason": answer.finish_reason,
-                            "done": done,
-                            "total": len(prompts),
-                        }
-                    )
+                    answer, done = row.answer, len(prompts) - len(waiting) - len(open_rows)
+                    event = {"row": number, "tokens": len(answer.tokens), "finish_reason": answer.finish_reason}
+                    on_event({"event": "row", **event, "done": done, "total": len(prompts)})
 
     try:
         while waiting or len(batch):
