@@ -251,6 +251,7 @@ def make_loader(
     listed = _sources(data.valid if split == "valid" and own else data.train, split)
     part = None if own or fraction <= 0 else split
     sources: list[CachedRows | StreamRows] = []
+    source: CachedRows | StreamRows | None
     weights, keys = [], []
     shuffle, seed = (bool(data.shuffle), seed) if split == "train" else (True, _VALID_SEED)
     for path, weight, format, train_on in listed:
@@ -289,9 +290,7 @@ def make_loader(
     return loader
 
 
-def _streamed(
-    path: str, tokenizer: Any, data: Any, **settings: Any
-) -> tuple[CachedRows | StreamRows | None, list[Any]]:
+def _streamed(path: str, tokenizer: Any, data: Any, **settings: Any) -> tuple[StreamRows, list[Any]]:
     """Rows made as the text is read, and what names them. Raises UsageError where the recipe forbids that."""
     if path.startswith("hf://") and data.streaming is False:
         raise UsageError(
@@ -302,9 +301,7 @@ def _streamed(
     return stream, [path, stream.key()]
 
 
-def _cached(
-    tokens: Tokens, length: int, part: str | None, fraction: float, drawn: dict[str, Any]
-) -> CachedRows | StreamRows | None:
+def _cached(tokens: Tokens, length: int, part: str | None, fraction: float, drawn: dict[str, Any]) -> CachedRows | None:
     """Rows of tokens on the disk: of all pieces, or of those that `part` ("train", "valid") has; None without any."""
     pieces = split_documents(tokens.ends, tokens.hashes, length)
     if part is not None:
