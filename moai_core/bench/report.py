@@ -142,7 +142,8 @@ def headline(found: dict[str, Any]) -> str:
         clocks = f", {found['clock_mhz']} of {found['max_clock_mhz']} MHz" if found.get("clock_mhz") else ""
         where = f"{found['gpu']} (driver {found.get('driver') or '?'}, CUDA {found['cuda']}{clocks})"
     else:
-        where = f"{found['processor']}, {found['threads']} threads on {found['cores']} cores"
+        threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
+        where = f"{found['processor']}, {threads} on {found['cores']} cores"
     versions = [f"{name} {found[name]}" for name in ("torch", "triton", "transformers", "numba") if found.get(name)]
     return f"{where}; moai {found['moai']}, {', '.join(versions)}, Python {found['python']}; {found['date']}"
 
