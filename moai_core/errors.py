@@ -66,7 +66,7 @@ class NonFiniteError(MoaiError):
 
 
 class LockedError(MoaiError):
-    """Another process writes to this run folder."""
+    """Another process writes to this run folder, or has this session open."""
 
     exit_code = 6
 
