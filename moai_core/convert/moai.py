@@ -34,6 +34,8 @@ def read(path: Path) -> Source:
             raise CheckpointError(f"{path}: none of its checkpoints is complete and undamaged")
         notes.append(f"the latest checkpoint was taken: {newest.name}")
         path = newest
+    if (path / storage.MANIFEST).exists():  # a flipped bit is a number like others to all that follows
+        storage.verify(path, only=lambda name: name.startswith("model") and name.endswith(".safetensors"))
     fields = hf.read_config(path)
     found = hf.read_tensors(path)
     hf.check_layers(fields.file, "num_hidden_layers", fields.integer("num_hidden_layers", 24), found)

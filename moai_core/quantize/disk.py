@@ -72,6 +72,8 @@ def quantize_folder(
     if kept in target.parents:
         raise UsageError(f"{dst}: lies inside the source", hint="choose a folder elsewhere with -o")
     layouts.fits(source, settings.layout)
+    if evaluation is not None:
+        evaluation.words(source)  # what is wrong with the tokenizer is told before the work
     job = Job(source, settings, torch.device(device), on_event)
     data = _calibration(settings, calibration)
     work = _workplace(target, job.key(data.key if data else None), on_event)

@@ -39,6 +39,14 @@ class Evaluation:
     limit: int | None = None
     lengths: tuple[int, ...] = LENGTHS
 
+    def words(self, source: Source) -> Any:
+        """The tokenizer. Raises UsageError where there is none, or not one for this model."""
+        from moai_core.data.tokenize import check_tokenizer, load_tokenizer
+
+        found = load_tokenizer(self.tokenizer or source.path)
+        check_tokenizer(found, source.config["vocab_size"])
+        return found
+
 
 def build(job: Any, found: Mapping[str, Lazy], layers: list[dict[str, Any]], data: Any) -> dict[str, Any]:
     """The report but for what is measured: settings, sizes, errors by layer, kernels."""
@@ -98,7 +106,6 @@ def measure(
     and `drift` to the report; a note where not even one does. Raises DataError for the text."""
     if evaluation is None:
         return
-    from moai_core.data.tokenize import load_tokenizer
     from moai_core.evaluate import evaluate_file
 
     free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else device.memory()[1]
@@ -109,7 +116,7 @@ def measure(
         )
         return
     both = need + int(report["bytes_after"] * _FACTOR) <= free
-    words = load_tokenizer(evaluation.tokenizer or source.path)
+    words = evaluation.words(source)
     ids = _stream(words, evaluation.data, max(evaluation.lengths, default=0))
     found, kept = [], None
     for what, folder in (("before", source.path), ("after", written)):

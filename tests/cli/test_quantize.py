@@ -117,6 +117,31 @@ def test_quantized_already(moai, folder):
     assert moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one", "--force")[0] == 0
 
 
+@pytest.mark.parametrize(
+    "command", [["quantize", "--group-size", "32", "--eval", "none", "-o"], ["convert", "--to", "moai"]]
+)
+def test_a_flipped_bit_is_neither_quantized_nor_converted(command, moai, folder, tmp_path):
+    """The weights stay finite and of the right shape: only the manifest knows."""
+    assert moai("convert", folder, "whole", "--to", "moai", "--no-check")[0] == 0
+    file = tmp_path / "whole" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-20] ^= 1
+    file.write_bytes(raw)
+    words = ["-m", "whole"] if command[0] == "quantize" else ["whole"]
+    code, out, err = moai(*command, *(["new", *words] if command[0] == "quantize" else [*words, "new"]))
+    assert (code, out) == (3, "") and "model.safetensors: damaged (SHA-256 differs" in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize(("flags", "why"), [([], "no tokenizer.json"), (["--tokenizer", "moai"], "vocab_size is")])
+def test_a_tokenizer_that_is_wrong_is_told_before_the_work(flags, why, moai, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    code, out, err = moai("quantize", "-m", "bare", "--group-size", "32", *flags)
+    assert (code, out) == (2, "") and why in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
 def test_an_unknown_key_of_quantization_is_told(moai, folder, tmp_path):
     assert moai("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "one")[0] == 0
     file = tmp_path / "one" / "config.json"

@@ -329,6 +329,7 @@ def test_a_bad_folder_is_one_clear_line_and_nothing_is_written(name, format, mak
     breaks, what = BAD[name]
     if name == "layers":
         breaks, what = (lambda f: values(f, num_hidden_layers=7)), f"num_hidden_layers is 7, the weights have {layers}"
+    (folder / "manifest.json").unlink(missing_ok=True)  # with one, it would know
     breaks(folder)
     with pytest.raises(CheckpointError, match=what) as caught:
         convert(folder, tmp_path / "out", "jamba" if format == "moai" else "moai")
@@ -339,6 +340,7 @@ def test_an_unknown_tensor_is_named(make, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder, _ = make()
+    (folder / "manifest.json").unlink()
     state = load_file(folder / "model.safetensors")
     save_file({**state, "model.layers.1.surprise": torch.ones(3)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"tensor model.layers.1.surprise: config.json has no place for it"):
@@ -347,6 +349,7 @@ def test_an_unknown_tensor_is_named(make, tmp_path):
 
 def test_a_tied_head_that_differs_is_refused(make, tmp_path):
     folder, _ = make()
+    (folder / "manifest.json").unlink()
     values(folder, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"ties lm_head.weight to model.embed_tokens.weight, but the two differ"):
         convert(folder, tmp_path / "out", "jamba")
