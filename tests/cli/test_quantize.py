@@ -165,9 +165,10 @@ def test_a_strange_quantization_is_no_traceback(value, moai, folder, tmp_path):
 
 
 def test_the_source_is_never_replaced(moai, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "run" / "step")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text('{"format": 1, "files": {}}')
+    assert moai("convert", folder, "run/step", "--to", "moai", "--no-check")[0] == 0
     for target in ("run", "run/step"):
-        (tmp_path / target / "manifest.json").write_text('{"format": 1, "files": {}}')
         code, _, err = moai(
             "quantize", "-m", tmp_path / "run" / "step", "--group-size", "32", "-o", tmp_path / target, "--force"
         )
