@@ -21,6 +21,7 @@ from moai_core.bench import report, timing
 from moai_core.bench.quantized import FORMATS, model, sized
 from moai_core.bench.report import Table
 from moai_core.device import place
+from moai_core.errors import UsageError
 from moai_core.generation import decode
 from moai_core.generation.sampling import Settings
 
@@ -138,6 +139,8 @@ def run(
         if cuda:
             torch.cuda.empty_cache()
     on_event({"event": "progress", "task": "done", "done": total, "total": total})
+    if not found["results"] and chosen == ["graph"]:
+        raise UsageError(f"--engine graph: nothing to measure ({'; '.join(found['notes'])})", hint="--engine plain")
     return found
 
 

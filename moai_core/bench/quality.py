@@ -127,7 +127,8 @@ def measure(
             one["kl"] = divergence(first[0], model, texts)
             one["drift"] = [{"tokens": at, **drift(first[1][at], states[at])} for at in states]
         results.append(one)
-    notes = [f"{len(texts):,} documents; arithmetic in {report.short(dtype)}"]
+    count = f"{len(texts):,} document{'s' * (len(texts) != 1)}"
+    notes = [f"{count}; arithmetic in {report.short(dtype)}; MB: what isn't quantized counts as bf16"]
     if len(stream) < max(lengths, default=0):
         notes.append(f"the text has {len(stream):,} tokens: no drift was measured beyond them")
     return {

@@ -19,7 +19,7 @@ from moai_core.bench import report, score
 from moai_core.bench.report import Table
 from moai_core.device import place
 from moai_core.generation.engine import generate
-from moai_core.generation.sampling import Settings
+from moai_core.generation.sampling import Settings, check_settings
 
 
 class Prompt(NamedTuple):
@@ -110,7 +110,7 @@ def run(
 ) -> dict[str, Any]:
     """Loads and writes: {"benchmark", "environment", "model", "settings", "samples", "notes"}, JSON-able."""
     settings = {"seed": seed, "max_new_tokens": tokens, "temperature": temperature, "top_p": 0.95}
-    Settings(**settings)  # type: ignore[arg-type]
+    check_settings(settings, lambda name: "--" + name.replace("_", "-"))
     where = place(device)
     loaded = score.load(model, where, scan=scan, on_event=on_event)
     words = score.tokenizer_of(model, tokenizer, loaded)

@@ -137,7 +137,7 @@ def read_texts(
             found = [Text(language, one.ids[:length], one.counted[:length]) for one in found]
         texts += [one for one in found if one.counted[1:].any()]
     if not texts:
-        raise DataError(f"{', '.join(source.path for source in sources)}: hold nothing to score")
+        raise DataError(f"nothing to score in {', '.join(source.path for source in sources)}")
     return texts
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
@@ -32,6 +33,7 @@ SMALL = 1 << 16
 # Who compiles kernels beside this process (warm.Helper), if anybody does.
 helpers: list[Any] = []
 _forked = False
+_log = logging.getLogger("moai.cpu")
 
 
 def run(module: str, name: str, items: int, work: int, *slots: int) -> None:
@@ -93,16 +95,22 @@ def settings() -> None:
 
     values: Any = config
     folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        values.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
-    except OSError:
-        values.CACHE_DIR = ""  # compiled anew in each process
+    values.CACHE_DIR = str(folder) if _writable(folder) else ""
+    if not values.CACHE_DIR:
+        _log.info("%s can't be written: kernels are compiled at each start; MOAI_CACHE=FOLDER keeps them", folder)
     # LLVM halves the vectors of processors with AVX-512, since the first of them slowed down at full width. Those that
     # know vbmi2 (Ice Lake, Zen 4 and later) don't: measured 1.3 times as fast.
     features = codegen.get_host_cpu_features()
     if values.CPU_FEATURES is None and "+avx512vbmi2" in features:
         values.CPU_FEATURES = f"{features},-prefer-256-bit"
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 @cache

@@ -30,7 +30,7 @@ import numpy as np
 from moai_core.data.read import Problems, find_files, left_out, read_documents, suffix
 from moai_core.data.records import BAD_LINE, Document
 from moai_core.data.tokenize import Encoded, Encoder, fingerprint
-from moai_core.errors import CheckpointError, DataError, storage_error
+from moai_core.errors import CheckpointError, DataError, StorageError, storage_error
 from moai_core.paths import cache_dir
 from moai_core.storage import new_folder, sha256, verify, write_file
 
@@ -132,21 +132,33 @@ def tokenized(
         message = f"{path}: {len(passed)} file{'s' * (len(passed) != 1)} of other kinds passed over ({names})"
         tell({"event": "note", "message": message})
     root = Path(cache).expanduser() if cache else cache_dir()
-    contents = _contents(files, root)
-    key = hashlib.sha256(json.dumps([VERSION, fingerprint(tokenizer), format, contents]).encode()).hexdigest()[:40]
-    folder = root / "tokens" / key
-    found = _open(folder, tell)
-    if found is None:
-        with _alone(folder, tell):
-            found = _open(folder, tell)
-            if found is None:
-                _build(folder, key, files, tokenizer, format, on_error, path, tell)
-                found = Tokens(folder)
+    with _told(root):
+        contents = _contents(files, root)
+        key = hashlib.sha256(json.dumps([VERSION, fingerprint(tokenizer), format, contents]).encode()).hexdigest()[:40]
+        folder = root / "tokens" / key
+        found = _open(folder, tell)
+        if found is None:
+            with _alone(folder, tell):
+                found = _open(folder, tell)
+                if found is None:
+                    _build(folder, key, files, tokenizer, format, on_error, path, tell)
+                    found = Tokens(folder)
     if found.skipped and on_error != "skip":
         raise DataError(found.examples[0], hint=BAD_LINE)
     if found.skipped:
         tell({"event": "warning", "message": f"{path}: {left_out(found.skipped, found.examples)}"})
     return found
+
+
+@contextmanager
+def _told(root: Path) -> Iterator[None]:
+    """What fails in the cache says how to have it elsewhere."""
+    try:
+        yield
+    except StorageError as exc:
+        if exc.message.startswith(str(root)):
+            exc.hint = "free some space there, or set MOAI_CACHE to a folder you may write to"
+        raise
 
 
 def _open(folder: Path, tell: OnEvent) -> Tokens | None:

@@ -95,6 +95,10 @@ def test_train(moai):
         (("--seq-len", "64", "scan"), "--seq-len stands before 'scan'"),
         (("--hidden", "12"), "--hidden must be a multiple of 8"),
         (("--plot", "x.pdf"), "--plot must name a PNG file (got 'x.pdf')"),
+        (
+            ("decode", "--engine", "graph", "--layers", "1"),
+            "--engine graph: nothing to measure (none: the graph engine can't",
+        ),
         (("train", "--checkpointing", "half"), "train.checkpointing must be one of"),
         (("train", "--preset", "3b"), "--preset: unknown size '3b'"),
         (("train", "--steps", "0"), "--steps 0 leaves nothing to measure"),

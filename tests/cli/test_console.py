@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from moai_core import paths
-from moai_core.errors import storage_error
+from moai_core.errors import StorageError, storage_error
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,26 @@ def test_paths_in_hints_can_be_pasted(moai, folder, tmp_path, monkeypatch):
 )
 def test_hints_say_what_is_wrong_with_a_path(number, hint):
     assert storage_error(OSError(number, os.strerror(number)), "x").hint == hint
+
+
+def test_a_cache_that_cannot_be_written_is_told(folder, tmp_path, monkeypatch):
+    from moai_core.data.cache import tokenized
+    from moai_core.data.tokenize import load_tokenizer
+
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("MOAI_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("some text\n" * 9)
+    os.utime(tmp_path / "a.txt", (1, 1))
+    with pytest.raises(StorageError) as caught:
+        tokenized(str(tmp_path / "a.txt"), load_tokenizer("moai_tiny"))
+    assert caught.value.hint == "free some space there, or set MOAI_CACHE to a folder you may write to"
+    code = (
+        "import logging; from moai_core import cpu; log = logging.getLogger('moai'); log.setLevel(20)\n"
+        "log.addHandler(logging.StreamHandler()); cpu.settings()"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "can't be written: kernels are compiled at each start" in done.stderr, done.stderr
 
 
 def test_work_that_happens_once_is_a_line_on_stderr(moai, capsys):

@@ -35,6 +35,7 @@ def test_quality_lays_models_beside_their_parent(moai, folder, tmp_path):
         (("needle", "--languages", "fr"), "--languages: unknown name 'fr'"),
         (("needle", "--lengths", "8"), "--lengths must be whole numbers >= 32"),
         (("context", "--max-length", "1"), "--max-length must be at least 2"),
+        (("samples", "-t", "nan"), "--temperature must be a number >= 0"),
         (("samples", "-n", "0"), "--max-new-tokens must be at least 1"),
         (("context", "--plot", "x.pdf"), "--plot must name a PNG"),
     ],
