@@ -27,6 +27,7 @@ from moai_core.convert import folder as hf
 from moai_core.convert import moai, packed
 from moai_core.convert.source import Lazy, OnEvent, Source
 from moai_core.errors import CheckpointError, StorageError, UsageError
+from moai_core.locks import lock_file
 from moai_core.model import MoaiMambaConfig
 from moai_core.model.modeling import MoaiMambaLayer
 from moai_core.quant import linear
@@ -75,21 +76,36 @@ def quantize_folder(
     if evaluation is not None:
         evaluation.words(source)  # what is wrong with the tokenizer is told before the work
     job = Job(source, settings, torch.device(device), on_event)
-    data = _calibration(settings, calibration)
-    work = _workplace(target, job.key(data.key if data else None), on_event)
+    # Two at once would take each other's layers for their own.
+    with lock_file(target):
+        _target(Path(dst), force)  # what somebody else finished meanwhile stays
+        data = _calibration(settings, calibration)
+        return _make(job, target, data, evaluation, {"path": str(dst), "begun": begun})
+
+
+def _make(
+    job: Job,
+    target: Path,
+    data: Calibration | None,
+    evaluation: report.Evaluation | None,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """The folder and its report; what is finished stays beside it until the whole is. about: the "path" as the caller
+    named it, and when it "begun"."""
+    work = _workplace(target, job.key(data.key if data else None), job.on_event)
     with _keeping(work):
         layers = job.layers(work, data)
         job.vocabulary(work)
     with _keeping(work), storage.new_folder(target) as folder:
         found = job.result(work)
-        hf.write(folder, job.config_json(), found, source.files, on_event)
+        hf.write(folder, job.config_json(), found, job.source.files, job.on_event)
         result = report.build(job, found, layers, data)
-        report.measure(result, source, folder.path, evaluation, job.device, on_event)
-        result |= {"path": str(dst), "seconds": round(time.perf_counter() - begun, 2)}
-        if settings.layout != layouts.MOAI:
-            told = layouts.rewrite(folder, settings.layout, on_event)
+        report.measure(result, job.source, folder.path, evaluation, job.device, job.on_event)
+        result |= {"path": about["path"], "seconds": round(time.perf_counter() - about["begun"], 2)}
+        if job.settings.layout != layouts.MOAI:
+            told = layouts.rewrite(folder, job.settings.layout, job.on_event)
             result["notes"] += told["notes"]
-        report.write(folder, result, source)
+        report.write(folder, result, job.source)
     shutil.rmtree(work, ignore_errors=True)
     return result
 

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from moai_core import storage
+from moai_core.locks import lock_file
 
 FAST = ["--group-size", "32", "--eval-limit", "3"]
 CALIB = ["--calib-sequences", "4", "--calib-length", "64"]
@@ -173,6 +174,14 @@ def test_the_source_is_never_replaced(moai, folder, tmp_path):
             "quantize", "-m", tmp_path / "run" / "step", "--group-size", "32", "-o", tmp_path / target, "--force"
         )
         assert code == 2 and "would replace the source" in err and "hint: " in err
+
+
+def test_two_at_once_do_not_mix_their_layers(moai, folder, tmp_path):
+    flags = ("quantize", "-m", folder, "--group-size", "32", "--eval", "none", "-o", "out")
+    with lock_file(tmp_path / "out"):
+        code, out, err = moai(*flags)
+        assert (code, out) == (6, "") and f"out: process {os.getpid()} has it open" in err
+    assert moai(*flags)[0] == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_full_disk_says_what_is_kept(moai, folder, tmp_path, monkeypatch):
