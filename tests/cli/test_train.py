@@ -63,7 +63,16 @@ def test_a_run_ends_with_a_summary_a_sample_and_the_picture(moai, text, tmp_path
     assert code == 0, err
     run = tmp_path / "runs/cpu-tiny"
     assert (run / "step-4/manifest.json").is_file() and (run / "loss.png").is_file()
-    for word in ("steps", "target tokens", "train loss", "validation loss", "perplexity", "bits per byte", "time", "the"):
+    for word in (
+        "steps",
+        "target tokens",
+        "train loss",
+        "validation loss",
+        "perplexity",
+        "bits per byte",
+        "time",
+        "the",
+    ):
         assert word in out
     assert "loss curve: runs/cpu-tiny/loss.png" in out
     assert "step 2/4  loss" in err and "step 4/4  loss" in err and "ETA" in err and "step 1/4" not in err
