@@ -22,8 +22,13 @@ def show(run: Callable[..., dict[str, Any]], tables: Callable[[Any], list[Any]],
 
     with Bar() as bar:
         found = run(command=report.typed("moai", sys.argv[1:]), on_event=bar)
-    if json:
-        return print_json(found)
+    print_json(found) if json else _print(found, tables, markdown)
+    report.check_picture(found)
+
+
+def _print(found: dict[str, Any], tables: Callable[[Any], list[Any]], markdown: bool) -> None:
+    from moai_core.bench import report
+
     for text in report.warnings(found["environment"]):
         warn(text)
     if markdown:

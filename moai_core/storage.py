@@ -93,11 +93,12 @@ class FolderWriter:
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[FolderWriter]:
-    """Write a folder that appears as `final` complete, flushed and verified, or not at all; replaces one of that name.
+def new_folder(final: Path, *, replace: bool = True) -> Iterator[FolderWriter]:
+    """Write a folder that appears as `final` complete, flushed and verified, or not at all; replaces one of that name,
+    or with replace=False only an empty one.
 
-    Raises StorageError (disk full, no permission, what was written reads back damaged); nothing temporary is left then
-    and an older `final` is intact.
+    Raises StorageError (disk full, no permission, what was written reads back damaged, `final` made by somebody else
+    meanwhile); nothing temporary is left then and an older `final` is intact.
     """
     final = Path(os.path.abspath(final))
     tmp = final.with_name(f"{final.name}.tmp-{os.getpid()}")
@@ -116,6 +117,8 @@ def new_folder(final: Path) -> Iterator[FolderWriter]:
             verify(tmp)
         except CheckpointError as exc:
             raise StorageError(f"{final}: what was written reads back damaged ({exc})", hint="check the disk") from exc
+        if not replace and not (final.is_dir() and not any(final.iterdir())):
+            check_free(final)
         _replace(tmp, final)
     except BaseException as exc:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -124,6 +127,15 @@ def new_folder(final: Path) -> Iterator[FolderWriter]:
         raise
     finally:
         _writing.discard(tmp)
+
+
+def check_free(final: Path) -> None:
+    """Raises StorageError where `final` has come to exist since the work on it began."""
+    if os.path.lexists(final):
+        raise StorageError(
+            f"{final}: another process has made it meanwhile",
+            hint="its result is kept; choose another name, or --force",
+        )
 
 
 def _replace(tmp: Path, final: Path) -> None:

@@ -253,10 +253,23 @@ def check_plot(path: Path | None) -> None:
 def with_picture(
     found: dict[str, Any], path: Path | None, picture: Callable[[dict[str, Any], Path], None]
 ) -> dict[str, Any]:
-    """The report with `plot`, where its picture is: drawn if there is a path, else None."""
-    if path is not None:
+    """The report with `plot`, where its picture is: drawn if there is a path, else None.
+
+    A picture that can't be written is no reason to lose what was measured: `plot_error` says why (`check_picture`).
+    """
+    if path is None:
+        return {**found, "plot": None}
+    try:
         picture(found, path)
-    return {**found, "plot": None if path is None else str(path)}
+    except StorageError as exc:
+        return {**found, "plot": None, "plot_error": exc.message}
+    return {**found, "plot": str(path)}
+
+
+def check_picture(found: dict[str, Any]) -> None:
+    """Raises StorageError where the report's picture couldn't be written; the report has been shown by then."""
+    if found.get("plot_error"):
+        raise StorageError(found["plot_error"], hint="the figures above are whole; the picture needs another --plot")
 
 
 def draw(path: Path, panels: dict[str, list[Curve]], *, x: str, y: str, title: str) -> None:
@@ -355,10 +368,7 @@ def front(
         report = run(options, typed(parser.prog, words), progress)
     except (MoaiError, KeyboardInterrupt) as exc:
         progress.clear()
-        error = Interrupted(2) if isinstance(exc, KeyboardInterrupt) else exc
-        hint = f"\nhint: {error.hint}" if error.hint else ""
-        print(f"error: {error.message}{hint}", file=sys.stderr)
-        return error.exit_code
+        return _fail(Interrupted(2) if isinstance(exc, KeyboardInterrupt) else exc)
     progress.clear()
     if options.json:
         print(json.dumps(report, indent=2))
@@ -371,4 +381,14 @@ def front(
         for table in tables(report):
             print(f"\n{plain(table)}")
         print("".join(f"\n{note}" for note in report["notes"]))
+    try:
+        check_picture(report)
+    except StorageError as exc:
+        return _fail(exc)
     return 0
+
+
+def _fail(error: MoaiError) -> int:
+    hint = f"\nhint: {error.hint}" if error.hint else ""
+    print(f"error: {error.message}{hint}", file=sys.stderr)
+    return error.exit_code

@@ -104,7 +104,8 @@ def convert(
         source.notes.append("no tokenizer was found beside the model: copy its files into the result")
     report = _report(source, {"name": _name(src, path), "format": format}, {"path": str(dst), "format": to}, outtype)
     storage.sweep(target)
-    with _new_file(target) if getattr(writer, "FILE", False) else storage.new_folder(target) as place:
+    new = _new_file if getattr(writer, "FILE", False) else storage.new_folder
+    with new(target, replace=force) as place:
         writer.write(source, place, options, on_event)
         written = place if isinstance(place, Path) else place.path
         if check:
@@ -261,8 +262,8 @@ def _first_rows(lazy: Lazy, rows: int) -> Lazy:
 
 
 @contextmanager
-def _new_file(final: Path) -> Iterator[Path]:
-    """A name to write a file under, which then appears as `final`, flushed, or not at all."""
+def _new_file(final: Path, *, replace: bool) -> Iterator[Path]:
+    """A name to write a file under, which then appears as `final`, flushed, or not at all: see storage.new_folder."""
     tmp = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -270,6 +271,8 @@ def _new_file(final: Path) -> Iterator[Path]:
         yield tmp
         with open(tmp, "rb") as file:
             os.fsync(file.fileno())
+        if not replace:
+            storage.check_free(final)
         os.replace(tmp, final)
     except BaseException as exc:
         with suppress(OSError):

@@ -7,6 +7,7 @@ memory at a time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -89,6 +90,11 @@ def _hint(options: Options) -> str:
     return f"{options.outtype} rounds more than this model bears: take a wider --outtype, or keep it with --no-check"
 
 
+def _not_finite(source: Source) -> str | None:
+    """The first tensor that isn't, where the model's numbers aren't: a difference from nothing says nothing."""
+    return next((name for name, lazy in source.tensors.items() if not torch.isfinite(lazy.load().float()).all()), None)
+
+
 def fits(source: Source) -> str | None:
     """Why a model of this size can't run here in fp32, or None."""
     numbers = sum(torch.Size(lazy.shape).numel() for lazy in source.tensors.values())
@@ -126,6 +132,11 @@ def check(
             f"{target}: the check failed, nothing was kept: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}",
             hint="--no-check converts without comparing",
         ) from exc
+    if math.isnan(parity.largest) and (broken := _not_finite(source)):
+        raise CheckpointError(
+            f"{source.path}: {broken} holds NaN or infinity, so nothing can be compared",
+            hint="mend the model, or convert it as it is with --no-check",
+        )
     if why := judge(parity, options):
         raise CheckpointError(
             f"{target}: the check failed, nothing was kept: {why} ({' and '.join(parity.runtimes)})",

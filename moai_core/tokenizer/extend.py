@@ -79,8 +79,8 @@ def extend(
     report |= _append(state, found, pieces, texts, before)
     files["tokenizer.json"] = compact(state)
     if grown is None:
-        write_folder(out, files)
-    report["model"] = grown.write(out, pieces, files) if grown else None
+        write_folder(out, files, force=force)
+    report["model"] = grown.write(out, pieces, files, force=force) if grown else None
     return {**report, "seconds": time.perf_counter() - begin}
 
 

@@ -127,9 +127,11 @@ def check_target(out: Path, force: bool) -> None:
         raise UsageError(f"{out}: is no tokenizer's folder, so --force doesn't replace it", hint="choose another name")
 
 
-def write_folder(out: Path, files: dict[str, bytes]) -> None:
-    """Writes the folder as a whole, after the tokenizer in it was read back. Raises StorageError, CheckpointError."""
+def write_folder(out: Path, files: dict[str, bytes], *, force: bool = False) -> None:
+    """Writes the folder as a whole, in place of another where `force` says so; the tokenizer in it is read back before.
+    Raises StorageError, CheckpointError.
+    """
     load_backend(files["tokenizer.json"], out / "tokenizer.json")
-    with storage.new_folder(out) as writer:
+    with storage.new_folder(out, replace=force) as writer:
         for name, raw in files.items():
             writer.write(name, raw)

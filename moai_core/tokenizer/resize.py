@@ -52,7 +52,9 @@ class Grown:
                 hint=f"name the model's folder as the tokenizer, too: extend {shell(folder)} … --model {shell(folder)}",
             )
 
-    def write(self, out: Path, pieces: dict[int, list[int]], files: dict[str, bytes]) -> dict[str, Any]:
+    def write(
+        self, out: Path, pieces: dict[int, list[int]], files: dict[str, bytes], *, force: bool = False
+    ) -> dict[str, Any]:
         """Fills the rows of `pieces` (new id -> old ids), writes model and tokenizer as one whole folder `out`, and
         returns `{"rows_before", "rows", "tied"}`. Raises StorageError, CheckpointError.
         """
@@ -62,7 +64,7 @@ class Grown:
             model.resize_token_embeddings(rows, mean_resizing=False)
         for layer, before in zip(self._layers(), old, strict=True):
             fill(self._matrix(layer), before, pieces)
-        with storage.new_folder(out) as writer:
+        with storage.new_folder(out, replace=force) as writer:
             weights.write(writer, model)
             for name, raw in files.items():
                 writer.write(name, raw)

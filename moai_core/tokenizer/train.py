@@ -72,7 +72,7 @@ def train(
     backend = load_backend(json.dumps(state).encode(), out / "tokenizer.json")
     counts = health.count_ids(backend, texts.read("health"), size)
     made = health.merges_of(state)
-    write_folder(out, files | own_files(state))
+    write_folder(out, files | own_files(state), force=force)
     return {
         "path": str(out),
         "vocab_size": size,

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from moai_core.errors import StorageError
+
 SCAN = ("scan", "--seq-len", "24", "--dim", "16", "--repeats", "1", "--against")
 TRAIN = (
     "train", "--recipe", "cpu-tiny", "model.hidden_size=16", "model.intermediate_size=24", "model.vocab_size=50",
@@ -115,6 +117,20 @@ def test_refusals_are_one_line(moai, tmp_path, arguments, words):
 def test_a_picture_that_cannot_be_written(moai, tmp_path):
     code, out, err = moai("bench", "--plot", "none/bench.png")
     assert code == 4 and out == "" and "no such folder" in err
+
+
+@pytest.mark.parametrize("flag", [(), ("--json",), ("--markdown",)])
+def test_a_full_disk_costs_the_picture_and_no_figure(moai, tmp_path, monkeypatch, flag):
+    from moai_core import storage
+
+    def full(path, *arguments, **options):
+        raise StorageError(f"{path}: no space left on the device")
+
+    monkeypatch.setattr(storage, "write_file", full)
+    code, out, err = moai("bench", *SCAN, "none", "--plot", "scan.png", *flag)
+    assert code == 4 and "scan.png: no space left" in err and "figures above are whole" in err
+    assert "1 x 24 x 16" in out or json.loads(out)["results"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", [(), ("scan",), ("train",)])

@@ -258,6 +258,39 @@ def test_what_a_killed_conversion_left_goes_with_the_next(make, tmp_path):
     assert left == {"moai", "out", f"out.tmp-{os.getppid()}", f"other.tmp-{dead.pid}"}
 
 
+def test_what_another_process_made_meanwhile_is_kept(make, tmp_path):
+    folder, _ = make()
+    target = tmp_path / "out"
+
+    def on_event(event):
+        if event["event"] == "tensor" and event["done"] == 1:
+            target.mkdir()
+            (target / "theirs").touch()
+
+    with pytest.raises(StorageError, match="another process has made it meanwhile"):
+        convert(folder, target, "jamba", check=False, on_event=on_event)
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+    assert {path.name for path in tmp_path.iterdir()} == {"moai", target.name}
+
+
+def test_so_is_a_file(tmp_path):
+    file = tmp_path / "out.gguf"
+    with pytest.raises(StorageError, match="meanwhile"), package._new_file(file, replace=False) as ours:
+        ours.write_text("ours")
+        file.write_text("theirs")
+    assert file.read_text() == "theirs" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_model_whose_numbers_are_none_is_named(make, tmp_path):
+    folder, model = make()
+    with torch.no_grad():
+        model.model.layers[0].mamba.D[3] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mamba\.D holds NaN or infinity"):
+        convert(tmp_path / "nan", tmp_path / "out", "jamba")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_leaves_nothing(make, tmp_path, monkeypatch):
     import errno
 

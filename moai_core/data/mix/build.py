@@ -56,7 +56,7 @@ def build(
     if out.exists() and not (force and report.is_mix(out)):
         why = "exists" if report.is_mix(out) else "exists and is no mix"
         raise UsageError(f"{out}: {why}", hint="--force replaces a mix; choose another folder with --output")
-    with storage.new_folder(out) as writer:
+    with storage.new_folder(out, replace=force) as writer:
         spool = writer.path / ".spool"
         spool.mkdir()
         work = _Work(mix, root, spool, Problems(mix.on_error), tell)
