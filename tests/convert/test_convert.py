@@ -282,7 +282,7 @@ def test_so_is_a_file(tmp_path):
 
 
 def test_a_model_whose_numbers_are_none_is_named(make, tmp_path):
-    folder, model = make()
+    _, model = make()
     with torch.no_grad():
         model.model.layers[0].mamba.D[3] = float("nan")
     model.save_pretrained(tmp_path / "nan")
