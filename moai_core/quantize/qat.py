@@ -114,6 +114,8 @@ def qat(
     options.check()
     if model_path is None and options.mode != "full" and resume in ("auto", "never"):
         _needs_model(recipe, options, output, resume)
+    if options.teacher is not None:
+        checkpoint.find(options.teacher)  # a wrong path is told before a run begins
     teacher = Teacher(options) if options.teacher is not None else None
     kind = dataclasses.replace(
         setup.MAMBA,

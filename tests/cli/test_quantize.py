@@ -289,3 +289,9 @@ def test_qat_errors(arguments, line, moai, folder, tmp_path):
     code, out, err = moai("qat", "-r", "cpu-tiny", *arguments, "--group-size", "32", *SMALL)
     assert (code, out) == (2, "") and line in err, err
     assert "hint: " in err and not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_that_is_not_there_is_told_before_the_run_begins(moai, folder, tmp_path):
+    code, out, err = moai("qat", "-r", "cpu-tiny", "-m", folder, "--distill", "nobody", "--group-size", "32", *SMALL)
+    assert (code, out) == (3, "") and "error: nobody: doesn't exist" in err
+    assert not (tmp_path / "runs").exists()
