@@ -48,10 +48,11 @@ def convert(
 
     The result appears complete, with tokenizer and card, or not at all. At the end the same token ids run through the
     runtimes of both formats: logits further apart than 1e-4 (relative to the largest, where that is above 1; with f16
-    and bf16 less than three quarters of the likeliest tokens alike), and the result is deleted, exit code 3. What a format can't express is refused, with those that can. qwen3 is for MOAI-LLM's
-    old transformer. Quantized matrices, also those of GPTQ, AWQ and compressed-tensors, stay as they are in moai's
-    format (without --outtype) and in gptq, awq and compressed-tensors; every other format gets them decoded, and so are
-    those behind a rotation or AWQ's vector.
+    and bf16 less than three quarters of the likeliest tokens alike), and the result is deleted, exit code 3. What a
+    format can't express is refused, with those that can. qwen3 is for MOAI-LLM's old transformer. Quantized matrices,
+    also those of GPTQ, AWQ and compressed-tensors, stay as they are in moai's format (without --outtype) and in gptq,
+    awq and compressed-tensors; every other format gets them decoded, and so are those behind a rotation or AWQ's
+    vector.
     """
     from moai_core.convert import convert as run
     from moai_core.training.stop import StopFlag
