@@ -15,12 +15,9 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from moai_cli import console, launch
+from moai_cli import console, interrupt, launch
 from moai_core import __version__
 from moai_core.errors import Interrupted, MoaiError, UsageError, storage_error
-
-# What Typer returns, without a word, where Ctrl-C met no handler of ours (while libraries are imported).
-_CTRL_C = 130
 
 app = typer.Typer(
     name="moai",
@@ -135,7 +132,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         result = app(argv, standalone_mode=False)
         sys.stdout.flush()
-        if result == _CTRL_C:
+        if result == interrupt.CODE:  # what Typer makes of Ctrl-C, without a word
             raise Interrupted(2)
         return result if isinstance(result, int) else 0
     except TyperException as exc:

@@ -11,7 +11,7 @@ import typer
 
 from moai_cli.figures import show
 from moai_cli.options import Device, Json, Model, Scan, Seed, by_name, required_model
-from moai_core.errors import UsageError
+from moai_core.errors import at_least
 
 Words = list[str] | None
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown to paste, with machine and command line.")]
@@ -201,8 +201,7 @@ def samples(
 
     - `moai bench samples -m runs/cpu-tiny --json > samples.json`
     """
-    if tokens < 1:
-        raise UsageError(f"--max-new-tokens must be at least 1 (got {tokens})")
+    at_least(("--max-new-tokens", tokens, 1))
     chosen = required_model(model)
     from moai_core.bench import samples as benchmark
 

@@ -100,3 +100,10 @@ def storage_error(exc: OSError, path: str | os.PathLike[str]) -> StorageError:
 def shell(path: str | os.PathLike[str]) -> str:
     """A path as a hint shows it inside a command to paste: in quotes where a shell would take it apart."""
     return shlex.quote(os.fspath(path))
+
+
+def at_least(*limits: tuple[str, int | None, int], hint: str | None = None) -> None:
+    """(flag, value, least) each: raises UsageError naming the first whose value is below its least. None passes."""
+    for flag, value, least in limits:
+        if value is not None and value < least:
+            raise UsageError(f"{flag} must be at least {least} (got {value})", hint=hint)

@@ -22,7 +22,7 @@ import torch
 from moai_core.data.cache import batches_of
 from moai_core.data.read import Problems, find_files, left_out, read_documents
 from moai_core.data.tokenize import Encoder, check_tokenizer, token_bytes
-from moai_core.errors import DataError, UsageError
+from moai_core.errors import DataError, at_least
 from moai_core.model.loss import IGNORED, chunked_cross_entropy, shift_labels
 from moai_core.model.padding import in_order
 
@@ -138,13 +138,7 @@ def evaluate_file(
     `max_length` is the chunk that is read at once and changes speed and memory, not the result (up to rounding). Of
     chats the assistant's turns are scored unless `train_on` is "all". Returns `summary`'s figures, `nats`,
     `documents`, `skipped` and `empty`. Raises DataError, UsageError."""
-    if max_length < 1 or batch_size < 1 or (limit is not None and limit < 1):
-        name, value = next(
-            (n, v)
-            for n, v in (("max_length", max_length), ("batch_size", batch_size), ("limit", limit))
-            if v is not None and v < 1
-        )
-        raise UsageError(f"{name} must be at least 1 (got {value})")
+    at_least(("max_length", max_length, 1), ("batch_size", batch_size, 1), ("limit", limit, 1))
     check_tokenizer(tokenizer, model.config.vocab_size)
     files, _ = find_files(path)
     problems = Problems(on_error)

@@ -117,7 +117,7 @@ def new_folder(final: Path, *, replace: bool = True) -> Iterator[FolderWriter]:
             verify(tmp)
         except CheckpointError as exc:
             raise StorageError(f"{final}: what was written reads back damaged ({exc})", hint="check the disk") from exc
-        if not replace and not (final.is_dir() and not any(final.iterdir())):
+        if not replace:
             check_free(final)
         _replace(tmp, final)
     except BaseException as exc:
@@ -130,8 +130,8 @@ def new_folder(final: Path, *, replace: bool = True) -> Iterator[FolderWriter]:
 
 
 def check_free(final: Path) -> None:
-    """Raises StorageError where `final` has come to exist since the work on it began."""
-    if os.path.lexists(final):
+    """Raises StorageError where `final` has come to exist since the work on it began, unless as an empty folder."""
+    if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
         raise StorageError(
             f"{final}: another process has made it meanwhile",
             hint="its result is kept; choose another name, or --force",

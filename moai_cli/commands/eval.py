@@ -56,7 +56,7 @@ def evaluate(
 
         moai eval -m runs/cpu-tiny/step-300 -d 'chats/**/*.jsonl' --limit 500 --json
     """
-    from moai_core.errors import UsageError
+    from moai_core.errors import UsageError, at_least
 
     if not data:
         raise UsageError("--data is missing", hint="a file, a folder or a glob: --data book.txt")
@@ -66,9 +66,7 @@ def evaluate(
     ):
         if value not in allowed:
             raise UsageError(f"{name} must be {' or '.join(allowed)} (got {value!r})")
-    for name, count in (("--max-length", max_length), ("--batch-size", batch_size), ("--limit", limit)):
-        if count is not None and count < 1:
-            raise UsageError(f"{name} must be at least 1 (got {count})")
+    at_least(("--max-length", max_length, 1), ("--batch-size", batch_size, 1), ("--limit", limit, 1))
     result = _run(
         required_model(model),
         data,

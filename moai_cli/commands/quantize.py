@@ -70,7 +70,7 @@ def quantize(
     source = required_model(model)
     with loading(source, device):
         from moai_core.device import place
-        from moai_core.errors import UsageError
+        from moai_core.errors import UsageError, at_least
         from moai_core.quantize.disk import quantize_folder
         from moai_core.quantize.plan import Settings
         from moai_core.training.stop import StopFlag
@@ -81,8 +81,7 @@ def quantize(
     if calib is not None and not settings.kind.calibrated:
         raise UsageError(f"--calib: --method {method} looks at no text", hint="gptq and awq do")
     for flag_name, value, usual in (("--calib-sequences", sequences, 512), ("--calib-length", length, 2048)):
-        if value < 1:
-            raise UsageError(f"{flag_name} must be at least 1 (got {value})", hint=f"without the flag: {usual}")
+        at_least((flag_name, value, 1), hint=f"without the flag: {usual}")
     held_out = _evaluation(evaluate, tokenizer, limit)
     flag = StopFlag()
     bar = console.progress()
@@ -134,12 +133,11 @@ def _words(source: Path) -> Path:
 
 def _evaluation(data: str, tokenizer: str | None, limit: int | None) -> Any:
     from moai_core.data.read import find_files, read_documents
-    from moai_core.errors import UsageError
+    from moai_core.errors import at_least
     from moai_core.paths import RECIPES
     from moai_core.quantize.report import Evaluation
 
-    if limit is not None and limit < 1:
-        raise UsageError(f"--eval-limit must be at least 1 (got {limit})", hint="leave it out to measure on all")
+    at_least(("--eval-limit", limit, 1), hint="leave it out to measure on all")
     if data == "none":
         return None
     chosen = data or str(RECIPES / "corpus" / "valid")

@@ -31,7 +31,7 @@ from moai_core.bench.report import Curve, Table
 from moai_core.bench.score import Text
 from moai_core.data.tokenize import token_bytes
 from moai_core.device import place
-from moai_core.errors import UsageError
+from moai_core.errors import UsageError, at_least
 from moai_core.evaluate import summary
 from moai_core.recipe import Source
 
@@ -244,7 +244,7 @@ def run(
     and the picture. join: None joins the packaged text, whose records are short,
     and leaves other texts as they are.
     """
-    report.at_least(("--max-length", length, 2), ("--tokens", tokens, 2), ("--chunk", chunk, 1))
+    at_least(("--max-length", length, 2), ("--tokens", tokens, 2), ("--chunk", chunk, 1))
     check_contexts(contexts)
     report.check_plot(plot)
     where = place(device)

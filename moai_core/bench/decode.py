@@ -21,7 +21,7 @@ from moai_core.bench import report, timing
 from moai_core.bench.quantized import FORMATS, model, sized
 from moai_core.bench.report import Table
 from moai_core.device import place
-from moai_core.errors import UsageError
+from moai_core.errors import UsageError, at_least
 from moai_core.generation import decode
 from moai_core.generation.sampling import Settings
 
@@ -105,7 +105,7 @@ def run(
     "notes"}. What an engine refuses or memory doesn't hold is left out with a note. UsageError for wrong words."""
     where = place(device)
     cuda = where.type == "cuda"
-    report.at_least(("--repeats", repeats, 1))
+    at_least(("--repeats", repeats, 1))
     name, numbers = sized(preset, layers, where)
     rows = report.numbers("--batch", batches or ["1", "8", "64"])
     names = report.among("--format", formats or (["none", "int4"] if cuda else ["none"]), list(FORMATS))

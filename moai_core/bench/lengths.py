@@ -28,7 +28,7 @@ from moai_core.bench.report import Curve, Table
 from moai_core.bench.timing import Case, Clock, Rotation, Timing, Work
 from moai_core.bench.work import DIRECTIONS, Inputs, Shape, attend, both_ways, cases, heads_of
 from moai_core.device import place
-from moai_core.errors import UsageError
+from moai_core.errors import UsageError, at_least
 from moai_core.scan import reference
 
 NAMES = ("scan", "attention", "mamba block", "attention block")
@@ -292,7 +292,7 @@ def run(
 ) -> dict[str, Any]:
     """`measure` with the words of flags, and the picture; the report, with `plot` where there is one."""
     report.check_plot(plot)
-    report.at_least(("--seq-len", length, 16))
+    at_least(("--seq-len", length, 16))
     report.check_effort(limit, repeats)
     where = place(device)
     width = _HIDDEN[where.type] if hidden is None else hidden

@@ -23,6 +23,7 @@ from moai_core.bench import report, timing
 from moai_core.bench.quantized import FORMATS, model, sized
 from moai_core.bench.report import Table
 from moai_core.device import place
+from moai_core.errors import at_least
 from moai_core.quant import kernels
 from moai_core.quant import linear as quant
 from moai_core.quant.formats import Spec
@@ -49,7 +50,7 @@ def run(
     "weight_bytes"}. Raises UsageError for wrong words."""
     where = place(device)
     cuda = where.type == "cuda"
-    report.at_least(("--repeats", repeats, 1), ("--chunk", chunk, 1))
+    at_least(("--repeats", repeats, 1), ("--chunk", chunk, 1))
     name, numbers = sized(preset, layers, where)
     names = report.among("--format", formats or ["none,fp8,int4" if cuda else "none,int4"], list(FORMATS))
     wanted = report.numbers("--length", lengths or (["8192", "32768"] if cuda else ["256"]), least=2)

@@ -9,6 +9,7 @@ from torch import nn
 
 from moai_core import config
 from moai_core.bench import report
+from moai_core.errors import at_least
 from moai_core.quant.formats import FORMATS as KNOWN
 from moai_core.quant.linear import QuantLinear, TiedHead, quantized
 
@@ -36,7 +37,7 @@ def sized(preset: str | None, layers: int | None, device: torch.device) -> tuple
     """(name, numbers) of the model that flags ask for: without a preset 2b on a GPU, a small one on a CPU; layers: so
     many instead of its own. Raises UsageError."""
     report.check_preset(preset)
-    report.at_least(("--layers", layers, 1))
+    at_least(("--layers", layers, 1))
     preset = preset or ("2b" if device.type == "cuda" else None)
     fields: dict[str, Any] = {} if preset else dict(_SMALL)
     if layers is not None:

@@ -73,13 +73,6 @@ def among(flag: str, values: Iterable[str] | str, known: Sequence[str]) -> list[
     return list(dict.fromkeys(words))
 
 
-def at_least(*limits: tuple[str, int | None, int]) -> None:
-    """(flag, value, least) each; UsageError naming the first flag whose value is below its least. None passes."""
-    for flag, value, least in limits:
-        if value is not None and value < least:
-            raise UsageError(f"{flag} must be at least {least} (got {value})")
-
-
 def check_preset(preset: str | None) -> None:
     """UsageError for a --preset that is no size of moai's."""
     if preset is not None and preset not in PRESETS:

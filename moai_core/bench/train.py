@@ -30,7 +30,7 @@ from moai_core.bench.models import Model
 from moai_core.bench.report import Table
 from moai_core.bench.steps import PHASES, WARMUP, make_optimizer, product_rate, read, train
 from moai_core.bench.work import documents, recorded
-from moai_core.errors import UsageError
+from moai_core.errors import UsageError, at_least
 from moai_core.recipe import Recipe
 from moai_core.training import setup
 
@@ -237,8 +237,8 @@ def options(
     gpu = where.type == "cuda"
     if recipe is None and preset is None:
         recipe, preset = (None, "2b") if gpu else ("cpu-tiny", None)
-    report.at_least(("--steps", steps, 0), ("--layers", layers, 1), ("--prefill-chunk", chunk, 1))
-    report.at_least(("--repeats", repeats, 1))
+    at_least(("--steps", steps, 0), ("--layers", layers, 1), ("--prefill-chunk", chunk, 1))
+    at_least(("--repeats", repeats, 1))
     optimizer = optimizer or ("torch" if preset else "recipe")
     report.among("--optimizer", optimizer, OPTIMIZERS)
     wanted = [f"hardware.gpu={'null' if gpu else 'cpu'}"]

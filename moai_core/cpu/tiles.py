@@ -94,7 +94,11 @@ def store(values, address, stride, tokens, width):
 
 @plain
 def load_turned(into, address, rows, width):
-    """into[n, c] = the floats of a contiguous (width, rows) array; channels beyond the width become 0."""
+    """into[n, c] = the floats of a contiguous (width, rows) array, 0 where there is none (address 0) and in channels
+    beyond the width."""
+    if address == 0:
+        clear(into, 0, rows)
+        return
     block = carray(floats_at(address), (width, rows))
     for n in range(rows):
         for c in range(width):

@@ -1,6 +1,6 @@
 """How kernels divide rows of numbers among threads: what the host decides for rows.cuh and what stands on it.
 
-    team(size, v)                  threads that hold a row in their registers together
+    division(size, v)              sizes as macros of rows.cuh, rows of a block, threads of a block
     vector(size, *tensors)         numbers that a thread moves at once
     apart(x)                       x with rows that a kernel can read, and their distance
     summands(residual, x, weight)  the same for a residual stream, what is added to it and its norm's weight
@@ -20,13 +20,17 @@ WIDEST = 32768
 
 
 @lru_cache(maxsize=256)
-def team(size: int, v: int) -> int:
-    """Threads that hold a row of `size` values in vectors of v: a power of two up to a warp, or whole warps."""
+def division(size: int, v: int) -> tuple[dict[str, int], int, int]:
+    """(SIZE, V, TEAM and PER of rows.cuh, rows of a block, threads of a block) for rows of `size` values in vectors of
+    v. A team is a power of two up to a warp, or whole warps.
+    """
     vectors = -(-size // v)
     if vectors <= 32:
-        return 1 << (vectors - 1).bit_length()
-    # Two vectors a thread: loads under way enough with few threads to meet at the barrier.
-    return min(512 if vectors <= 2048 else 1024, 32 * -(-vectors // 64))
+        team = 1 << (vectors - 1).bit_length()
+    else:  # two vectors a thread: loads under way enough with few threads to meet at the barrier
+        team = min(512 if vectors <= 2048 else 1024, 32 * -(-vectors // 64))
+    block = team if team > 32 else 128
+    return {"SIZE": size, "V": v, "TEAM": team, "PER": -(-vectors // team)}, block // team, block
 
 
 def vector(size: int, *tensors: Tensor | None, most: int = 4) -> int:

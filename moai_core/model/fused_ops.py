@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from moai_core import cuda
 from moai_core.cuda import ops
-from moai_core.cuda.rows import apart, multiprocessors, summands, team, vector
+from moai_core.cuda.rows import apart, division, multiprocessors, summands, vector
 
 # What the small norms' row may have: a warp holds it in registers.
 WIDEST_SMALL = 512
@@ -254,15 +254,13 @@ def _norm_kernels(
     v: int,
     size: int,
 ) -> _NormKernels:
-    threads = team(size, v)
-    block = threads if threads > 32 else 128
+    sizes, teams, block = division(size, v)
     types = {"R": stream, "X": added, "W": weight, "Y": result}
     macros = {letter: cuda.TYPES[dtype] for letter, dtype in types.items()}
-    sizes = {"SIZE": size, "V": v, "TEAM": threads, "PER": -(-size // (v * threads))}
     forward, backward, add = (
         cuda.kernel("norm.cu", f"norm_{name}", device, **macros, **sizes) for name in ("forward", "backward", "sum")
     )
-    return _NormKernels(forward, backward, add, block // threads, block, multiprocessors(device) * -(-512 // block))
+    return _NormKernels(forward, backward, add, teams, block, multiprocessors(device) * -(-512 // block))
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moai_core import cuda
 from moai_core.cuda import ops
-from moai_core.cuda.rows import WIDEST, team, vector
+from moai_core.cuda.rows import WIDEST, division, vector
 from moai_core.quant.fp8 import LARGEST
 
 CODES = torch.float8_e4m3fn
@@ -47,12 +47,9 @@ def results(rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
 def kernel(name: str, device: torch.device, size: int, v: int, **types: torch.dtype) -> tuple[cuda.Kernel, int, int]:
     """(kernel, rows of a block, threads of a block) of quant_rows.cu for rows of `size` values in vectors of v. types:
     R, X and W there; what a kernel has none of is bf16."""
-    threads = team(size, v)
+    sizes, together, block = division(size, v)
     chosen = {key: cuda.TYPES[types.get(key, torch.bfloat16)] for key in "RXW"}
-    per = -(-size // (v * threads))
-    found = cuda.kernel("quant_rows.cu", name, device, **chosen, SIZE=size, V=v, TEAM=threads, PER=per)
-    block = threads if threads > 32 else 128
-    return found, block // threads, block
+    return cuda.kernel("quant_rows.cu", name, device, **chosen, **sizes), together, block
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from moai_core.data.cache import tokenized
 from moai_core.data.loader import Loader, make_loader
 from moai_core.data.pack import split_documents
 from moai_core.data.stream import StreamRows
-from moai_core.errors import DataError, UsageError
+from moai_core.errors import DataError, UsageError, at_least
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,9 +75,7 @@ def from_text(
     valid_fraction: a recipe's share of held-out pieces, which are left out as in training. Raises DataError for less
     text than is asked for, UsageError for impossible numbers and a stream that is to be avoided.
     """
-    for name, value in (("sequences", sequences), ("length", length)):
-        if value < 1:
-            raise UsageError(f"calibration {name} must be at least 1 (got {value})")
+    at_least(("calibration sequences", sequences, 1), ("calibration length", length, 1))
     options: dict[str, Any] = {"format": format, "on_error": on_error, "cache": cache}
     data = SimpleNamespace(
         train=sources, valid=None, valid_fraction=valid_fraction, train_on="all", streaming="auto",

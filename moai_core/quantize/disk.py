@@ -80,7 +80,7 @@ def quantize_folder(
     with lock_file(target):
         _target(Path(dst), force)  # what somebody else finished meanwhile stays
         data = _calibration(settings, calibration)
-        return _make(job, target, data, evaluation, {"path": str(dst), "begun": begun})
+        return _make(job, target, data, evaluation, shown=str(dst), begun=begun)
 
 
 def _make(
@@ -88,10 +88,12 @@ def _make(
     target: Path,
     data: Calibration | None,
     evaluation: report.Evaluation | None,
-    about: dict[str, Any],
+    *,
+    shown: str,
+    begun: float,
 ) -> dict[str, Any]:
-    """The folder and its report; what is finished stays beside it until the whole is. about: the "path" as the caller
-    named it, and when it "begun"."""
+    """The folder and its report; what is finished stays beside it until the whole is. shown: the target as the caller
+    named it; begun: when, in seconds of time.perf_counter."""
     work = _workplace(target, job.key(data.key if data else None), job.on_event)
     with _keeping(work):
         layers = job.layers(work, data)
@@ -101,7 +103,7 @@ def _make(
         hf.write(folder, job.config_json(), found, job.source.files, job.on_event)
         result = report.build(job, found, layers, data)
         report.measure(result, job.source, folder.path, evaluation, job.device, job.on_event)
-        result |= {"path": about["path"], "seconds": round(time.perf_counter() - about["begun"], 2)}
+        result |= {"path": shown, "seconds": round(time.perf_counter() - begun, 2)}
         if job.settings.layout != layouts.MOAI:
             told = layouts.rewrite(folder, job.settings.layout, job.on_event)
             result["notes"] += told["notes"]

@@ -114,8 +114,6 @@ def qat(
     options.check()
     if model_path is None and options.mode != "full" and resume in ("auto", "never"):
         _needs_model(recipe, options, output, resume)
-    if options.teacher is not None:
-        checkpoint.find(options.teacher)  # a wrong path is told before a run begins
     teacher = Teacher(options) if options.teacher is not None else None
     kind = dataclasses.replace(
         setup.MAMBA,
@@ -249,7 +247,9 @@ class Teacher:
     """The model whose predictions a student learns; its weights take memory, its gradients none."""
 
     def __init__(self, options: Options) -> None:
-        self.options = options
+        assert options.teacher is not None
+        checkpoint.find(options.teacher)  # a wrong path is told before a run begins
+        self.options, self.path = options, options.teacher
         self._model: Any = None
 
     def objective(self, student: Any) -> Any:
@@ -266,11 +266,10 @@ class Teacher:
 
     def _ready(self, student: Any) -> Any:
         if self._model is None:
-            assert self.options.teacher is not None
-            found = checkpoint.load_model(self.options.teacher, device=student.device, dtype=student.dtype)
+            found = checkpoint.load_model(self.path, device=student.device, dtype=student.dtype)
             if found.config.vocab_size != student.config.vocab_size:
                 raise UsageError(
-                    f"--distill {self.options.teacher}: its vocabulary has {found.config.vocab_size} entries, the "
+                    f"--distill {self.path}: its vocabulary has {found.config.vocab_size} entries, the "
                     f"student's {student.config.vocab_size}",
                     hint="the teacher must have the student's tokenizer",
                 )

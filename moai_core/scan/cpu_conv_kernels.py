@@ -66,10 +66,7 @@ def conv_forward(slots):
         width = min(W, I - c0)
         load_turned(w, weight + 4 * c0 * K, K, width)
         vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
-        if first:
-            load_turned(x, first + 4 * (b * I + c0) * (K - 1), K - 1, width)
-        else:
-            clear(x, 0, K - 1)
+        load_turned(x, first + 4 * (b * I + c0) * (K - 1) if first else 0, K - 1, width)
         real = real_tokens(marks + b * L if marks else 0, L)
         age = K - 1  # how many tokens back belong to this document
         for t0 in range(0, L, T):
@@ -125,10 +122,7 @@ def conv_backward(slots):
         width = min(W, I - c0)
         load_turned(w, weight + 4 * c0 * K, K, width)
         vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
-        if first:
-            load_turned(x, first + 4 * (b * I + c0) * (K - 1), K - 1, width)
-        else:
-            clear(x, 0, K - 1)
+        load_turned(x, first + 4 * (b * I + c0) * (K - 1) if first else 0, K - 1, width)
         clear(g_x, 0, K - 1)
         clear(g_w, 0, K)
         clear(g_bias, 0, 1)

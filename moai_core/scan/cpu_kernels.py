@@ -77,10 +77,7 @@ def scan_forward(slots):
                 a[n, c] *= LOG2E
         vector(skip[0], D + 4 * c0 if D else 0, width, ZERO)
         vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
-        if first:
-            load_turned(h, first + 4 * (b * I + c0) * N, N, width)
-        else:
-            clear(h, 0, N)
+        load_turned(h, first + 4 * (b * I + c0) * N if first else 0, N, width)
         for chunk in range(chunks):
             t0 = chunk * T
             tokens = min(T, L - t0)
@@ -194,10 +191,7 @@ def scan_backward(slots):
                 a[n, c] *= LOG2E
         vector(skip[0], D + 4 * c0 if D else 0, width, ZERO)
         vector(shift[0], bias + 4 * c0 if bias else 0, width, ZERO)
-        if g_last:
-            load_turned(carry, g_last + 4 * (b * I + c0) * N, N, width)
-        else:
-            clear(carry, 0, N)
+        load_turned(carry, g_last + 4 * (b * I + c0) * N if g_last else 0, N, width)
         clear(g_A, 0, N)
         clear(g_D, 0, 1)
         clear(g_bias, 0, 1)

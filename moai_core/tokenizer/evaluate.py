@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moai_core.data.regexes import check_patterns
-from moai_core.errors import CheckpointError, UsageError
+from moai_core.errors import CheckpointError, UsageError, at_least
 from moai_core.paths import TOKENIZERS
 from moai_core.storage import parse_json, read_limited
 from moai_core.tokenizer.layout import load_backend
@@ -85,8 +85,7 @@ def evaluate(
     """
     if not tokenizers:
         raise UsageError("no tokenizer named", hint="folders, tokenizer.json files or names: --tokenizer moai")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit must be at least 1 (got {limit})", hint="leave it out to read all")
+    at_least(("--limit", limit, 1), hint="leave it out to read all")
     labels: dict[str, list[str]] = {}
     for text in data:
         label, path = _label(text)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moai_core.errors import UsageError
+from moai_core.errors import UsageError, at_least
 from moai_core.tokenizer import health
 from moai_core.tokenizer.layout import (
     LONGEST,
@@ -89,8 +89,7 @@ def train(
 
 def check_frequency(value: int) -> None:
     """Raises UsageError for a `--min-frequency` that is none."""
-    if value < 1:
-        raise UsageError(f"--min-frequency must be at least 1 (got {value})", hint="10 keeps noise out")
+    at_least(("--min-frequency", value, 1), hint="10 keeps noise out")
 
 
 def learn(texts: Texts, vocab_size: int, min_frequency: int, tell: OnEvent) -> dict[str, Any]:
