@@ -69,6 +69,7 @@ def save(
     trainer: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
     keep_last: int | None = 3,
+    spare: int | None = None,
     max_shard_size: int | str = "5GB",
     on_event: OnEvent | None = None,
 ) -> Path:
@@ -76,8 +77,9 @@ def save(
 
     `optimizer_state` is a nested dict of tensors and JSON values (see `optimizer_state()`), or a list of them, one a
     rank. `trainer` and `recipe` must be JSON. A `step-N` that exists is replaced, also as a whole. `keep_last=None`
-    keeps all. Nothing is deleted before the new folder was read back and found equal to what was meant. Emits
-    `{"event": "checkpoint", "step", "path"}`. Raises StorageError; the earlier steps are then untouched.
+    keeps all; the step `spare` is never deleted. Nothing is deleted before the new folder was read back and found equal
+    to what was meant. Emits `{"event": "checkpoint", "step", "path"}`. Raises StorageError; the earlier steps are then
+    untouched.
     """
     run_dir = Path(run_dir)
     final = run_dir / f"step-{step}"
@@ -91,22 +93,28 @@ def save(
         folder.write(
             "trainer.json", storage.json_bytes({"format": FORMAT, "step": step, **(trainer or {}), "recipe": recipe})
         )
-    purge(run_dir, newest=step, keep_last=keep_last, on_event=on_event)
+    purge(run_dir, newest=step, keep_last=keep_last, spare=spare, on_event=on_event)
     _tell(on_event, event="checkpoint", step=step, path=str(final))
     return final
 
 
 def purge(
-    run_dir: str | os.PathLike[str], *, newest: int, keep_last: int | None, on_event: OnEvent | None = None
+    run_dir: str | os.PathLike[str],
+    *,
+    newest: int,
+    keep_last: int | None,
+    spare: int | None = None,
+    on_event: OnEvent | None = None,
 ) -> None:
-    """Delete the oldest complete steps up to `newest`, which was verified, until `keep_last` remain (None: keep all).
+    """Delete the oldest complete steps up to `newest`, which was verified, until `keep_last` remain (None: keep all);
+    the step `spare` stays in any case.
 
     A failure is a warning: the newest step is safe, and an old one that can't be deleted is no reason to stop.
     """
     if keep_last is None:
         return
     try:
-        storage.purge(Path(run_dir), newest=newest, keep_last=keep_last)
+        storage.purge(Path(run_dir), newest=newest, keep_last=keep_last, spare=spare)
     except StorageError as exc:
         _tell(on_event, event="warning", message=f"old checkpoints could not be deleted: {exc}")
 

@@ -304,8 +304,9 @@ def steps(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     return sorted((step, path) for step, path in found if path.is_dir())
 
 
-def purge(run_dir: Path, *, newest: int, keep_last: int) -> None:
-    """Delete the oldest complete steps up to `newest`, which the caller has verified, until `keep_last` of them remain.
+def purge(run_dir: Path, *, newest: int, keep_last: int, spare: int | None = None) -> None:
+    """Delete the oldest complete steps up to `newest`, which the caller has verified, until `keep_last` of them remain;
+    the step `spare` stays in any case.
 
     Complete means that the manifest is intact and the sizes agree; others don't count and are not touched. Raises
     StorageError.
@@ -315,9 +316,9 @@ def purge(run_dir: Path, *, newest: int, keep_last: int) -> None:
         if step <= newest:
             with suppress(CheckpointError):
                 check_sizes(path, read_manifest(path))
-                complete.append(path)
+                complete.append((step, path))
     try:
-        for path in complete[: -max(1, keep_last)]:
+        for path in (path for step, path in complete[: -max(1, keep_last)] if step != spare):
             trash = path.with_name(f"{path.name}.del-{os.getpid()}")
             os.rename(path, trash)
             shutil.rmtree(trash)

@@ -256,6 +256,8 @@ def test_purge_counts_only_complete_steps_and_touches_no_others(tiny_model, tmp_
     assert names(tmp_path) == ["step-1", "step-2", "step-3", "step-4", "step-x"]
     checkpoint.save(tmp_path, 5, model=tiny_model(), keep_last=2)
     assert names(tmp_path) == ["step-2", "step-3", "step-4", "step-5", "step-x"]
+    checkpoint.save(tmp_path, 6, model=tiny_model(), keep_last=1, spare=4)
+    assert names(tmp_path) == ["step-2", "step-3", "step-4", "step-6", "step-x"]
 
 
 def test_an_existing_step_is_replaced_as_a_whole(tiny_model, tmp_path):

@@ -112,7 +112,9 @@ def show_result(result: Any) -> None:
         for name, one in result.valid.get("sets", {}).items():
             rows += [(f"bits per byte, {name}", f"{one['bits_per_byte']:.4f}")]
         if result.best and result.best["step"] != result.valid["step"]:
-            rows += [("best validation loss", f"{result.best['loss']:.4f} (step {result.best['step']})")]
+            kept = result.run_dir / f"step-{result.best['step']}"
+            where = str(kept) if kept.is_dir() else f"step {result.best['step']}"
+            rows += [("best validation loss", f"{result.best['loss']:.4f} ({where})")]
     rows += [("tokens/s", f"{result.tokens_per_s:,.0f}")] if result.tokens_per_s else []
     rows += [("time", clock(result.seconds)), ("checkpoint", result.checkpoint)]
     table(("", "result"), rows)

@@ -160,6 +160,7 @@ class Train:
     seed: int = _f(0, "seed of initial weights, data order and samples", min=0, max=2**63 - 1)
     save_every: int = _f(1000, "steps between checkpoints (the last step is always saved)", min=0)
     keep_last: int = _f(3, "checkpoints kept", min=1)
+    keep_best: bool = _f(False, "save at every new lowest validation loss too, and keep that checkpoint")
     eval_every: int = _f(500, "steps between validations", min=0)
     eval_batches: int = _f(50, "micro-batches of a validation", min=1)
     log_every: int = _f(10, "steps between log lines and records of trackers; metrics.jsonl has every step", min=1)

@@ -271,7 +271,11 @@ class Loop(Run):
             self._agree_to_go_on(0, 0)
             progress.sampled, late = progress.step, True
         # Saved again where a run stopped after its last step catches up, or the next start would do it once more.
-        if (due(t.save_every) or done) and progress.step and (late or self._saved_step() != progress.step):
+        if (
+            (due(t.save_every) or done or self._spared() == progress.step)
+            and progress.step
+            and (late or self._saved_step() != progress.step)
+        ):
             self._save()
 
     def _saved_step(self) -> int:
@@ -346,6 +350,7 @@ class Loop(Run):
             trainer=trainer,
             recipe=self.recipe.to_dict(),
             keep_last=self.recipe.train.keep_last,
+            spare=self._spared(),
             on_event=self.on_event,
         )
 

@@ -23,8 +23,8 @@ from moai_core.training import metrics
 # already used.
 MAY_CHANGE = (
     "name", "description", "track", "hardware", "output", "data.workers", "data.cache", "model.scan", "train.steps",
-    "train.epochs", "train.save_every", "train.keep_last", "train.eval_every", "train.eval_batches",
-    "train.log_every", "train.sample_every",
+    "train.epochs", "train.save_every", "train.keep_last", "train.keep_best", "train.eval_every",
+    "train.eval_batches", "train.log_every", "train.sample_every",
     "train.sample_prompts", "train.sample_tokens", "train.max_nonfinite", "train.threads", "train.checkpointing",
     "train.batch_size", "train.accumulation", "train.effective_batch",
 )  # fmt: skip

@@ -142,8 +142,13 @@ class Run:
 
     def _purge(self) -> None:
         """A run killed between a save and the purge that follows it left one checkpoint too many."""
-        keep = self.recipe.train.keep_last
-        checkpoint.purge(self.run_dir, newest=self.progress.step, keep_last=keep, on_event=self.on_event)
+        keep, newest = self.recipe.train.keep_last, self.progress.step
+        checkpoint.purge(self.run_dir, newest=newest, keep_last=keep, spare=self._spared(), on_event=self.on_event)
+
+    def _spared(self) -> int | None:
+        """The step whose checkpoint is kept whatever its age."""
+        best = self.progress.best
+        return best["step"] if best and self.recipe.train.keep_best else None
 
     def _open_model(
         self, step_dir: Path | None, model_path: Path | None, dtype: torch.dtype, resume: str

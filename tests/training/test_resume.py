@@ -80,3 +80,28 @@ def test_a_kill_between_save_and_purge_leaves_nothing_for_ever(tmp_path):
     shutil.copytree(tmp_path / "run" / "step-2", tmp_path / "run" / "step-1")
     train(made, output=tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-2", "step-3"]
+
+
+def test_the_best_checkpoint_is_kept_on_request(tmp_path, monkeypatch):
+    """Saved at the step that had it, though no checkpoint was due, and through a later start of the same run."""
+    from moai_core import recipe
+    from moai_core.training import loop
+
+    (tmp_path / "text.txt").write_text("상태는 커지지 않는다. " * 40, encoding="utf-8")
+    shape = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "data.max_length=16"]
+    data = [f"data.train={tmp_path / 'text.txt'}", "~data.valid", "data.valid_fraction=0.2"]
+    every = ["train.save_every=2", "train.keep_last=1", "train.eval_every=1", "train.sample_every=0", "train.threads=1"]
+    losses = iter([5.0, 4.0, 3.0, 3.5, 4.5, 3.2, 3.1])
+    monkeypatch.setattr(
+        loop, "validate", lambda *_, **__: {"loss": next(losses), "perplexity": 1.0, "bits_per_byte": 1.0}
+    )
+
+    def steps(last, best):
+        made = recipe.load("cpu-tiny", [*shape, *data, *every, f"train.steps={last}", f"train.keep_best={best}"])
+        result = loop.train(made, output=tmp_path / "run")
+        assert result.best["step"] == 3
+        return sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+
+    assert steps(5, "true") == ["step-3", "step-5"]
+    assert steps(6, "true") == ["step-3", "step-6"]
+    assert steps(7, "false") == ["step-7"]
