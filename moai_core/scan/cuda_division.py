@@ -61,7 +61,7 @@ def divide(
         segments = min(range(1, max(1, min(6, tiles // 8)) + 1), key=lambda n: -(-blocks * n // held) / n + n / 100)
     else:
         sizes = [n for n in (1, 2, 4, 8) if n <= min(places, tiles) and shared(n) <= limit]
-        teams, segments = _fill(processors, places, blocks, tiles, sizes, 1.15 if direction == "forward" else 1.05)
+        teams, segments = _fill(processors, places, blocks, tiles, sizes, _COSTS[direction])
         chained = False
     span = -(-tiles // segments)
     if segments > 1:
@@ -70,18 +70,30 @@ def divide(
     return Division(warps, teams, tile, span, segments, shared(teams), chained and segments > 1)
 
 
-def _fill(processors: int, places: int, blocks: int, tiles: int, sizes: list[int], toll: float) -> tuple[int, int]:
-    """(teams of a block, segments of a row) that take the least time by a rough count. A multiprocessor half full is
-    0.7 times as fast as a full one; passing states from team to team costs `toll`, a pass before 1.3."""
+class _Costs(NamedTuple):
+    """By measurement on an H100: how much faster a multiprocessor is with twice the warps, where it isn't full yet (a
+    power of 2: 0 for not at all, 1 for twice as fast); what passing states from team to team multiplies the time by,
+    and what a pass before does (docs/LOG.md)."""
+
+    gain: float
+    relay: float
+    summary: float
+
+
+_COSTS = {"forward": _Costs(0.25, 1.22, 1.5), "backward": _Costs(0.5, 1.02, 1.2)}
+
+
+def _fill(processors: int, places: int, blocks: int, tiles: int, sizes: list[int], costs: _Costs) -> tuple[int, int]:
+    """(teams of a block, segments of a row) that take the least time by a rough count."""
 
     def cost(teams: int, segments: int) -> float:
         def fullest(count: int) -> float:
-            return count / (count * teams / places) ** 0.5 if count else 0.0
+            return count / (count * teams / places) ** costs.gain if count else 0.0
 
         room = max(1, places // teams)  # blocks of a multiprocessor
         rounds, rest = divmod(blocks * segments, room * processors)
         time = (rounds * fullest(room) + fullest(-(-rest // processors))) / (blocks * segments)
-        return time * (toll if teams > 1 else 1.0) * (1.3 if segments > 1 else 1.0)
+        return time * (costs.relay if teams > 1 else 1.0) * (costs.summary if segments > 1 else 1.0)
 
     def cuts(teams: int) -> int:
         return max(1, min(8 * processors // (blocks * teams), tiles // max(4, teams)))

@@ -42,6 +42,8 @@ def test_few_rows_get_teams_and_many_rows_none(monkeypatch):
     for direction, most in (("forward", 8), ("backward", 4)):
         one, many = (divide.__wrapped__(0, direction, 2, 2, rows, 2048, 4096, 16) for rows in (1, 8))
         assert (one.teams, one.segments, many.teams) == (most, 1, 1)
+        half = divide.__wrapped__(0, direction, 2, 2, 4, 2048, 4096, 16)
+        assert (half.teams, half.segments) == (1, 1), "more teams or segments were measured to be slower"
         few = divide.__wrapped__(0, direction, 2, 2, 1, 2048, 64, 16)
         assert few.segments > 1 and few.segments * blocks_of(64) * few.teams > 64
 
