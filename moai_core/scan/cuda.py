@@ -22,7 +22,7 @@ from moai_core import cuda
 from moai_core.cuda import ops
 from moai_core.scan import cuda_conv, reference
 from moai_core.scan.cuda_conv import conv, conv_step, rows
-from moai_core.scan.cuda_division import Division, blocks_of, divide, shared_bytes, tile_of
+from moai_core.scan.cuda_division import Division, blocks_of, divide, shared_bytes, tile_of, too_large
 from moai_core.scan.cuda_step import step
 
 __all__ = ["conv", "conv_step", "scan", "step", "why_not"]
@@ -275,11 +275,9 @@ def _divide(direction: str, u: Tensor, A: Tensor, B: Tensor) -> Division:
 
 def _too_large(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
-    try:
-        for direction in ("forward", "backward"):
-            divide(index, direction, dtype.itemsize, 4, 1, 1, 32, states)
-    except LookupError as refusal:
-        return str(refusal)
+    for direction in ("forward", "backward"):
+        if (reason := too_large(index, direction, dtype.itemsize, 4, states)) is not None:
+            return reason
     return None
 
 

@@ -46,13 +46,13 @@ def divide(
     processors: int = properties.multi_processor_count
     tile = tile_of(states)
     tiles, blocks = -(-length // tile), batch * blocks_of(channels)
-    warps = _warps(states) if direction == "forward" else 2
+    warps = _warps(direction, states)
 
     def shared(teams: int) -> int:
         return shared_bytes(direction, warps, tile, size, states_size, states, teams)
 
-    if shared(1) > limit:
-        raise LookupError(f"it needs {shared(1)} bytes of shared memory a block, and this GPU has {limit}")
+    if (reason := too_large(index, direction, size, states_size, states)) is not None:
+        raise LookupError(reason)
     # Teams that a multiprocessor holds: by registers, fewer where shared memory ends.
     places = max(1, min(16 // warps if direction == "forward" else 4, limit // (shared(1) + 1024)))
     if direction == "backward" and blocks > places * processors:
@@ -101,9 +101,16 @@ def _fill(processors: int, places: int, blocks: int, tiles: int, sizes: list[int
     return min(((n, k) for n in sizes for k in {1, cuts(n)}), key=lambda both: (cost(*both), both))
 
 
-def _warps(states: int) -> int:
-    """As few as leave a thread no more states than its registers hold."""
-    return next(w for w in (2, 4, 8) if states // w <= 32)
+def too_large(index: int, direction: str, size: int, states_size: int, states: int) -> str | None:
+    """Why not even a block of one team fits the GPU, or None. Plain arithmetic: `torch.compile` looks into it."""
+    limit = torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    need = shared_bytes(direction, _warps(direction, states), tile_of(states), size, states_size, states)
+    return f"it needs {need} bytes of shared memory a block, and this GPU has {limit}" if need > limit else None
+
+
+def _warps(direction: str, states: int) -> int:
+    """Of a team; as few as leave a thread no more states than its registers hold."""
+    return 4 if direction == "forward" and states > 64 else 2
 
 
 def tile_of(states: int) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from moai_core.scan.cuda_division import blocks_of, divide
+from moai_core.scan.cuda_division import blocks_of, divide, too_large
 
 # (multiprocessors, bytes of shared memory a block may have)
 GPUS = {"h100": (132, 232448), "rtx-4090": (128, 101376), "small": (16, 101376)}
@@ -53,3 +54,18 @@ def test_states_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     with pytest.raises(LookupError, match="bytes of shared memory a block, and this GPU has 16384"):
         divide.__wrapped__(0, "backward", 4, 4, 1, 32, 32, 128)
+
+
+def test_torch_compile_looks_into_the_refusal(monkeypatch):
+    """`scan` asks it in the middle of what is compiled."""
+
+    class Properties(NamedTuple):
+        shared_memory_per_block_optin: int = 232448
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties())
+
+    def double(x):
+        return x * 2 if too_large(0, "backward", 2, 4, 16) is None else x
+
+    x = torch.ones(3)
+    assert torch.equal(torch.compile(double, fullgraph=True, backend="eager")(x), 2 * x)
