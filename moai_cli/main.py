@@ -22,7 +22,8 @@ from moai_core.errors import Interrupted, MoaiError, UsageError, storage_error
 app = typer.Typer(
     name="moai",
     help="Train, talk to and measure pure-Mamba language models.",
-    epilog="Start here: `moai train --recipe cpu-tiny`, then `moai chat --model runs/cpu-tiny`.",
+    epilog="Start here: `moai chat` talks to the model that comes with moai; `moai train --recipe cpu-tiny` trains "
+    "one of your own, for `moai chat --model runs/cpu-tiny`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -30,7 +30,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Run folder, step-N checkpoint, or Hugging Face folder of a moai model.",
+        help="Run folder, step-N checkpoint, Hugging Face folder of a moai model, or moai-30m, which comes with moai.",
         show_default=False,
         callback=by_name,
     ),

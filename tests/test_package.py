@@ -1,4 +1,4 @@
-"""The wheel carries recipes, packaged text, tokenizers and GPU kernels, and finds them without a checkout."""
+"""The wheel carries recipes, packaged text, tokenizers, GPU kernels and the model, and finds them without a checkout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def test_a_wheel_finds_its_recipes_and_tokenizers(tmp_path):
     code = (
         "import moai_core; from moai_core import paths, recipe; from moai_core.data.tokenize import load_tokenizer; "
         "assert str(paths.RECIPES).startswith(sys.argv[1]); made = recipe.load('cpu-tiny'); "
-        "assert made.data.train[0].path.startswith(sys.argv[1]); print(len(load_tokenizer('moai_tiny')), recipe.names())"
+        "assert made.data.train[0].path.startswith(sys.argv[1]); from moai_core import storage; "
+        "model = paths.pretrained(); assert str(model).startswith(sys.argv[1]); storage.verify(model); print(len(load_tokenizer('moai_tiny')), recipe.names())"
     )
     command = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); " + code, str(tmp_path / "site")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -36,7 +36,7 @@ def chat(
 
     Examples:
 
-    - `moai chat --model runs/cpu-tiny`
+    - `moai chat` (with the model that comes with moai)
 
     - `moai chat --model runs/cpu-tiny --system "Answer in Korean." --session friday.session --temperature 0.5`
 

@@ -12,7 +12,7 @@ from moai_cli.options import Force, Json, by_name
 
 
 def convert(
-    src: Annotated[str, typer.Argument(help="Folder, run, .gguf file, or a name of the Hugging Face hub.")],
+    src: Annotated[str, typer.Argument(help="Folder, run, .gguf file, moai-30m, or a name of the Hugging Face hub.")],
     dst: Annotated[Path, typer.Argument(help="Folder to write; for gguf a file.")],
     to: Annotated[
         str,
@@ -39,6 +39,8 @@ def convert(
     Examples:
 
     - `moai convert runs/cpu-tiny tiny-jamba --to jamba` (transformers)
+
+    - `moai convert moai-30m moai-30m.gguf --to gguf` (the model that comes with moai, for llama.cpp)
 
     - `moai convert runs/cpu-tiny tiny.gguf --to gguf --outtype q8_0` (llama.cpp)
 

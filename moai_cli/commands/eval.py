@@ -52,7 +52,7 @@ def evaluate(
 
     Examples:
 
-        moai eval --model runs/cpu-tiny --data book.txt
+        moai eval --data book.txt
 
         moai eval -m runs/cpu-tiny/step-300 -d 'chats/**/*.jsonl' --limit 500 --json
     """

@@ -59,7 +59,7 @@ def generate(
 
     Examples:
 
-    - `moai generate --model runs/cpu-tiny "옛날 옛적에" -n 64 --seed 1`
+    - `moai generate "옛날 옛적에" -n 64 --seed 1` (with the model that comes with moai)
 
     - `echo "Once upon a time" | moai generate --model runs/cpu-tiny --temperature 0`
 

@@ -63,6 +63,8 @@ def quantize(
 
         moai quantize -m runs/mine --method gptq --format gptq -o mine-gptq
 
+    Without --model: the model that comes with moai, which is int4 already and is decoded first.
+
     The report compares sizes, the output error of every matrix, loss on text that wasn't calibrated on, and the drift
     of the state over up to 32k tokens; it lies in the folder as quantization.json and quantization.png. An interrupted
     run goes on where it was when started again.
