@@ -175,8 +175,7 @@ DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-LOG
 
 // log(1 + e^x) = max(x, 0) + log(1 + e), e = exp(-|x|); the logarithm is e times a polynomial in e, fitted on [0, 1] to a
 // relative error of 2e-7, so that nothing is lost where e is tiny.
-DEVICE float softplus(float x) {
-  const float e = exp2_approx(-LOG2E * fabsf(x));
+DEVICE float softplus(float x, float e) {
   float p = -0.0085392063f;
   p = p * e + 0.0440896228f;
   p = p * e - 0.1076816991f;
@@ -187,6 +186,7 @@ DEVICE float softplus(float x) {
   p = p * e + 0.9999998212f;
   return p * e + fmaxf(x, 0.0f);
 }
+DEVICE float softplus(float x) { return softplus(x, exp2_approx(-LOG2E * fabsf(x))); }
 
 // ---- Asynchronous copies from global to shared memory, 16 bytes each; zeros where `valid` is false.
 

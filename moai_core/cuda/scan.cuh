@@ -1,14 +1,80 @@
 // What the forward and the backward scan share: tiles of TILE steps and 32 channels, their copies and their order.
 //
-// Macros: T type of u, dt, z, y; TB type of B and C; N states; WARPS of a block, which divide the states; TILE steps;
-// GATED 1 if z is given; SHARED bytes of shared memory that the caller reserves.
+// Macros: T type of u, dt, z, y; TB type of B and C; N states; WARPS of a team, which divide the states; TEAMS of a block;
+// TILE steps; GATED 1 if z is given; SHARED bytes of shared memory that the caller reserves.
 #pragma once
 #include "common.cuh"
 
-constexpr int THREADS = 32 * WARPS;
+constexpr int THREADS = 32 * WARPS;  // of a team
 constexpr int SLOTS = 2;           // tiles in shared memory as they come: one at work, one on its way
 constexpr int STATES = N / WARPS;  // of one thread
-static_assert(N % WARPS == 0 && WARPS >= 2 && WARPS <= 8 && (TILE == 8 || TILE == 16), "states and steps are dealt out evenly");
+static_assert(N % WARPS == 0 && WARPS >= 1 && WARPS <= 8, "states are dealt out evenly");
+static_assert(TILE == 8 || TILE == 16 || TILE == 32, "steps are dealt out evenly");
+static_assert(TEAMS >= 1 && TEAMS * WARPS <= 16, "a multiprocessor holds a block, and a barrier is left for each team");
+
+// ---- Teams: where rows are too few for the GPU, a block has several teams of WARPS, which take the tiles in turn. What is
+// left to wait for the tile before is a state's recurrence alone, so that teams are at different states of different tiles.
+
+DEVICE int team() { return TEAMS == 1 ? 0 : threadIdx.x / THREADS; }
+DEVICE uint32 thread() { return TEAMS == 1 ? threadIdx.x : threadIdx.x % THREADS; }  // of the team
+
+DEVICE void team_sync() {
+  if (TEAMS == 1) {
+    __syncthreads();
+  } else {
+#ifdef MOAI_HOST
+    emu::barrier(1 + team(), THREADS, "bar.sync");
+#else
+    // A number that the compiler doesn't know reserves all 16 barriers, too many where blocks share a multiprocessor.
+    if (TEAMS > 2) asm volatile("bar.sync %0, %1;" ::"r"(1 + team()), "n"(THREADS) : "memory");
+    else if (team() == 0) asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+    else asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory");
+#endif
+  }
+}
+
+// What a lane leaves in shared memory for the same lane of the next team: the recurrence's value behind tile `turn` - 1 of
+// the segment. Both are written and read as one, so that nothing else says when the value is there. A place is used again
+// only after the value has gone through all teams, so after it was read.
+struct alignas(8) Baton {
+  uint32 value;
+  int turn;
+};
+
+DEVICE void pass_on(Baton* to, float value, int turn) {
+#ifdef MOAI_HOST
+  *to = {float_bits(value), turn};
+#else
+  asm volatile(
+      "{\n.reg .b64 both;\nmov.b64 both, {%1, %2};\nst.relaxed.cta.shared.b64 [%0], both;\n}" ::"r"(
+          (uint32)__cvta_generic_to_shared(to)),
+      "r"(float_bits(value)), "r"(turn));
+#endif
+}
+
+DEVICE Baton look_at(const Baton* from) {
+#ifdef MOAI_HOST
+  return *from;
+#else
+  Baton b;
+  asm volatile("{\n.reg .b64 both;\nld.relaxed.cta.shared.b64 both, [%2];\nmov.b64 {%0, %1}, both;\n}"
+               : "=r"(b.value), "=r"(b.turn)
+               : "r"((uint32)__cvta_generic_to_shared(from)));
+  return b;
+#endif
+}
+
+// By all lanes of a warp. `seen`: what an earlier look has seen.
+DEVICE float take_over(const Baton* from, int turn, Baton seen) {
+  while (seen.turn != turn) {
+#ifdef MOAI_HOST
+    __nanosleep(20);
+#endif
+    seen = look_at(from);
+  }
+  __syncwarp();
+  return bits_float(seen.value);
+}
 
 template <class X>
 struct KeptType {
@@ -20,12 +86,69 @@ struct KeptType<float> {
 };
 using Kept = KeptType<T>::type;
 
+// States whose summaries are one warp's (scan_summary.cu); each such group has its own sum of dt.
+constexpr int GROUP = N < 8 ? N : 8, GROUPS = N / GROUP;
+
 enum Mark { REAL = 0, RESET = 1, PAD = 2 };
 
 // A time step so long that the state before it is forgotten: exp2(FORGET * rate) is 0 for every decay rate, and gradients
 // through the decay, which are multiplied by that 0, stay 0. Resets then cost the recurrence nothing.
 constexpr float FORGET = 1e38f;
 DEVICE float decay_rate(float A) { return fminf(A * LOG2E, -1e-30f); }
+
+// ---- Blocks that wait for other blocks of the same kernel. `flags`, zeros before the launch: how many blocks have begun,
+// then of every block whether what it leaves to others is in memory; or null. Blocks are numbered in the order in which
+// they begin, so that one that waits for a lower number waits for a block that runs or has run.
+
+struct Chain {
+  int* flags;
+
+  DEVICE explicit operator bool() const { return flags; }
+  // One thread calls it.
+  DEVICE int begin() const { return atomicAdd(flags, 1); }
+
+  // By all threads of a block.
+  DEVICE void wait(int64 number) const {
+    if (threadIdx.x == 0) {
+#ifdef MOAI_HOST
+      while (!*(volatile int*)&flags[1 + number]) {}
+#else
+      int there = 0;
+      while (true) {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(flags + 1 + number) : "memory");
+        if (there) break;
+        __nanosleep(100);
+      }
+#endif
+    }
+    __syncthreads();
+  }
+  DEVICE void finish(int64 number) const {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+#ifdef MOAI_HOST
+      flags[1 + number] = 1;
+#else
+      __threadfence();
+      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flags + 1 + number), "r"(1) : "memory");
+#endif
+    }
+  }
+};
+
+// A number that is made here and stays in a register: the compiler would make it anew wherever it is used.
+DEVICE uint32 keep(uint32 x) {
+#ifndef MOAI_HOST
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// What lies `offset` bytes into an array.
+template <class X, class Array>
+DEVICE X& at_byte(Array& array, uint32 offset) {
+  return *reinterpret_cast<X*>(reinterpret_cast<unsigned char*>(&array) + offset);
+}
 
 // ---- fp32 tiles in shared memory: a row of TILE steps a channel, even channels' rows before the odd ones'. Groups of 4
 // steps are swapped from row to row, so that 8 lanes on neighbouring channels, or on every second one, touch all 32 banks
@@ -63,14 +186,15 @@ DEVICE void write_steps(Rows& to, int c, int t0, const float (&from)[n]) {
 }
 
 // The same numbers for every lane of a warp.
+DEVICE void read_four(float* to, const float* from) {
+  const Vec<float, 4> v = load_vec<float, 4>(from);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) to[j] = v.at[j];
+}
 template <int n>
 DEVICE void read_broadcast(float (&to)[n], const float* from) {
 #pragma unroll
-  for (int k = 0; k < n; k += 4) {
-    const Vec<float, 4> v = load_vec<float, 4>(from + k);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) to[k + j] = v.at[j];
-  }
+  for (int k = 0; k < n; k += 4) read_four(&to[k], from + k);
 }
 
 // ---- Edges: what is done once per step and channel. A thread takes two neighbouring channels and PER consecutive steps.
@@ -80,7 +204,13 @@ static_assert(PER >= 1, "every thread has work at the edges");
 
 struct Edge {
   int c, t0;  // the first of its channels in the block, the first of its steps in the tile
-  DEVICE Edge() : c(threadIdx.x % 16 * 2), t0(threadIdx.x / 16 * PER) {}
+  int swap;   // 1 where its steps are swapped in pairs in a tile as it comes (place_row)
+  // `hold`: in registers all the time, where some are left.
+  DEVICE explicit Edge(bool hold)
+      : c(thread() % 16 * 2), t0(thread() / 16 * PER), swap(PER % 2 ? 0 : thread() / 16 % 2) {
+    if (hold) c = keep(c), t0 = keep(t0), swap = keep(swap);
+  }
+  DEVICE int row(int k) const { return t0 + k + (k % 2 ? -swap : swap); }
 };
 
 // One number a channel, zeros where there are none.
@@ -106,24 +236,25 @@ DEVICE void mark_times(float (&dts)[2][PER], const int (&mark)[TILE], const Edge
   }
 }
 
-// The warps' shares of a sum, added in order.
-DEVICE void add_shares(float (&sum)[2][PER], const Rows (&shares)[WARPS], const Edge& edge) {
+// The warps' shares of a sum, added in order: of each, the tile `which`.
+template <class Share>
+DEVICE void add_shares(float (&sum)[2][PER], const Share (&shares)[WARPS], Rows Share::*which, const Edge& edge) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    read_steps(sum[j], shares[0], edge.c + j, edge.t0);
+    read_steps(sum[j], shares[0].*which, edge.c + j, edge.t0);
 #pragma unroll
     for (int w = 1; w < WARPS; ++w) {
       float part[PER];
-      read_steps(part, shares[w], edge.c + j, edge.t0);
+      read_steps(part, shares[w].*which, edge.c + j, edge.t0);
 #pragma unroll
       for (int k = 0; k < PER; ++k) sum[j][k] += part[k];
     }
   }
 }
 
-// Where channel c of step t stands in a tile as it comes: half a row further for every second thread's steps, so that the
-// two halves of a warp read from different banks.
-DEVICE int column(int t, int c) { return c ^ (t / PER % 2 * 16); }
+// Where step t stands in a tile as it comes: every second thread's steps are swapped in pairs, so that the two halves of a
+// warp, at steps PER apart, read from different banks.
+DEVICE int place_row(int t) { return PER % 2 ? t : t ^ (t / PER % 2); }
 
 template <class X>
 DEVICE void read_pair(float (&to)[2], const X* from) {
@@ -146,49 +277,50 @@ DEVICE void write_pair(X* to, const float (&from)[2]) {
 
 // ---- Copies of one tile between memory and shared memory, 16 bytes a thread and row.
 
-// One tensor's way through the tiles: ROWS rows of `width` numbers a tile, in order or as column() places them. The
-// threads that copy begin at warp `lead`, so that a block's tensors fall to different warps.
+// One tensor's way through the tiles: ROWS rows of `width` numbers a tile, in order or as place_row() has them. Where a
+// tensor leaves threads without work, those that copy begin at warp `lead`, so that a block's tensors fall to different
+// warps.
 template <class X, int width, bool PLACED = false, int ROWS = TILE>
 struct Cursor {
   static constexpr int w = per_16_bytes<X>, pieces = width / w, total = ROWS * pieces;
   static constexpr int workers = total < THREADS ? total : THREADS, stride = workers / pieces;
   static_assert(workers % pieces == 0 && ROWS % stride == 0, "a thread copies one column");
-  X* at;
+  X* at;  // this thread's first number of the tile
   int64 step, tile;
-  int row, column;
+  int lead, exist;
 
-  // Rows lie `step` numbers apart, tiles `tile`; `from` is the first row of the first tile, or null; of each row the first
-  // `exist` numbers exist. Without anything to copy `row` is out of reach.
-  DEVICE Cursor(const X* from, int64 step, int64 tile, int lead, int64 exist) : step(step), tile(tile) {
-    const int worker = (threadIdx.x + THREADS - lead * 32 % THREADS) % THREADS;
-    column = worker % pieces * w;
-    row = from && worker < workers ? worker / pieces : ROWS;
-    if (column >= exist) row += 2 * ROWS;  // such a column arrives as zeros and is never stored
-    at = const_cast<X*>(from) + worker / pieces * step + column;
+  // Rows lie `step` numbers apart; `from` is row 0; of each row the first `exist` numbers exist. The first tile begins at
+  // row `begin`, the next one `advance` rows further.
+  DEVICE Cursor(const X* from, int64 step, int lead, int64 exist, int begin, int advance)
+      : step(step), tile(advance * step), lead(lead), exist(exist < width ? (int)exist : width) {
+    at = const_cast<X*>(from) + (begin + (int)(worker() / pieces)) * step + worker() % pieces * w;
   }
 
-  DEVICE int place(int t) const { return PLACED ? ::column(t, column) : column; }
+  DEVICE uint32 worker() const {
+    return workers == THREADS ? thread() : (thread() + THREADS - lead * 32 % THREADS) % THREADS;
+  }
+  DEVICE bool idle() const { return workers < THREADS && worker() >= workers; }
 
   // A tile's first `rows` rows exist; the others, and columns that don't, arrive as zeros.
   DEVICE void copy_in(X* to, int to_step, int rows) {
-    const bool outside = row >= 2 * ROWS;
-    if (row != ROWS && row != 3 * ROWS) {
-      const int first = outside ? row - 2 * ROWS : row;
+    const int row = worker() / pieces, column = worker() % pieces * w;
+    if (idle()) return;
 #pragma unroll
-      for (int k = 0; k < ROWS; k += stride)
-        copy_async_16(to + (first + k) * to_step + place(first + k), at + k * step, !outside && first + k < rows);
-      at += tile;
-    }
+    for (int k = 0; k < ROWS; k += stride)
+      copy_async_16(to + (PLACED ? place_row(row + k) : row + k) * to_step + column, at + k * step,
+                    column < exist && row + k < rows);
+    at += tile;
   }
 
   DEVICE void copy_out(const X* from, int from_step, int rows) {
-    if (row < ROWS) {
+    const int row = worker() / pieces, column = worker() % pieces * w;
+    if (idle() || column >= exist) return;
 #pragma unroll
-      for (int k = 0; k < ROWS; k += stride)
-        if (row + k < rows)
-          store_vec<X, w>(at + k * step, load_vec<X, w>(from + (row + k) * from_step + place(row + k)));
-      at += tile;
-    }
+    for (int k = 0; k < ROWS; k += stride)
+      if (row + k < rows)
+        store_vec<X, w>(at + k * step,
+                        load_vec<X, w>(from + (PLACED ? place_row(row + k) : row + k) * from_step + column));
+    at += tile;
   }
 };
 
@@ -196,18 +328,20 @@ struct Cursor {
 template <int states>
 constexpr int narrow_row = states + per_16_bytes<TB>;
 
-// They as fp32, one row of steps a state; zeros at padding, whatever stands there.
+// They as fp32, one row of steps (and 4 numbers against bank conflicts) a state; zeros at padding, whatever stands there.
 template <int states>
-DEVICE void widen_states(float (&to)[states][TILE], const TB (&from)[TILE][narrow_row<states>], const int (&mark)[TILE],
-                         bool special) {
-  const int t = threadIdx.x % TILE;
-  const bool pad = special && mark[t] == PAD;
+DEVICE void widen_states(float (&to)[states][TILE + 4], const TB (&from)[TILE][narrow_row<states>],
+                         const int (&mark)[TILE], bool special) {
+  constexpr int pairs = THREADS / 8;  // of states at once: 8 steps and 4 pairs a warp touch all 32 banks
 #pragma unroll
-  for (int k = 0; k < states / 2; k += THREADS / TILE) {
-    const int n = 2 * (k + threadIdx.x / TILE);
-    if (states / 2 % (THREADS / TILE) == 0 || n < states) {
+  for (int t0 = 0; t0 < TILE; t0 += 8) {
+#pragma unroll
+    for (int n0 = 0; n0 < states; n0 += 2 * pairs) {
+      const int t = t0 + thread() % 8, n = n0 + thread() / 8 * 2;
+      if (states % (2 * pairs) && n >= states) continue;
       float both[2];
       read_pair(both, &from[t][n]);
+      const bool pad = special && mark[t] == PAD;
       to[n][t] = pad ? 0.0f : both[0];
       to[n + 1][t] = pad ? 0.0f : both[1];
     }
@@ -221,18 +355,23 @@ struct Segment {
   int block, blocks;         // of a row's channels
   int index, count;          // the segment, and how many there are
   int first, tiles;          // its first tile, and how many it has
-  DEVICE Segment(int64 L, int64 I, int64 segments, int64 span) {
+  // Blocks go through a row's channels, then its segments, then the rows; `chained`: through all rows, then the segments
+  // from the last to the first, so that what a segment waits for was begun long before.
+  DEVICE Segment(int64 L, int64 I, int64 segments, int64 span, int number, int all_blocks, bool chained = false) {
     blocks = (int)((I + 31) / 32);
-    block = blockIdx.x % blocks;
+    block = number % blocks;
     count = (int)segments;
-    index = blockIdx.x / blocks % count;
-    batch = blockIdx.x / blocks / count;
+    const int rest = number / blocks, rows = all_blocks / blocks / count;
+    index = chained ? count - 1 - rest / rows : rest % count;
+    batch = chained ? rest % rows : rest / count;
     c0 = (int64)block * 32;
     const int all = (int)((L + TILE - 1) / TILE);
     first = index * (int)span;
     tiles = all - first < (int)span ? all - first : (int)span;
   }
   DEVICE int64 row() const { return batch * count + index; }
+  DEVICE int tile(int i) const { return first + i * TEAMS + team(); }         // this team's tile i
+  DEVICE int turns() const { return (tiles - team() + TEAMS - 1) / TEAMS; }  // tiles of this team
 };
 
 // Where documents begin and padding stands, one step a thread. What a load answers is looked at one tile later, so that no
@@ -244,17 +383,17 @@ struct Marker {
   DEVICE Marker(const int* seq_idx, int L) : seq_idx(seq_idx), L(L) {}
 
   DEVICE void fetch(int t0) {
-    if (threadIdx.x >= TILE) return;
-    t = t0 + threadIdx.x;
+    if (thread() >= TILE) return;
+    t = t0 + thread();
     if (seq_idx && t < L) here = seq_idx[t];
     if (seq_idx && t < L && t > 0) before = seq_idx[t - 1];
   }
 
   // `special`: whether the tile has any mark, so that the others need not look.
   DEVICE void store(int (&mark)[TILE], int& special) {
-    if (threadIdx.x >= 32) return;
+    if (thread() >= 32) return;
     int m = REAL;
-    if (threadIdx.x < TILE) {
+    if (thread() < TILE) {
       if (t >= L) m = PAD;
       else if (seq_idx && here < 0) m = PAD;
       else if (seq_idx && t > 0) {
@@ -263,34 +402,34 @@ struct Marker {
         for (int s = t - 2; number < 0 && s >= 0; --s) number = seq_idx[s];
         if (number >= 0 && here > number) m = RESET;
       }
-      mark[threadIdx.x] = m;
+      mark[thread()] = m;
     }
     const bool any = __any_sync(0xffffffffu, m != REAL);
-    if (threadIdx.x == 0) special = any;
+    if (thread() == 0) special = any;
   }
 };
 
 // ---- The order of the stages, each of which may read what the one before it left in shared memory:
-// load (asks for a tile), arrive (its marks), in, body, out, flush (stores the results). A block waits between stages;
-// the multiprocessor's other blocks are at other stages then.
+// load (asks for a tile), arrive (its marks), in, body, out, flush (stores the results). A team waits between stages;
+// the multiprocessor's other teams are at other stages then.
 
 template <class Load, class Arrive, class In, class Body, class Out, class Flush>
 DEVICE void run_tiles(int tiles, Load load, Arrive arrive, In stage_in, Body body, Out stage_out, Flush flush) {
   for (int i = -1; i < tiles; ++i) {
     if (i >= 0) {
       stage_in(i);
-      __syncthreads();
+      team_sync();
     }
     if (i + 1 < tiles) load(i + 1);
     copy_async_commit();
     if (i >= 0) {
       body(i);
-      __syncthreads();
+      team_sync();
       stage_out(i);
     }
     if (i + 1 < tiles) arrive(i + 1);
     copy_async_wait<0>();
-    __syncthreads();
+    team_sync();
     if (i >= 0) flush(i);
   }
 }

@@ -1,4 +1,6 @@
-// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=2 GATED=1 TILE=16 SHARED=65536 | T=float TB=float N=64 WARPS=2 GATED=1 TILE=8 SHARED=98304
+// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=1 GATED=1 TILE=16 SHARED=65536
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=4 GATED=1 TILE=16 SHARED=229376
+// moai: macros T=float TB=float N=64 WARPS=2 TEAMS=1 GATED=1 TILE=8 SHARED=98304
 //
 // Gradients of the selective scan (scan_forward.cu), with its division of work: a lane owns a channel, a warp a share of
 // the states, a block 32 channels. Tiles are walked from the last to the first. In a tile the states are computed again
@@ -9,16 +11,24 @@
 //   d(dt u)_t = g_t . B_t,  d(dt)_t += q . A,  dA += q dt_t   with q = exp(dt_t A) g_t h_(t-1)
 //
 // Sums over a thread's states stay in its registers. Sums over the 32 channels of a warp begin on the tensor cores: values
-// times a matrix of ones and zeros leave, for each group of 4 lanes, the sum of each value; 7 exchanges between lanes add
-// the groups and deal the 32 sums out. tf32 drops bits; for fp32 inputs each number goes in two parts, so that 22 bits count. Sums over a
-// row's blocks are written as partial sums and added in a fixed order by scan_reduce: no atomics, the same bits every time.
+// times a matrix of ones and zeros leave, for each group of 4 lanes, the sum of each value; the groups are added through
+// shared memory, for several states at once. tf32 drops bits; for fp32 inputs each number goes in two parts, so that 22
+// bits count. Sums over a row's blocks are written as partial sums and added in a fixed order by scan_reduce: no atomics,
+// the same bits every time.
+//
+// Segments of a row take their carry from scan_summary, or, given `flags`, from the segment behind them, which leaves it
+// in `ends` (see Chain): no pass of its own, for rows that fill the GPU by themselves and would leave it half empty at
+// the end.
 #include "scan.cuh"
 
 constexpr bool EXACT = sizeof(T) == 4;
 constexpr int VALUES = 2 * TILE;            // summed over channels, of one state: dB of each step, then dC
 constexpr int FRAGMENTS = VALUES / 16;      // of the tensor cores' results
+constexpr bool SLOPES = sizeof(T) == 2;     // of softplus and gate are kept from a tile's beginning to its end
 constexpr bool RATES = N <= 32;             // decay rates in shared memory, where it has room
 constexpr int PART = 2 * N * TILE;          // numbers of a tile's partial sums
+constexpr int BATCH = STATES < 8 ? STATES : 8;  // states whose groups of lanes are added at once
+static_assert(STATES % BATCH == 0 && BATCH * FRAGMENTS % 8 == 0, "a warp's states are batches, a batch's sums passes");
 
 struct alignas(16) Slot {  // one tile as it comes from memory
   T u[TILE][32], dt[TILE][32], z[TILE][32], g[TILE][32];
@@ -27,15 +37,40 @@ struct alignas(16) Slot {  // one tile as it comes from memory
   int mark[TILE], special;
 };
 
+// What a warp leaves to its team: sums over its states, C h, g B and q A log2(e). Before, while it goes through the states,
+// the sums of a batch that its groups of lanes have for one another.
+union alignas(16) Share {
+  struct {
+    Rows Ch, gB, qA;
+  };
+  float groups[FRAGMENTS][BATCH][32][4];
+};
+
+// The slope of softplus, and the gate's sigmoid.
+template <bool there>
+struct alignas(16) Slopes {
+  Rows rows[2];
+};
+template <>
+struct alignas(16) Slopes<false> {};
+
 struct alignas(16) Pool {
   Slot slot[SLOTS];
   Rows dt, x, dy;
-  float BC[2 * N][TILE];  // when a state is done, the sums over channels that are its dB and dC
-  Rows Ch[WARPS], gB[WARPS], qA[WARPS];  // over a warp's states: C h, g B, q A log2(e)
-  float carry[N][32], dA[N][32];  // each one thread's; here because registers can't be indexed
-  float a2[RATES ? N : 1][32];
+  Slopes<SLOPES> slopes;
+  float BC[2 * N][TILE + 4];
+  Share share[WARPS];
+  float dA[N][32];  // each one thread's; here because registers can't be indexed
 };
-static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
+
+struct alignas(16) Shared {
+  Pool pool[TEAMS];
+  Baton relay[TEAMS > 1 ? TEAMS : 1][TEAMS > 1 ? N : 1][32];  // the gradient of the state on its way through the teams
+  float carry[TEAMS > 1 ? 1 : N][32];                         // it where there is one team
+  float a2[RATES ? N : 1][32];
+  int number;  // of the block, where blocks are chained
+};
+static_assert(sizeof(Shared) <= SHARED, "SHARED is what the caller reserves");
 
 // Adds to `sums` the sums over groups of 4 lanes of the values 4 j ... 4 j + 3. `one[p]` is 1.0 in the lanes of group p.
 // Lane 4 g + t ends with group g's sums of the values 4 t ... 4 t + 3.
@@ -56,79 +91,106 @@ DEVICE void add_lanes(float (&sums)[4], const uint32 (&one)[8], int j, const flo
   }
 }
 
-// Adds the 8 groups' sums. Each exchange halves what a lane has left, so that in the end each has one of the 32 values (of
-// the 16, two lanes the same).
-DEVICE void add_groups(float (&to)[2 * N][TILE], int n, const float (&sums)[FRAGMENTS][4], int lane) {
-  const bool high16 = lane & 16, high8 = lane & 8, high4 = lane & 4;
-  auto exchange = [](bool high, float low_value, float high_value, int other) {
-    return (high ? high_value : low_value) + __shfl_xor_sync(0xffffffffu, high ? low_value : high_value, other);
-  };
-  float left[FRAGMENTS];
+// Adds the 8 groups' sums of a batch of states, the first of which is n: 4 consecutive steps of a state's dB or dC a lane
+// and pass, stored as partial sums.
+DEVICE void add_groups(Kept* parts, int n, const float (&groups)[FRAGMENTS][BATCH][32][4], int lane) {
+  // Every second state's groups are taken in another order, so that 8 lanes touch all 32 banks.
+  const int state = lane / 4 % BATCH, swap = state % 2;
 #pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) {
-    const float one = exchange(high16, sums[f][0], sums[f][2], 16), two = exchange(high16, sums[f][1], sums[f][3], 16);
-    left[f] = exchange(high8, one, two, 8);
+  for (int pass = 0; pass < BATCH * FRAGMENTS / 8; ++pass) {
+    const int fragment = pass * (8 / BATCH) + lane / 4 / BATCH;
+    const float(*even)[4] = &groups[fragment][state][lane % 4 + swap * 4], (*odd)[4] = even - swap * 8;
+    Vec<float, 4> sum = load_vec<float, 4>(even[0]);
+#pragma unroll
+    for (int k = 1; k < 8; ++k) {
+      const Vec<float, 4> v = load_vec<float, 4>((k % 2 ? odd : even)[k * 4]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum.at[j] += v.at[j];
+    }
+    Vec<Kept, 4> to;
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) store_vec<Kept, 2>(&to.at[j], pair_from_floats<Kept>(sum.at[j], sum.at[j + 1]));
+    const int value = fragment * 16 + lane % 4 * 4;
+    store_vec<Kept, 4>(parts + (value / TILE * N + n + state) * TILE + value % TILE, to);
   }
-  const int value = (FRAGMENTS == 2 && high4 ? 16 : 0) + lane % 4 * 4 + (high16 ? 2 : 0) + (high8 ? 1 : 0);
-  to[value / TILE * N + n][value % TILE] = exchange(high4, left[0], left[FRAGMENTS - 1], 4);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS))
     scan_backward(const T* u, const T* dt, const float* A, const TB* B, const TB* C, const float* D, const T* z,
                   const float* bias, const int* seq_idx, const Kept* kept, const T* g, const float* d_last,
-                  const float* ends, const float* sums, T* d_u, T* d_dt, T* d_z, float* d_A, Kept* parts, float* d_D,
-                  float* d_bias, float* d_first, int64 L, int64 I, int64 segments, int64 span,
+                  float* ends, const float* sums, int* flags, T* d_u, T* d_dt, T* d_z, float* d_A, Kept* parts,
+                  float* d_D, float* d_bias, float* d_first, int64 L, int64 I, int64 segments, int64 span,
                   int64 u_batch, int64 u_step, int64 dt_batch, int64 dt_step, int64 z_batch, int64 z_step,
                   int64 B_batch, int64 B_step, int64 C_batch, int64 C_step, int64 g_batch, int64 g_step,
                   int64 d_z_batch, int64 d_z_step) {
   extern __shared__ __align__(16) unsigned char shared[];
-  Pool& pool = *reinterpret_cast<Pool*>(shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Segment at(L, I, segments, span);
+  Shared& all = *reinterpret_cast<Shared*>(shared);
+  Pool& pool = TEAMS > 1 ? at_byte<Pool>(all.pool, keep(team() * sizeof(Pool))) : all.pool[0];
+  const int lane = threadIdx.x % 32, warp = thread() / 32;
+  const Chain chain{flags};
+  if (chain && threadIdx.x == 0) all.number = chain.begin();
+  if (chain) __syncthreads();
+  // A number that the compiler sees to be the same in all lanes.
+  const Segment at(L, I, segments, span, chain ? __reduce_or_sync(0xffffffffu, all.number) : blockIdx.x, gridDim.x,
+                   bool(chain));
   const int64 batch = at.batch, c0 = at.c0, c = c0 + lane;
   const bool mine = c < I;
-  const int all = (int)((L + TILE - 1) / TILE), last = at.first + at.tiles - 1;  // tiles of the row, the segment's last
-  const int64 end = (int64)last * TILE;
-  const Edge edge;
-  const int at_c = column(edge.t0, edge.c);
+  const int row_tiles = (int)((L + TILE - 1) / TILE), last = at.first + at.tiles - 1 - team();  // the team's last tile
+  const Edge edge(TEAMS <= 2);
 
-#pragma unroll 1
-  for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
-    const float a2 = mine ? decay_rate(A[c * N + n]) : -1.0f;
-    float carry = mine && d_last ? d_last[(batch * I + c) * N + n] : 0.0f;
-#pragma unroll 1
-    for (int64 s = (batch + 1) * at.count - 1; mine && s > at.row(); --s)  // through the segments after this one
-      carry = exp2_approx(a2 * sums[s * I + c]) * carry + ends[(s * I + c) * N + n];
-    if (RATES) pool.a2[n][lane] = a2;
-    pool.carry[n][lane] = carry;
-    pool.dA[n][lane] = 0.0f;
-  }
   uint32 one[8];
 #pragma unroll
-  for (int p = 0; p < 8; ++p) one[p] = lane / 4 == p ? 0x3f800000u : 0u;
+  for (int p = 0; p < 8; ++p) one[p] = keep(lane / 4 == p ? 0x3f800000u : 0u);
   float bias_c[2], D_c[2], sum_D[2] = {0.0f, 0.0f}, sum_bias[2] = {0.0f, 0.0f};
   read_channels(bias_c, bias, c0 + edge.c, I);
   read_channels(D_c, D, c0 + edge.c, I);
 
   // Tiles are walked from the last to the first: rows begin at the last tile, tiles lie backwards.
-  Cursor<T, 32, true> u_rows(u + batch * u_batch + end * u_step + c0, u_step, -TILE * u_step, 0, I - c0);
-  Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + end * dt_step + c0, dt_step, -TILE * dt_step, 2, I - c0);
-  Cursor<T, 32, true> z_rows(GATED ? z + batch * z_batch + end * z_step + c0 : nullptr, z_step, -TILE * z_step, 4, I - c0);
-  Cursor<T, 32, true> g_rows(g + batch * g_batch + end * g_step + c0, g_step, -TILE * g_step, 6, I - c0);
-  Cursor<TB, N> B_rows(B + batch * B_batch + end * B_step, B_step, -TILE * B_step, 1, N);
-  Cursor<TB, N> C_rows(C + batch * C_batch + end * C_step, C_step, -TILE * C_step, 3, N);
-  Cursor<Kept, 32, false, N> kept_rows(kept + (batch * all + last) * N * I + c0, I, -N * I, 5, I - c0);
-  Cursor<T, 32, true> d_u_rows(d_u + (batch * L + end) * I + c0, I, -TILE * I, 0, I - c0);
-  Cursor<T, 32, true> d_dt_rows(d_dt + (batch * L + end) * I + c0, I, -TILE * I, 2, I - c0);
-  Cursor<T, 32, true> d_z_rows(GATED ? d_z + batch * d_z_batch + end * d_z_step + c0 : nullptr, d_z_step, -TILE * d_z_step, 4,
-                         I - c0);
+  Cursor<T, 32, true> u_rows(u + batch * u_batch + c0, u_step, 0, I - c0, last * TILE, -TEAMS * TILE);
+  Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + c0, dt_step, 2, I - c0, last * TILE, -TEAMS * TILE);
+  Cursor<T, 32, true> z_rows(z + batch * z_batch + c0, z_step, 4, I - c0, last * TILE, -TEAMS * TILE);
+  Cursor<T, 32, true> g_rows(g + batch * g_batch + c0, g_step, 6, I - c0, last * TILE, -TEAMS * TILE);
+  Cursor<TB, N> B_rows(B + batch * B_batch, B_step, 1, N, last * TILE, -TEAMS * TILE);
+  Cursor<TB, N> C_rows(C + batch * C_batch, C_step, 3, N, last * TILE, -TEAMS * TILE);
+  Cursor<Kept, 32, false, N> kept_rows(kept + batch * row_tiles * N * I + c0, I, 5, I - c0, last * N, -TEAMS * N);
+  Cursor<T, 32, true> d_u_rows(d_u + batch * L * I + c0, I, 0, I - c0, last * TILE, -TEAMS * TILE);
+  Cursor<T, 32, true> d_dt_rows(d_dt + batch * L * I + c0, I, 2, I - c0, last * TILE, -TEAMS * TILE);
+  Cursor<T, 32, true> d_z_rows(d_z + batch * d_z_batch + c0, d_z_step, 4, I - c0, last * TILE, -TEAMS * TILE);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
+  const bool follows = at.index + 1 < at.count;  // the last segment needs nobody
+  if (follows && chain) chain.wait((at.row() + 1) * at.blocks + at.block);
+  const bool begins = team() == TEAMS - 1;  // the team whose turn would be before the last tile
+  constexpr int some = STATES < 8 ? STATES : 8;
+#pragma unroll 1
+  for (int n0 = warp * STATES; n0 < (warp + 1) * STATES; n0 += some) {
+    float a2[some], carry[some];
+#pragma unroll
+    for (int j = 0; j < some; ++j) {
+      a2[j] = mine ? decay_rate(A[c * N + n0 + j]) : -1.0f;
+      carry[j] = mine && begins && d_last ? d_last[(batch * I + c) * N + n0 + j] : 0.0f;
+      if (mine && begins && follows && chain) carry[j] = ends[((at.row() + 1) * N + n0 + j) * I + c];
+    }
+#pragma unroll 2
+    for (int64 s = (batch + 1) * at.count - 1; mine && begins && !chain && s > at.row(); --s) {  // the segments after this
+      const float age = sums[(s * GROUPS + n0 / GROUP) * I + c];
+#pragma unroll
+      for (int j = 0; j < some; ++j) carry[j] = exp2_approx(a2[j] * age) * carry[j] + ends[(s * N + n0 + j) * I + c];
+    }
+#pragma unroll
+    for (int j = 0; j < some; ++j) {
+      if (RATES && begins) all.a2[n0 + j][lane] = a2[j];
+      if (TEAMS > 1) all.relay[team()][n0 + j][lane] = {float_bits(carry[j]), begins ? 0 : -1};
+      else all.carry[n0 + j][lane] = carry[j];
+      pool.dA[n0 + j][lane] = 0.0f;
+    }
+  }
+  if (TEAMS > 1) __syncthreads();
   const int64 batches = gridDim.x / at.blocks / at.count;
-  parts += ((at.block * batches + batch) * all + last) * (int64)PART;
+  parts += ((at.block * batches + batch) * row_tiles + last) * (int64)PART;
 
   auto load = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
-    const int t0 = (last - i) * TILE, left = (int)L - t0;
+    const int t0 = (last - i * TEAMS) * TILE, left = (int)L - t0;
     u_rows.copy_in(s.u[0], 32, left);
     dt_rows.copy_in(s.dt[0], 32, left);
     if (GATED) z_rows.copy_in(s.z[0], 32, left);
@@ -140,22 +202,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   };
   auto arrive = [&](int i) { marker.store(pool.slot[i % SLOTS].mark, pool.slot[i % SLOTS].special); };
 
+  Rows* const slopes = reinterpret_cast<Rows*>(&pool.slopes);
   auto stage_in = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
-    float dts[2][PER], xs[2][PER], dys[2][PER];
+    float dts[2][PER], xs[2][PER], dys[2][PER], slope[2][PER], open[2][PER];
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
-      const int t = edge.t0 + k;
       float raw[2], us[2], gs[2], gate[2];
-      read_pair(raw, &s.dt[t][at_c]);
-      read_pair(us, &s.u[t][at_c]);
-      read_pair(gs, &s.g[t][at_c]);
-      if (GATED) read_pair(gate, &s.z[t][at_c]);
+      read_pair(raw, &s.dt[edge.row(k)][edge.c]);
+      read_pair(us, &s.u[edge.row(k)][edge.c]);
+      read_pair(gs, &s.g[edge.row(k)][edge.c]);
+      if (GATED) read_pair(gate, &s.z[edge.row(k)][edge.c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        dts[j][k] = softplus(raw[j] + bias_c[j]);
+        const float before = raw[j] + bias_c[j], e = exp2_approx(-LOG2E * fabsf(before));
+        dts[j][k] = softplus(before, e);
+        if (SLOPES) {
+          const float half = reciprocal_approx(1.0f + e);
+          slope[j][k] = before < 0.0f ? e * half : half;
+        }
+        open[j][k] = GATED ? sigmoid(gate[j]) : 1.0f;
         xs[j][k] = dts[j][k] * us[j];
-        dys[j][k] = GATED ? gs[j] * (gate[j] * sigmoid(gate[j])) : gs[j];
+        dys[j][k] = GATED ? gs[j] * (gate[j] * open[j][k]) : gs[j];
       }
     }
     if (s.special) {
@@ -168,32 +236,61 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       write_steps(pool.dt, edge.c + j, edge.t0, dts[j]);
       write_steps(pool.x, edge.c + j, edge.t0, xs[j]);
       write_steps(pool.dy, edge.c + j, edge.t0, dys[j]);
+      if (SLOPES) write_steps(slopes[0], edge.c + j, edge.t0, slope[j]);
+      if (SLOPES && GATED) write_steps(slopes[1], edge.c + j, edge.t0, open[j]);
     }
     widen_states(pool.BC, s.BC, s.mark, s.special);
   };
 
   auto body = [&](int i) {
-    const Slot& s = pool.slot[i % SLOTS];
+    Slot& s = pool.slot[i % SLOTS];
+    Share& share = pool.share[warp];
+    const int begin = warp * STATES, turn = i * TEAMS + team();
     float dts[TILE], xs[TILE], dys[TILE], gB[TILE], qA[TILE], Ch[TILE];
     read_steps(dts, pool.dt, lane, 0);
     read_steps(xs, pool.x, lane, 0);
     read_steps(dys, pool.dy, lane, 0);
 #pragma unroll
     for (int t = 0; t < TILE; ++t) gB[t] = qA[t] = Ch[t] = 0.0f;
-#pragma unroll 1
-    for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
-      const float a2 = RATES ? pool.a2[n][lane] : mine ? decay_rate(A[c * N + n]) : -1.0f;
-      float Bs[TILE], Cs[TILE], a[TILE], h[TILE + 1];
-      read_broadcast(Bs, pool.BC[n]);
-      read_broadcast(Cs, pool.BC[N + n]);
-      h[0] = to_float(s.kept[n][lane]);
+
+    // Where the warp's first state stands, in bytes: in rows of floats, of kept states, of batons and of sums.
+    const uint32 row = keep((begin * 32 + lane) * 4), kept_row = keep((begin * 32 + lane) * sizeof(Kept));
+    const uint32 baton = keep(((team() * N + begin) * 32 + lane) * 8), sums_row = keep(warp * sizeof(Share) + lane * 16);
+    const uint32 before = keep((((team() + TEAMS - 1) % TEAMS * N + begin) * 32 + lane) * 8);
+    auto rate_of = [&](int k) {
+      return RATES ? at_byte<float>(all.a2, row + k * 128) : mine ? decay_rate(A[c * N + begin + k]) : -1.0f;
+    };
+    auto look = [&](int k) { return look_at(&at_byte<Baton>(all.relay, before + k * 256)); };
+
+    float rate, next_rate, Bs[TILE], Cs[TILE], a[TILE], h[TILE + 1];
+    Baton seen;
+
+    // B, C and the decays of the warp's state k, of the steps from t to t + 3.
+    auto ready = [&](int k, int t) {
+      read_four(&Bs[t], &pool.BC[begin + k][t]);
+      read_four(&Cs[t], &pool.BC[N + begin + k][t]);
+#pragma unroll
+      for (int j = t; j < t + 4; ++j) a[j] = exp2_approx(dts[j] * next_rate);
+    };
+    auto ahead = [&](float first) {
+      h[0] = first;
 #pragma unroll
       for (int t = 0; t < TILE; ++t) {
-        a[t] = exp2_approx(dts[t] * a2);
         h[t + 1] = a[t] * h[t] + xs[t] * Bs[t];
         Ch[t] += Cs[t] * h[t + 1];
       }
-      float carry = pool.carry[n][lane], dA = 0.0f, dB[4], dC[4], sums[FRAGMENTS][4] = {};
+      rate = next_rate;
+    };
+    // State k's way back, and beside it the next state's way ahead: what one has used makes room for the other's numbers.
+    auto back_and_ahead = [&](int k, bool more) {
+      float first = 0.0f, carry, dA[2] = {0.0f, 0.0f}, dB[4], dC[4], sums[FRAGMENTS][4] = {};
+      if (TEAMS > 1) carry = take_over(&at_byte<Baton>(all.relay, before + k * 256), turn, seen);
+      else carry = at_byte<float>(all.carry, row + k * 128);
+      if (more) {
+        next_rate = rate_of(k + 1);
+        first = to_float(at_byte<Kept>(s.kept, kept_row + k * (32 * sizeof(Kept)) + 32 * sizeof(Kept)));
+        if (TEAMS > 1) seen = look(k + 1);
+      }
 #pragma unroll
       for (int t = TILE - 1; t >= 0; --t) {
         const float back = Cs[t] * dys[t] + carry;
@@ -202,104 +299,134 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         gB[t] += back * Bs[t];
         carry = a[t] * back;
         const float q = carry * h[t];
-        qA[t] += q * a2;
-        dA += q * dts[t];
+        qA[t] += q * rate;
+        dA[t % 2] += q * dts[t];
         if (t % 4 == 0) {
           add_lanes(sums[t / 16], one, t % 16 / 4, dB);
           add_lanes(sums[(TILE + t) / 16], one, (TILE + t) % 16 / 4, dC);
+          if (more) ready(k + 1, t);
         }
       }
-      pool.carry[n][lane] = carry;
-      pool.dA[n][lane] += dA;
-      __syncwarp();  // B and C of this state have been read
-      add_groups(pool.BC, n, sums, lane);
+      if (TEAMS > 1) pass_on(&at_byte<Baton>(all.relay, baton + k * 256), carry, turn + 1);
+      else at_byte<float>(all.carry, row + k * 128) = carry;
+      at_byte<float>(pool.dA, row + k * 128) += dA[0] + dA[1];
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; ++f) {
+        const Vec<float, 4> of_group = {{sums[f][0], sums[f][1], sums[f][2], sums[f][3]}};
+        at_byte<Vec<float, 4>>(pool.share, sums_row + (f * BATCH + k % BATCH) * 512) = of_group;
+      }
+      if (more) ahead(first);
+    };
+    auto add_batch = [&](int k) {
+      __syncwarp();
+      add_groups(parts, begin + k, share.groups, lane);
+      __syncwarp();
+    };
+
+    next_rate = rate_of(0);
+    if (TEAMS > 1) seen = look(0);
+#pragma unroll
+    for (int t = 0; t < TILE; t += 4) ready(0, t);
+    ahead(to_float(at_byte<Kept>(s.kept, kept_row)));
+#pragma unroll 1
+    for (int k = 0; k < STATES - 1; ++k) {
+      back_and_ahead(k, true);
+      if (STATES > BATCH && k % BATCH == BATCH - 1) add_batch(k - (BATCH - 1));
     }
-    write_steps(pool.gB[warp], lane, 0, gB);
-    write_steps(pool.qA[warp], lane, 0, qA);
-    write_steps(pool.Ch[warp], lane, 0, Ch);
+    back_and_ahead(STATES - 1, false);
+    add_batch(STATES - BATCH);
+    parts -= TEAMS * PART;
+    write_steps(share.gB, lane, 0, gB);
+    write_steps(share.qA, lane, 0, qA);
+    write_steps(share.Ch, lane, 0, Ch);
   };
 
   auto gradients = [&](Slot& s, const float(&gB)[2][PER], const float(&qA)[2][PER], const float(&Ch)[2][PER],
                        bool special) {
-    float dts[2][PER];
-    read_steps(dts[0], pool.dt, edge.c, edge.t0);
-    read_steps(dts[1], pool.dt, edge.c + 1, edge.t0);
+    float dts[2][PER], slope[2][PER], open[2][PER];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      read_steps(dts[j], pool.dt, edge.c + j, edge.t0);
+      if (SLOPES) read_steps(slope[j], slopes[0], edge.c + j, edge.t0);
+      if (SLOPES && GATED) read_steps(open[j], slopes[1], edge.c + j, edge.t0);
+    }
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
       float raw[2], us[2], gs[2], gate[2], to_u[2], to_dt[2], to_z[2];
-      read_pair(raw, &s.dt[t][at_c]);
-      read_pair(us, &s.u[t][at_c]);
-      read_pair(gs, &s.g[t][at_c]);
-      if (GATED) read_pair(gate, &s.z[t][at_c]);
+      read_pair(raw, &s.dt[edge.row(k)][edge.c]);
+      read_pair(us, &s.u[edge.row(k)][edge.c]);
+      read_pair(gs, &s.g[edge.row(k)][edge.c]);
+      if (GATED) read_pair(gate, &s.z[edge.row(k)][edge.c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float dy = gs[j];
         if (GATED) {
-          const float open = sigmoid(gate[j]), gated = gate[j] * open;  // silu, whose slope is open + gated (1 - open)
-          to_z[j] = gs[j] * (Ch[j][k] + D_c[j] * us[j]) * (open + gated * (1.0f - open));
+          const float sig = SLOPES ? open[j][k] : sigmoid(gate[j]), gated = gate[j] * sig;
+          to_z[j] = gs[j] * (Ch[j][k] + D_c[j] * us[j]) * (sig + gated * (1.0f - sig));  // the slope of silu
           dy *= gated;
         }
         const float before = raw[j] + bias_c[j];
         const float step = special && s.mark[t] == RESET ? softplus(before) : dts[j][k];
         to_u[j] = step * gB[j][k] + D_c[j] * dy;
-        to_dt[j] = (us[j] * gB[j][k] + LN2 * qA[j][k]) * sigmoid(before);
+        to_dt[j] = (us[j] * gB[j][k] + LN2 * qA[j][k]) * (SLOPES ? slope[j][k] : sigmoid(before));
         float to_D = dy * us[j];
         if (special && s.mark[t] == PAD) to_u[j] = to_dt[j] = to_z[j] = to_D = 0.0f;
         sum_D[j] += to_D;
         sum_bias[j] += to_dt[j];
       }
-      write_pair(&s.u[t][at_c], to_u);
-      write_pair(&s.dt[t][at_c], to_dt);
-      if (GATED) write_pair(&s.z[t][at_c], to_z);
+      write_pair(&s.u[edge.row(k)][edge.c], to_u);
+      write_pair(&s.dt[edge.row(k)][edge.c], to_dt);
+      if (GATED) write_pair(&s.z[edge.row(k)][edge.c], to_z);
     }
   };
 
   auto stage_out = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
     float gB[2][PER], qA[2][PER], Ch[2][PER];
-    add_shares(gB, pool.gB, edge);
-    add_shares(qA, pool.qA, edge);
-    add_shares(Ch, pool.Ch, edge);
+    add_shares(gB, pool.share, &Share::gB, edge);
+    add_shares(qA, pool.share, &Share::qA, edge);
+    add_shares(Ch, pool.share, &Share::Ch, edge);
     if (s.special) gradients(s, gB, qA, Ch, true);
     else gradients(s, gB, qA, Ch, false);
-#pragma unroll
-    for (int k = threadIdx.x * 4; k < PART; k += THREADS * 4) {
-      const Vec<float, 4> sum = load_vec<float, 4>(&pool.BC[k / TILE][k % TILE]);
-      store_vec<Kept, 4>(parts + k, {{from_float<Kept>(sum.at[0]), from_float<Kept>(sum.at[1]),
-                                      from_float<Kept>(sum.at[2]), from_float<Kept>(sum.at[3])}});
-    }
-    parts -= PART;
   };
 
   auto flush = [&](int i) {
     const Slot& s = pool.slot[i % SLOTS];
-    const int left = (int)L - (last - i) * TILE;
+    const int t0 = (last - i * TEAMS) * TILE, left = (int)L - t0;
     d_u_rows.copy_out(s.u[0], 32, left);
     d_dt_rows.copy_out(s.dt[0], 32, left);
     if (GATED) d_z_rows.copy_out(s.z[0], 32, left);
   };
 
-  run_tiles(at.tiles, load, arrive, stage_in, body, stage_out, flush);
+  run_tiles(at.turns(), load, arrive, stage_in, body, stage_out, flush);
 
-  if (mine) {
+  if (TEAMS > 1) __syncthreads();
+  if (mine && team() == 0) {
 #pragma unroll 1
     for (int n = warp * STATES; n < (warp + 1) * STATES; ++n) {
-      d_A[(at.row() * I + c) * N + n] = pool.dA[n][lane];
-      if (d_first && at.index == 0) d_first[(batch * I + c) * N + n] = pool.carry[n][lane];
+      float dA = 0.0f;
+      for (int k = 0; k < TEAMS; ++k) dA += all.pool[k].dA[n][lane];
+      d_A[(at.row() * I + c) * N + n] = dA;
+      const float carry = TEAMS > 1 ? bits_float(all.relay[(at.tiles - 1) % TEAMS][n][lane].value) : all.carry[n][lane];
+      if (d_first && at.index == 0) d_first[(batch * I + c) * N + n] = carry;
+      if (chain && at.index > 0) ends[(at.row() * N + n) * I + c] = carry;
     }
   }
+  if (chain && at.index > 0) chain.finish(at.row() * at.blocks + at.block);
   __syncthreads();
-  auto both = reinterpret_cast<float(*)[THREADS / 16][32]>(&pool.dt);
+  constexpr int each = THREADS / 16 * TEAMS;  // threads of a channel; they hold the sums of different steps
+  static_assert(2 * each * 32 * 4 <= sizeof(Pool), "room for their sums");
+  auto both = reinterpret_cast<float(*)[each][32]>(shared);
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {  // the threads of a channel hold the sums of different steps
+  for (int j = 0; j < 2; ++j) {
     both[0][threadIdx.x / 16][edge.c + j] = sum_D[j];
     both[1][threadIdx.x / 16][edge.c + j] = sum_bias[j];
   }
   __syncthreads();
-  if (warp == 0 && mine) {
+  if (threadIdx.x < 32 && mine) {
     float to_D = 0.0f, to_bias = 0.0f;
-    for (int k = 0; k < THREADS / 16; ++k) {
+    for (int k = 0; k < each; ++k) {
       to_D += both[0][k][lane];
       to_bias += both[1][k][lane];
     }
@@ -308,15 +435,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
 }
 
+// One number of a parameter's gradient from the sums of its rows and segments, in order.
+DEVICE void add_rows(float* to, const float* parts, int64 k, int64 size, int64 rows) {
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int64 r = 0; r < rows; ++r) sum += parts[r * size + k];
+  to[k] = sum;
+}
+
 // dB and dC (rows, N) from the partial sums (blocks, batch, tiles, 2 N, TILE): some steps of a state a thread, blocks in
-// order.
-extern "C" __global__ void scan_reduce(const Kept* parts, TB* d_B, TB* d_C, int64 blocks, int64 batches, int64 L) {
+// order. Then the gradients of A (I, N), D and the bias (I) from those of `rows` rows and segments, where they aren't
+// null: a number a thread.
+extern "C" __global__ void scan_reduce(const Kept* parts, TB* d_B, TB* d_C, const float* part_A, const float* part_D,
+                                       const float* part_bias, float* d_A, float* d_D, float* d_bias, int64 blocks,
+                                       int64 batches, int64 L, int64 I, int64 rows) {
   constexpr int w = per_16_bytes<Kept>;
   const int64 tiles = (L + TILE - 1) / TILE, all = batches * tiles * PART;
-  const int64 at = ((int64)blockIdx.x * blockDim.x + threadIdx.x) * w;
-  if (at >= all) return;
+  const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x, at = thread * w;
+  if (at >= all) {
+    const int64 k = thread - all / w;
+    if (part_A && k < I * N) add_rows(d_A, part_A, k, I * N, rows);
+    if (part_D && k < I) add_rows(d_D, part_D, k, I, rows);
+    if (part_bias && k < I) add_rows(d_bias, part_bias, k, I, rows);
+    return;
+  }
   float sum[w] = {};
-#pragma unroll 8
+#pragma unroll 16
   for (int64 k = 0; k < blocks; ++k) {
     const Vec<Kept, w> part = load_vec<Kept, w>(parts + k * all + at);
 #pragma unroll

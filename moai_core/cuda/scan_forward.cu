@@ -1,4 +1,6 @@
-// moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=4 GATED=1 TILE=16 SHARED=49152 | T=float TB=float N=64 WARPS=4 GATED=0 TILE=16 SHARED=98304
+// moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=4 TEAMS=1 GATED=1 KEEPS=1 TILE=16 SHARED=49152
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=8 GATED=1 KEEPS=1 TILE=16 SHARED=196608
+// moai: macros T=float TB=float N=64 WARPS=4 TEAMS=1 GATED=0 KEEPS=0 TILE=16 SHARED=98304; spills 136
 //
 // The selective scan of Mamba-1, forward: h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = (C_t . h_t + D u_t) silu(z_t),
 // dt = softplus(raw dt + bias). Source: arXiv 2312.00752, algorithm 2; what is new is the order of the work.
@@ -9,14 +11,18 @@
 // gate, conversions) is done once, at the edges of a tile of TILE steps, by all warps together; B and C are turned to fp32
 // there too and broadcast from shared memory. WARPS > 1 gives small batches enough threads without cutting time.
 //
-// Few rows and long: time is cut into segments. scan_summary finds each segment's end state from a zero state and its sum
-// of dt, whose exponential is the decay over it; every block then finds its first state from those before it.
+// Few rows: a block has several teams, which take its tiles in turn. A team has a tile's B, C, dt and decays ready when the
+// state that enters the tile comes from the team before it, one state after the other, so teams work at the same time.
+//
+// Fewer rows still, and long: time is cut into segments. scan_summary finds each segment's end state from a zero state and
+// its sum of dt, whose exponential is the decay over it; every block then finds its first state from those before it.
 //
 //   stage_in    raw tile (arrived by asynchronous copies) -> dt, dt u, B, C in fp32
 //   body        the recurrence; each warp leaves its share of C . h
 //   stage_out   sum of the shares, D u, gate; the result takes u's place, from where flush stores it
 //
-// Memory of the backward pass: `kept`, the state before every tile, (batch, tiles, N, I), 16 bits for 16-bit inputs.
+// Macro KEEPS: 1 if a backward pass follows. Its memory: `kept`, the state before every tile, (batch, tiles, N, I), 16 bits
+// for 16-bit inputs.
 #include "scan.cuh"
 
 struct alignas(16) Slot {  // one tile as it comes from memory
@@ -28,51 +34,82 @@ struct alignas(16) Slot {  // one tile as it comes from memory
 struct alignas(16) Pool {
   Slot slot[SLOTS];
   Rows dt, x;
-  float BC[2 * N][TILE];
-  Rows y[WARPS];
+  float BC[2 * N][TILE + 4];
+  struct Share {
+    Rows y;
+  } share[WARPS];
 };
-static_assert(sizeof(Pool) <= SHARED, "SHARED is what the caller reserves");
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+struct alignas(16) Shared {
+  Pool pool[TEAMS];
+  // With one team, states and decay rates stay in registers.
+  Baton relay[TEAMS][TEAMS > 1 ? N : 1][32];
+  float rates[TEAMS > 1 ? N : 1][32];
+};
+static_assert(sizeof(Shared) <= SHARED, "SHARED is what the caller reserves");
+
+// 16 warps a multiprocessor: 128 registers each, for which some architectures spill a few.
+extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAMS))
     scan_forward(const T* u, const T* dt, const float* A, const TB* B, const TB* C, const float* D, const T* z,
                  const float* bias, const float* first, const int* seq_idx, const float* ends, const float* sums, T* y,
-                 float* last, Kept* kept, int64 L, int64 I, int64 segments, int64 span, int64 u_batch, int64 u_step, int64 dt_batch, int64 dt_step, int64 z_batch, int64 z_step,
-                 int64 B_batch, int64 B_step, int64 C_batch, int64 C_step) {
+                 float* last, Kept* kept, int64 L, int64 I, int64 segments, int64 span, int64 u_batch, int64 u_step,
+                 int64 dt_batch, int64 dt_step, int64 z_batch, int64 z_step, int64 B_batch, int64 B_step, int64 C_batch,
+                 int64 C_step) {
   extern __shared__ __align__(16) unsigned char shared[];
-  Pool& pool = *reinterpret_cast<Pool*>(shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Segment at(L, I, segments, span);
-  const int64 batch = at.batch, c0 = at.c0, c = c0 + lane, t_first = (int64)at.first * TILE;
+  Shared& all = *reinterpret_cast<Shared*>(shared);
+  Pool& pool = TEAMS > 1 ? at_byte<Pool>(all.pool, keep(team() * sizeof(Pool))) : all.pool[0];
+  const int lane = threadIdx.x % 32, warp = thread() / 32;
+  const Segment at(L, I, segments, span, blockIdx.x, gridDim.x);
+  const int64 batch = at.batch, c0 = at.c0, c = c0 + lane;
   const bool mine = c < I;
-  const Edge edge;
-  const int at_c = column(edge.t0, edge.c);
+  const Edge edge(TEAMS > 1 && !KEEPS);
 
+  const bool begins = team() == TEAMS - 1;  // the team whose turn would be before the first tile
   float a2[STATES], h[STATES];
 #pragma unroll
   for (int j = 0; j < STATES; ++j) {
     const int n = warp * STATES + j;
     a2[j] = mine ? decay_rate(A[c * N + n]) : -1.0f;
-    h[j] = mine && first ? first[(batch * I + c) * N + n] : 0.0f;
-#pragma unroll 1
-    for (int64 s = batch * at.count; mine && s < at.row(); ++s)  // through the segments before this one
-      h[j] = exp2_approx(a2[j] * sums[s * I + c]) * h[j] + ends[(s * I + c) * N + n];
+    h[j] = mine && first && begins ? first[(batch * I + c) * N + n] : 0.0f;
   }
   float bias_c[2], D_c[2];
   read_channels(bias_c, bias, c0 + edge.c, I);
   read_channels(D_c, D, c0 + edge.c, I);
-  if (kept) kept += (batch * ((L + TILE - 1) / TILE) + at.first) * N * I + c;
+  if (KEEPS) kept += (batch * ((L + TILE - 1) / TILE) + at.first) * N * I + c;
 
-  Cursor<T, 32, true> u_rows(u + batch * u_batch + t_first * u_step + c0, u_step, TILE * u_step, 0, I - c0);
-  Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + t_first * dt_step + c0, dt_step, TILE * dt_step, 2, I - c0);
-  Cursor<T, 32, true> z_rows(GATED ? z + batch * z_batch + t_first * z_step + c0 : nullptr, z_step, TILE * z_step, 4, I - c0);
-  Cursor<TB, N> B_rows(B + batch * B_batch + t_first * B_step, B_step, TILE * B_step, 6, N);
-  Cursor<TB, N> C_rows(C + batch * C_batch + t_first * C_step, C_step, TILE * C_step, 7, N);
-  Cursor<T, 32, true> y_rows(y + (batch * L + t_first) * I + c0, I, TILE * I, 0, I - c0);
+  Cursor<T, 32, true> u_rows(u + batch * u_batch + c0, u_step, 0, I - c0, (at.first + team()) * TILE, TEAMS * TILE);
+  Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + c0, dt_step, 2, I - c0, (at.first + team()) * TILE, TEAMS * TILE);
+  Cursor<T, 32, true> z_rows(z + batch * z_batch + c0, z_step, 4, I - c0, (at.first + team()) * TILE, TEAMS * TILE);
+  Cursor<TB, N> B_rows(B + batch * B_batch, B_step, 6, N, (at.first + team()) * TILE, TEAMS * TILE);
+  Cursor<TB, N> C_rows(C + batch * C_batch, C_step, 7, N, (at.first + team()) * TILE, TEAMS * TILE);
+  Cursor<T, 32, true> y_rows(y + batch * L * I + c0, I, 0, I - c0, (at.first + team()) * TILE, TEAMS * TILE);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
+
+  constexpr int some = STATES < 8 ? STATES : 8;
+#pragma unroll
+  for (int j0 = 0; j0 < STATES; j0 += some) {
+#pragma unroll 1
+    for (int64 s = batch * at.count; mine && begins && s < at.row(); ++s) {  // through the segments before this one
+      const float age = sums[(s * GROUPS + (warp * STATES + j0) / GROUP) * I + c];
+#pragma unroll
+      for (int j = j0; j < j0 + some; ++j)
+        h[j] = exp2_approx(a2[j] * age) * h[j] + ends[(s * N + warp * STATES + j) * I + c];
+    }
+  }
+
+  if (TEAMS > 1) {
+#pragma unroll
+    for (int j = 0; j < STATES; ++j) {
+      const int n = warp * STATES + j;
+      all.relay[team()][n][lane] = {float_bits(h[j]), begins ? 0 : -1};
+      if (begins) all.rates[n][lane] = a2[j];
+    }
+    __syncthreads();
+  }
 
   auto load = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
-    const int t0 = (at.first + i) * TILE, left = (int)L - t0;
+    const int t0 = at.tile(i) * TILE, left = (int)L - t0;
     u_rows.copy_in(s.u[0], 32, left);
     dt_rows.copy_in(s.dt[0], 32, left);
     if (GATED) z_rows.copy_in(s.z[0], 32, left);
@@ -88,8 +125,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       float raw[2], us[2];
-      read_pair(raw, &s.dt[edge.t0 + k][at_c]);
-      read_pair(us, &s.u[edge.t0 + k][at_c]);
+      read_pair(raw, &s.dt[edge.row(k)][edge.c]);
+      read_pair(us, &s.u[edge.row(k)][edge.c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         dts[j][k] = softplus(raw[j] + bias_c[j]);
@@ -108,8 +145,49 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     widen_states(pool.BC, s.BC, s.mark, s.special);
   };
 
+  // A team among several: all steps of a state, which comes from the team before and goes to the next one.
+  auto relay_body = [&](int i) {
+    const int turn = i * TEAMS + team(), begin = warp * STATES;
+    float dts[TILE], xs[TILE], ys[TILE];
+    read_steps(dts, pool.dt, lane, 0);
+    read_steps(xs, pool.x, lane, 0);
+#pragma unroll
+    for (int t = 0; t < TILE; ++t) ys[t] = 0.0f;
+    // Where the warp's first state stands, in bytes: the team before leaves it, this one does, its decay rate, its B.
+    const uint32 before = keep((((team() + TEAMS - 1) % TEAMS * N + begin) * 32 + lane) * 8);
+    const uint32 here = keep(((team() * N + begin) * 32 + lane) * 8), row = keep((begin * 32 + lane) * 4);
+    const uint32 BC_row = keep(team() * sizeof(Pool) + begin * sizeof(pool.BC[0]));
+    Kept* to = KEEPS ? kept + ((int64)turn * N + begin) * I : nullptr;
+#pragma unroll 1
+    for (int k = 0; k < STATES; ++k) {
+      const Baton* from = &at_byte<Baton>(all.relay, before + k * 256);
+      const Baton seen = look_at(from);
+      const float rate = at_byte<float>(all.rates, row + k * 128);
+      float Bs[TILE], Cs[TILE], a[TILE];
+      const float* BC = &at_byte<float>(all.pool[0].BC, BC_row + k * sizeof(pool.BC[0]));
+      read_broadcast(Bs, BC);
+      read_broadcast(Cs, BC + N * (TILE + 4));
+#pragma unroll
+      for (int t = 0; t < TILE; ++t) {
+        a[t] = exp2_approx(dts[t] * rate);
+        Bs[t] *= xs[t];
+      }
+      float state = take_over(from, turn, seen);
+      if (KEEPS && mine) *to = from_float<Kept>(state);
+      if (KEEPS) to += I;
+#pragma unroll
+      for (int t = 0; t < TILE; ++t) {
+        state = a[t] * state + Bs[t];
+        ys[t] += Cs[t] * state;
+      }
+      pass_on(&at_byte<Baton>(all.relay, here + k * 256), state, turn + 1);
+    }
+    write_steps(pool.share[warp].y, lane, 0, ys);
+  };
+
   auto body = [&](int i) {
-    if (kept && mine) {
+    if (TEAMS > 1) return relay_body(i);
+    if (KEEPS && mine) {
       Kept* to = kept + ((int64)i * N + warp * STATES) * I;
 #pragma unroll
       for (int j = 0; j < STATES; ++j) to[j * I] = from_float<Kept>(h[j]);
@@ -132,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
           ys[t] += Cs[t] * h[j];
         }
       }
-      write_steps(pool.y[warp], lane, t0, ys);
+      write_steps(pool.share[warp].y, lane, t0, ys);
     }
   };
 
@@ -141,32 +219,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
       float us[2], out[2], gate[2];
-      read_pair(us, &s.u[t][at_c]);
-      if (GATED) read_pair(gate, &s.z[t][at_c]);
+      read_pair(us, &s.u[edge.row(k)][edge.c]);
+      if (GATED) read_pair(gate, &s.z[edge.row(k)][edge.c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         out[j] = sum[j][k] + D_c[j] * us[j];
         if (GATED) out[j] *= gate[j] * sigmoid(gate[j]);
         if (special && s.mark[t] == PAD) out[j] = 0.0f;
       }
-      write_pair(&s.u[t][at_c], out);
+      write_pair(&s.u[edge.row(k)][edge.c], out);
     }
   };
 
   auto stage_out = [&](int i) {
     Slot& s = pool.slot[i % SLOTS];
     float sum[2][PER];
-    add_shares(sum, pool.y, edge);
+    add_shares(sum, pool.share, &Pool::Share::y, edge);
     if (s.special) gate_and_store(s, sum, true);
     else gate_and_store(s, sum, false);
   };
 
-  auto flush = [&](int i) { y_rows.copy_out(pool.slot[i % SLOTS].u[0], 32, (int)L - (at.first + i) * TILE); };
+  auto flush = [&](int i) { y_rows.copy_out(pool.slot[i % SLOTS].u[0], 32, (int)L - at.tile(i) * TILE); };
 
-  run_tiles(at.tiles, load, arrive, stage_in, body, stage_out, flush);
+  run_tiles(at.turns(), load, arrive, stage_in, body, stage_out, flush);
 
-  if (mine && at.index == at.count - 1) {
+  if (mine && at.index == at.count - 1 && team() == (at.tiles - 1) % TEAMS) {
 #pragma unroll
-    for (int j = 0; j < STATES; ++j) last[(batch * I + c) * N + warp * STATES + j] = h[j];
+    for (int j = 0; j < STATES; ++j) {
+      const int n = warp * STATES + j;
+      last[(batch * I + c) * N + n] = TEAMS > 1 ? bits_float(all.relay[team()][n][lane].value) : h[j];
+    }
   }
 }

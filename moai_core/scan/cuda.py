@@ -6,15 +6,13 @@ every tile of 16 steps is kept (2 bytes a step and channel for 16-bit inputs, 4 
 else. Registered as PyTorch operators, so that `torch.compile`, FSDP and CUDA graphs work. Leaves out second
 derivatives and float64.
 
-How the kernels divide the work: `moai_core/cuda/scan_forward.cu`, `scan_backward.cu`. This file chooses how many
-warps share the states of a channel (from the shape and the GPU alone, so that results are reproducible), reserves
-memory and launches.
+How the kernels divide the work: `moai_core/cuda/scan_forward.cu`, `scan_backward.cu`. `cuda_division` chooses how much
+of it each block and warp does; this file reserves memory and launches.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from moai_core import cuda
 from moai_core.cuda import ops
 from moai_core.scan import cuda_conv, reference
 from moai_core.scan.cuda_conv import conv, conv_step, rows
+from moai_core.scan.cuda_division import Division, blocks_of, divide, shared_bytes, tile_of, too_large
 from moai_core.scan.cuda_step import step
 
 __all__ = ["conv", "conv_step", "scan", "step", "why_not"]
@@ -141,8 +140,8 @@ def _scan_forward(
     A, D, dt_bias, state, seq_idx = (_solid(x) for x in (A, D, dt_bias, state, seq_idx))
     shape = _divide("forward", u, A, B)
     ends, sums = _summary(shape, False, u, dt, A, B, None, dt_bias, seq_idx)
-    _kernel("scan_forward", shape, u, A, B, GATED=int(z is not None))(
-        batch * shape.segments * _blocks(channels), 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, state, seq_idx,
+    _kernel("scan_forward", shape, u, A, B, GATED=int(z is not None), KEEPS=int(keep))(
+        batch * shape.segments * blocks_of(channels), shape.threads, u, dt, A, B, C, D, z, dt_bias, state, seq_idx,
         ends, sums, y, last, kept if keep else None, length, channels, shape.segments, shape.span,
         *_strides(u, dt, z, B, C), shared=shape.shared,
     )  # fmt: skip
@@ -167,7 +166,7 @@ def _scan_backward(
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the first state; empty where the input was None (the first state:
     unless `continues`)."""
     batch, length, channels = u.shape
-    blocks = _blocks(channels)
+    blocks = blocks_of(channels)
     d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first = _gradients(u, A, B, D, z, dt_bias, continues)
     u, dt, B, C, z, g_y = (_rows(x) for x in (u, dt, B, C, z, g_y))
     A, D, dt_bias, seq_idx, g_last = (_solid(x) for x in (A, D, dt_bias, seq_idx, g_last))
@@ -179,20 +178,24 @@ def _scan_backward(
         for x, d in ((A, d_A), (D, d_D), (dt_bias, d_bias))
     )
     parts = A.new_empty(blocks, batch, -(-length // shape.tile), 2 * A.shape[1], shape.tile, dtype=kept.dtype)
-    ends, sums = _summary(shape, True, g_y, dt, A, C, z, dt_bias, seq_idx)
+    ends, sums, chain = None, None, None
+    if shape.chained:
+        ends, chain = A.new_empty(count, A.shape[1], channels), A.new_zeros(1 + count * blocks, dtype=torch.int32)
+    else:
+        ends, sums = _summary(shape, True, g_y, dt, A, C, z, dt_bias, seq_idx)
     _kernel("scan_backward", shape, u, A, B, GATED=int(z is not None))(
-        count * blocks, 32 * shape.warps, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ends, sums,
+        count * blocks, shape.threads, u, dt, A, B, C, D, z, dt_bias, seq_idx, kept, g_y, g_last, ends, sums, chain,
         d_u, d_dt, None if z is None else d_z, part_A, parts, part_D, part_bias, d_first if continues else None, length,
         channels, shape.segments, shape.span, *_strides(u, dt, z, B, C, g_y, None if z is None else d_z),
         shared=shape.shared,
     )  # fmt: skip
+    threads = parts[0].nbytes // 16 + (A.numel() if count > 1 else 0)
+    if count == 1:
+        part_A = part_D = part_bias = None  # they are the gradients already
     _kernel("scan_reduce", shape, u, A, B, GATED=int(z is not None))(
-        -(-parts[0].nbytes // 4096), 256, parts, d_B, d_C, blocks, batch, length
-    )
-    if count > 1:
-        for part, total in ((part_A, d_A), (part_D, d_D), (part_bias, d_bias)):
-            if part is not None:
-                torch.sum(part, 0, out=total)
+        -(-threads // 64), 64, parts, d_B, d_C, part_A, part_D, part_bias, d_A, d_D, d_bias, blocks, batch, length,
+        channels, count,
+    )  # fmt: skip
     return d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first
 
 
@@ -222,7 +225,7 @@ def _gradients(
 
 def _as_half(z: Tensor) -> Tensor:
     """Memory for z's gradient. Where z is half of a wider tensor, so is this, for the other half's gradient to be put
-    beside it (`cuda_conv.conv_of_half`)."""
+    beside it (`moai_core.model.recompute.split_halves`)."""
     batch, length, channels = z.shape
     if z.stride() == (2 * length * channels, 2 * channels, 1) and z.storage_offset() == channels:
         return z.new_empty(batch, length, 2 * channels)[..., channels:]
@@ -240,18 +243,20 @@ def _summary(
     dt_bias: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(ends (B, segments, I, N), sums of dt (B, segments, I)) of the segments of time, None where there is only one."""
+    """(ends (B, segments, N, I), sums of dt (B, segments, groups of states, I)) of the segments of time, None where
+    there is only one."""
     if shape.segments == 1:
         return None, None
     batch, length, channels = x.shape
-    N = A.shape[1]
-    warps = _warps(N)
-    shared = shared_bytes("summary", warps, shape.tile, x.itemsize, states.itemsize, N)
-    ends, sums = A.new_empty(batch, shape.segments, channels, N), A.new_empty(batch, shape.segments, channels)
-    own = shape._replace(warps=warps, shared=shared)
+    N, tile = A.shape[1], 2 * shape.tile
+    groups = -(-N // 8)
+    shared = shared_bytes("summary", 1, tile, x.itemsize, states.itemsize, N)
+    ends = A.new_empty(batch, shape.segments, N, channels)
+    sums = A.new_empty(batch, shape.segments, groups, channels)
+    own = shape._replace(warps=1, teams=1, tile=tile, shared=shared)
     _kernel("scan_summary", own, x, A, states, GATED=int(z is not None), REVERSE=int(reverse))(
-        batch * shape.segments * _blocks(channels), 32 * warps, x, dt, A, states, z, dt_bias, seq_idx, ends, sums,
-        length, channels, shape.segments, shape.span, *_strides(x, dt, z, states), shared=shared,
+        batch * shape.segments * blocks_of(channels) * groups, 32, x, dt, A, states, z, dt_bias, seq_idx, ends, sums,
+        length, channels, shape.segments, shape.span // 2, *_strides(x, dt, z, states), shared=shared,
     )  # fmt: skip
     return ends, sums
 
@@ -260,90 +265,20 @@ def _kernel(name: str, shape: Division, u: Tensor, A: Tensor, B: Tensor, **macro
     file = "scan_backward.cu" if name == "scan_reduce" else f"{name}.cu"
     return cuda.kernel(
         file, name, u.device, T=cuda.TYPES[u.dtype], TB=cuda.TYPES[B.dtype], N=A.shape[1], WARPS=shape.warps,
-        TILE=shape.tile, SHARED=shape.shared, **macros,
+        TEAMS=shape.teams, TILE=shape.tile, SHARED=shape.shared, **macros,
     )  # fmt: skip
 
 
 def _divide(direction: str, u: Tensor, A: Tensor, B: Tensor) -> Division:
-    return _division(u.device.index, direction, u.itemsize, B.itemsize, *u.shape, A.shape[1])
-
-
-# ---- The division of the work
-
-
-class Division(NamedTuple):
-    """warps that share the states of 32 channels; steps of a tile, which is also the distance of the kept states;
-    tiles of a segment of time, and segments of a row; bytes of shared memory a block."""
-
-    warps: int
-    tile: int
-    span: int
-    segments: int
-    shared: int
-
-
-@lru_cache(maxsize=1024)
-def _division(
-    index: int, direction: str, size: int, states_size: int, batch: int, length: int, channels: int, states: int
-) -> Division:
-    """How much of a call a block, a warp and a thread do; from the shape and the GPU alone, so that the same call has
-    the same bits. Raises LookupError where no block fits the GPU's shared memory.
-
-    A row's 32 channels are one block's: two warps, each with half of the states, keep a GPU busy if there are 4 blocks
-    a multiprocessor. Where there are fewer than 3, time is cut into segments, 8 blocks a multiprocessor, which costs a
-    pass of its own (`scan_summary`).
-    """
-    properties = torch.cuda.get_device_properties(index)
-    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    tile = tile_of(states)
-    tiles, blocks = -(-length // tile), batch * _blocks(channels)
-    warps = _warps(states) if direction == "forward" else 2
-    segments = 1
-    if blocks < 3 * properties.multi_processor_count:
-        segments = max(1, min(8 * properties.multi_processor_count // blocks, tiles // 4))
-    span = -(-tiles // segments)
-    shared = shared_bytes(direction, warps, tile, size, states_size, states)
-    if shared > limit:
-        raise LookupError(f"it needs {shared} bytes of shared memory a block, and this GPU has {limit}")
-    return Division(warps, tile, span, -(-tiles // span), shared)
-
-
-def _warps(states: int) -> int:
-    """As few as leave a thread no more states than its registers hold."""
-    return next(w for w in (2, 4, 8) if states // w <= 32)
-
-
-def tile_of(states: int) -> int:
-    """Steps of a tile: fewer where a tile of many states would fill the shared memory."""
-    return 16 if states <= 32 else 8
-
-
-def shared_bytes(direction: str, warps: int, tile: int, size: int, states_size: int, states: int) -> int:
-    """sizeof(Pool) of scan_forward.cu, scan_summary.cu or scan_backward.cu, which check that it is enough."""
-    wide, narrow, marks = 32 * tile * 4, 32 * tile * size, tile * 4 + 16
-    one = tile * (states + 16 // states_size) * states_size  # B or C of a tile
-    both = tile * (2 * states + 16 // states_size) * states_size
-    if direction == "summary":
-        return 2 * (3 * narrow + one + marks) + 2 * wide + states * tile * 4
-    if direction == "forward":
-        return 2 * (3 * narrow + both + marks) + (2 + warps) * wide + 2 * states * tile * 4
-    slot = 4 * narrow + both + states * 32 * (4 if size == 4 else 2) + marks
-    rates = states if states <= 32 else 1
-    return 2 * slot + (3 + 3 * warps) * wide + 2 * states * tile * 4 + (2 * states + rates) * 32 * 4
+    return divide(u.device.index, direction, u.itemsize, B.itemsize, *u.shape, A.shape[1])
 
 
 def _too_large(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
-    try:
-        for direction in ("forward", "backward"):
-            _division(index, direction, dtype.itemsize, 4, 1, 1, 32, states)
-    except LookupError as refusal:
-        return str(refusal)
+    for direction in ("forward", "backward"):
+        if (reason := too_large(index, direction, dtype.itemsize, 4, states)) is not None:
+            return reason
     return None
-
-
-def _blocks(channels: int) -> int:
-    return -(-channels // 32)
 
 
 def _rows(x: Any) -> Any:
