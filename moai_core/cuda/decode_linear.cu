@@ -27,10 +27,12 @@
 //   KC      width of the convolution
 #include "decode.cuh"
 
-using Format = FORMAT<T>;
 constexpr int WARPS = 8, THREADS = 256;
 constexpr bool TENSOR = sizeof(T) == 2;        // else fp32: multiply-adds
 constexpr bool RING = SOURCE == 2, PAIRED = RESULT == 2, PARTIAL = RESULT == 4;
+using Format = Taken<FORMAT<T>, T, TENSOR && !RING && !ZEROS && GROUP % 128 == 0 && (GROUP > 0)>::Type;
+constexpr bool CODES = is_codes<Format>;
+using Units = Vec<float, 2>;  // of a chunk of x (Codes)
 constexpr int PER_UNIT = RING || PARTIAL ? 1 : SLICES;  // slices that one block adds
 constexpr int XV = Format::XV, COLUMNS = Format::COLUMNS, CHUNK = 4 * COLUMNS;
 constexpr int PIECES = 2 * RT + (RING ? NT * XV : 0);   // 16-byte pieces of a stage that a lane copies
@@ -147,20 +149,26 @@ struct Scales {
 
 // ---- One chunk: sums += W x.
 
+template <class F>
+DEVICE Words arranged(const Words& x) {
+  if constexpr (is_codes<F>) return x;
+  else return F::arranged(x);
+}
+
 // Fragments of x of n-tile n: from the lane's part of the ring, or from xs, where all lanes find theirs.
 DEVICE void read_vectors(Words (&x)[XV], const Words* stage, const Words* xs, int n, int chunk, int stride, int rows,
                          int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int j = 0; j < XV; j++) {
-    if constexpr (RING) x[j] = Format::arranged(stage[(2 * RT + n * XV + j) * 32]);
+    if constexpr (RING) x[j] = arranged<Format>(stage[(2 * RT + n * XV + j) * 32]);
     else x[j] = g < rows ? xs[(int64)g * stride + (chunk * XV + j) * 4 + t] : Words{};
   }
 }
 
 template <int count>  // SUMS: as a parameter, so that only one of the two ways is compiled
 DEVICE void multiply(float (&sums)[RT][NT][count], const Arguments& a, const Scales& scales, const Words* stage,
-                     const Words* xs, int chunk, int stride, int rows) {
+                     const Words* xs, const Units* units, int chunk, int stride, int rows) {
   if constexpr (count == 4) {
     const int t = a.lane % 4;
     uint32 w[RT][STEPS][4];
@@ -197,7 +205,7 @@ DEVICE void multiply(float (&sums)[RT][NT][count], const Arguments& a, const Sca
             Format::vectors(b, x, s);
             if (!mine) b[0] = b[1] = 0;
 #pragma unroll
-            for (int r = 0; r < RT; r++) mma_16<T>(sum[s % 2][r], w[r][s], b);
+            for (int r = 0; r < RT; r++) mma_of<Format, T>(sum[s % 2][r], w[r][s], b);
             const uint32 ones[4] = {ONES, ONES, ONES, ONES};
             if constexpr (ZEROS) mma_16<T>(total, ones, b);
           }
@@ -207,6 +215,11 @@ DEVICE void multiply(float (&sums)[RT][NT][count], const Arguments& a, const Sca
             for (int i = 0; i < 4; i++) {
               float both = sum[0][r][i] + sum[1][r][i];
               if constexpr (ZEROS) both -= scales.shift[r][i / 2][part] * total[i];
+              if constexpr (CODES) {
+                const int row = 2 * t + i % 2;
+                const Units u = units[(row < rows ? row : 0) * a.chunks + chunk];
+                both = both * u.at[0] - u.at[1];
+              }
               sums[r][n][i] += scales.scale[r][i / 2][part] * both;
             }
         }
@@ -338,21 +351,33 @@ DEVICE void finish(const Arguments& a, const Results& results, const float* red,
 
 // ---- x for few rows, in shared memory: piece (chunk, t, j) of a row lies at (chunk XV + j) 4 + t.
 
-DEVICE void put_piece(Words* xs, int stride, int64 m, int piece, const Words& w) {
+// By all lanes of a warp, 16 of them beside each other for the pieces of a chunk (Codes); `there`: whether the lane has one.
+template <class F>
+DEVICE void put_piece(Words* xs, Units* units, int chunks, int stride, int64 m, int piece, const Words& w, bool there) {
   const int chunk = piece / (4 * XV), t = piece / XV % 4, j = piece % XV;
-  xs[m * stride + (chunk * XV + j) * 4 + t] = Format::arranged(w);
+  Words& place = xs[m * stride + (chunk * XV + j) * 4 + t];
+  if constexpr (is_codes<F>) {
+    Units own;
+    const Words y = F::template arranged<T>(w, own);
+    if (there) place = y;
+    if (there && piece % 16 == 0) units[m * chunks + chunk] = own;
+  } else {
+    if (there) place = F::arranged(w);
+  }
 }
 
 // As it is, zeros behind K: `pieces` of each row from `first` on.
-DEVICE void take_vectors(Words* xs, int stride, int first, int pieces, const T* x, int64 K, int64 batch) {
-  for (int i = threadIdx.x; i < batch * pieces; i += THREADS) {
+DEVICE void take_vectors(Words* xs, Units* units, int chunks, int stride, int first, int pieces, const T* x, int64 K, int64 batch) {
+  for (int i = threadIdx.x; i - (int)threadIdx.x % 32 < batch * pieces; i += THREADS) {
+    const bool there = i < batch * pieces;
     const int64 m = i / pieces, column = (int64)(first + i % pieces) * PER_16;
-    put_piece(xs, stride, m, first + i % pieces, column < K ? load_fresh(x + m * K + column) : Words{});
+    const Words w = there && column < K ? load_fresh(x + m * K + column) : Words{};
+    put_piece<Format>(xs, units, chunks, stride, m, first + i % pieces, w, there);
   }
 }
 
 // weight * row / rms(row), zeros behind K.
-DEVICE void norm_vectors(Words* xs, int stride, int pieces, const R* residual, const T* weight, float* scratch, int64 K,
+DEVICE void norm_vectors(Words* xs, Units* units, int chunks, int stride, int pieces, const R* residual, const T* weight, float* scratch, int64 K,
                          int64 batch, float eps) {
   float first[PER_16] = {}, unused[PER_16];
   for (int64 m = 0; m < batch; m++) {
@@ -363,7 +388,7 @@ DEVICE void norm_vectors(Words* xs, int stride, int pieces, const R* residual, c
   __syncthreads();
   for (int64 m = 0; m < batch; m++) {
     const float rstd = rstd_of(scratch + m * WARPS, K, eps);
-    for (int piece = threadIdx.x; piece < pieces; piece += THREADS) {
+    for (int piece = threadIdx.x; piece - (int)threadIdx.x % 32 < pieces; piece += THREADS) {
       const int64 column = (int64)piece * PER_16;
       Vec<T, PER_16> y = {};
       if (column < K) {
@@ -378,7 +403,7 @@ DEVICE void norm_vectors(Words* xs, int stride, int pieces, const R* residual, c
 #pragma unroll
         for (int i = 0; i < PER_16; i++) w[i] = to_float(raw.at[i]), y.at[i] = from_float<T>(v[i] * rstd * w[i]);
       }
-      put_piece(xs, stride, m, piece, *reinterpret_cast<const Words*>(&y));
+      put_piece<Format>(xs, units, chunks, stride, m, piece, *reinterpret_cast<const Words*>(&y), piece < pieces);
     }
   }
 }
@@ -403,7 +428,8 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
 
   Words* const ring = shared + warp * DEPTH * PIECES * 32 + lane;
   Words* const xs = shared + WARPS * DEPTH * PIECES * 32;
-  float* const red = (float*)(xs + (RING ? 0 : batch * stride));
+  Units* const units_of = (Units*)(xs + (RING ? 0 : batch * stride));
+  float* const red = (float*)(units_of + (CODES ? (batch * chunks + 1) / 2 * 2 : 0));
   __shared__ float scratch[8 * WARPS];
 
   Fetch fetch;
@@ -429,10 +455,10 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
       copy_async_commit();
     }
   } else {
-    if constexpr (SOURCE == 1) norm_vectors(xs, stride, pieces, residual, norm_weight, scratch, K, batch, eps);
+    if constexpr (SOURCE == 1) norm_vectors(xs, units_of, chunks, stride, pieces, residual, norm_weight, scratch, K, batch, eps);
     else if (PER_UNIT == 1 && gridDim.x == units)  // one unit a block: one slice of x
-      take_vectors(xs, stride, (int)(blockIdx.x % UNITS_A_GROUP) * slice * 4 * XV, slice * 4 * XV, x, K, batch);
-    else take_vectors(xs, stride, 0, pieces, x, K, batch);
+      take_vectors(xs, units_of, chunks, stride, (int)(blockIdx.x % UNITS_A_GROUP) * slice * 4 * XV, slice * 4 * XV, x, K, batch);
+    else take_vectors(xs, units_of, chunks, stride, 0, pieces, x, K, batch);
     __syncthreads();
   }
 
@@ -458,7 +484,7 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
         take.next(a);
         next.load(a, take);
         copy_async_wait<DEPTH - 1>();
-        if (here) multiply(sums, a, now, ring + ready * PIECES * 32, xs, chunk, stride, (int)batch);
+        if (here) multiply(sums, a, now, ring + ready * PIECES * 32, xs, units_of, chunk, stride, (int)batch);
         filled = filled + 1 == DEPTH ? 0 : filled + 1;
         ready = ready + 1 == DEPTH ? 0 : ready + 1;
       }

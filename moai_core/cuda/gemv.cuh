@@ -9,6 +9,7 @@
 //   Plain    8 (fp32: 4)           numbers of type T
 //   Int8     16                    signed bytes
 //   Int4     32                    codes 0..15 in halves of bytes, the even column in the low one; stands for code - 8
+//   Codes    32                    as Int4, scaled by groups of whole chunks, for few vectors: x in a form of its own
 //   Fp8      16                    e4m3
 //
 // Also here: launches that begin before the previous kernel ends (programmatic dependent launch), loads of what that
@@ -244,3 +245,64 @@ struct Int4 {
     b[0] = x[s / 2].at[s % 2 * 2], b[1] = x[s / 2].at[s % 2 * 2 + 1];
   }
 };
+
+// The same bytes with hardly any work on them. At the bottom of an fp16 whose exponent is zero, a code is code 2^-24, four
+// bits higher 16 times as much: so two of four codes need no shift, and none an addition. What makes up for it is done
+// once for x: of each chunk of 128 columns, x becomes fp16 in units of a power of two, such that the largest lies between
+// 2^14 and 2^15, odd columns a 16th; the products' sum counts in other units then, and has 8 times the sum of x too much.
+// Exact but for numbers 2^-27 times as large as the chunk's largest.
+struct Codes {
+  static constexpr int COLUMNS = 32, XV = 4, BITS = 4;
+  static DEVICE void weights(uint32& low, uint32& high, const Words& w, int s) {
+    const uint32 word = w.at[s / 2] >> (s % 2 * 8);
+    low = word & 0x000f000fu, high = word & 0x00f000f0u;
+  }
+  static DEVICE void vectors(uint32 (&b)[2], const Words (&x)[XV], int s) {
+    b[0] = x[s / 2].at[s % 2 * 2], b[1] = x[s / 2].at[s % 2 * 2 + 1];
+  }
+  // 8 numbers of x: of a chunk, by 16 lanes beside each other; all lanes of a warp call. units: what a product's sum counts
+  // in, what it has too much.
+  template <class Number>
+  static DEVICE Words arranged(const Words& x, Vec<float, 2>& units) {
+    float v[8], sum = 0.0f, largest = 0.0f;
+    unpack<Number>(v, x);
+#pragma unroll
+    for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(v[i])), sum += v[i];
+#pragma unroll
+    for (int other = 8; other > 0; other /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+      sum += __shfl_xor_sync(0xffffffffu, sum, other);
+    }
+    const uint32 bits = float_bits(largest) >> 23, exponent = bits > 14 ? bits : 14;
+    const float times = bits_float((268 - exponent) << 23), odd = 0.0625f * times;  // 2^(14 + 127 - exponent)
+    units = {{bits_float((exponent < 245 ? exponent + 10 : 255) << 23), 8.0f * sum}};  // 2^24 / times
+    Words y;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float factor = i % 2 ? odd : times;
+      const Vec<fp16, 2> two = pair_from_floats<fp16>(v[i] * factor, v[i + 4] * factor);
+      y.at[i] = *reinterpret_cast<const uint32*>(&two);
+    }
+    return y;
+  }
+};
+
+// What a product of few 16-bit vectors takes for a format: scales of groups of whole chunks, no zero points.
+template <class Format, class Number, bool codes>
+struct Taken {
+  using Type = Format;
+};
+template <class Number>
+struct Taken<Int4<Number>, Number, true> {
+  using Type = Codes;
+};
+template <class Format>
+constexpr bool is_codes = false;
+template <>
+constexpr bool is_codes<Codes> = true;
+
+template <class Format, class Number>
+DEVICE void mma_of(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  if constexpr (is_codes<Format>) mma_16<fp16>(d, a, b);
+  else mma_16<Number>(d, a, b);
+}

@@ -1,7 +1,7 @@
 """One token for every row of a batch, on a GPU, as few launches: the step of the decode engine.
 
 A step of the plain path asks torch for about twenty operators a layer, and the host is slower than the GPU. Here it is
-recorded as a CUDA graph for each width of the batch, the choice of the next token by three kernels included, and reads
+recorded as a CUDA graph for each width of the batch, the choice of the next token by four kernels included, and reads
 each weight once at nearly the memory's rate:
 
     1 row         one kernel for the whole step (decode_whole.py), where it takes the model
@@ -41,7 +41,7 @@ __all__ = ["Decoder", "decoder", "run", "why_not"]
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 # As decode_sample.cu has them.
-_SLICE, _BINS, _WORK = 4096, 1312, 40 << 10
+_SLICE, _BINS, _LIST, _WORK = 4096, 1312, 4096, 40 << 10
 
 Step = list[Launch | Product]
 
@@ -130,6 +130,7 @@ class Decoder:
         slices = -(-self.known // _SLICE)
         self.best, self.best_id = make(rows, slices), make(rows, slices, dtype=torch.int32)
         self.bins, self.masses = make(rows, _BINS, dtype=torch.int32), make(rows, _BINS, dtype=torch.int64)
+        self.keys, self.listed = make(rows, _LIST, dtype=torch.int64), make(rows, 8, dtype=torch.int32)
 
     def put(self, place: int, state: MoaiState, token: int, settings: Settings, seed: int, draws: int) -> None:
         """A row that goes on from `state` (of one row) by reading `token`."""
@@ -320,15 +321,13 @@ class Decoder:
         slices, size = self.best.shape[1], self.config.vocab_size
         first = (self.logits, self.seen, temperature, penalty, self.best, self.best_id)
         found = (self.best, self.best_id, self.bins, self.masses)
+        filters = (temperature, top_p, min_p, penalty, top_k, seed, draws)
+        chosen = (self.logits, self.seen, *filters, *found, self.keys, self.listed)
         return [
             Launch(kernel("sample_best"), (slices, width, 1), 256, (*first, size, self.known)),
             Launch(kernel("sample_masses"), (slices, width, 1), 256, (*first, *found[2:], size, self.known)),
-            Launch(
-                kernel("sample_pick"), width, 1024,
-                (self.logits, self.seen, temperature, top_p, min_p, penalty, top_k, seed, draws, *found, token,
-                 slices, size, self.known),
-                _WORK,
-            ),
+            Launch(kernel("sample_gather"), (slices, width, 1), 256, (*chosen, size, self.known)),
+            Launch(kernel("sample_pick"), width, 1024, (*chosen, token, slices, size, self.known), _WORK),
         ]  # fmt: skip
 
     def _kernel(self, name: str, **macros: str | int) -> cuda.Kernel:

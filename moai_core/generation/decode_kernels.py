@@ -135,11 +135,11 @@ def matrix(module: nn.Module) -> Matrix:
     )
 
 
-def slices_of(m: Matrix, result: int) -> int:
+def slices_of(m: Matrix, result: int, *, few: bool = False) -> int:
     """In how many parts K is summed: many for the few rows of x_proj, 4 where a wide batch's next norm adds them."""
     if result == PARTIAL:
         return max(1, min(16, m.chunks // WARPS))
-    return 4 if result == RESIDUAL and m.chunks >= 4 * WARPS else 1
+    return 4 if not few and result == RESIDUAL and m.chunks >= 4 * WARPS else 1
 
 
 def linear(
@@ -166,7 +166,7 @@ def linear(
     (I), both or None, window (M, I, K-1), the next window, z (M, I).
     """
     source = RING if wide else NORM if x is None else COPY
-    slices = slices_of(m, result)
+    slices = slices_of(m, result, few=not wide)
     if source == RING and result == RESIDUAL:
         result = PARTIAL
     most = NARROW if not wide else most_wide(m, dtype)
@@ -201,7 +201,7 @@ def most_rows(weights: Sequence[Matrix], dtype: torch.dtype) -> int:
     for rows in range(NARROW, 0, -1):
         try:
             for m in weights:
-                _division(m, dtype, rows, COPY, RESIDUAL, slices_of(m, RESIDUAL))
+                _division(m, dtype, rows, COPY, RESIDUAL, slices_of(m, RESIDUAL, few=True))
             return rows
         except ValueError:
             continue
@@ -233,7 +233,7 @@ def _division(
     choices = [t for t in (4, 2, 1) if t <= most and (t == 1 or tiles // t >= busy)]
     vectors = _columns(m, dtype) * dtype.itemsize // 16
     row = m.chunks * 4 * vectors
-    kept = 0 if ring else rows * (row if row % 8 else row + 4) * 16
+    kept = 0 if ring else rows * (row if row % 8 else row + 4) * 16 + -(-rows * m.chunks // 2) * 16
     for rt in choices:
         pieces = 2 * rt + (nt * vectors if ring else 0)
         sums = nt * _TILE_SUMS * (1 if ring else 2 * rt * (1 if result == PARTIAL else slices))

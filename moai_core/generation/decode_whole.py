@@ -21,11 +21,11 @@ from moai_core.generation.decode_kernels import Launch, Matrix
 from moai_core.generation.decode_weights import Layer
 
 # As decode_whole.cu has them.
-_THREADS, _TEAMS, _KINDS, _SHAPE, _RECORD = 640, 2, 6, 12, 24
+_THREADS, _KINDS, _SHAPE, _RECORD = 384, 6, 12, 24
 _STATIC = 12 << 10
 # Stages of a ring: what still hides a wait; more than the most are never needed.
 LEAST_DEPTH, MOST_DEPTH = 4, 24
-PAUSE, FLIGHT = 0, 2
+FLIGHT = 3
 
 
 # What it was seen to be right with on a GPU; the kernel has code for float16 and "Fp8" too.
@@ -55,17 +55,17 @@ class Whole:
         one, self.device = layers[0], final.device
         self.kinds = [one.in_proj, one.x_proj, one.out_proj, one.gate, one.down, head]
         results = (kernels.STORE, kernels.PARTIAL, kernels.RESIDUAL, kernels.SWIGLU, kernels.RESIDUAL, kernels.STORE)
-        self.slices = [0 if m is None else kernels.slices_of(m, r) for m, r in zip(self.kinds, results, strict=True)]
+        slices = kernels.slices_of
+        self.slices = [0 if m is None else slices(m, r, few=True) for m, r in zip(self.kinds, results, strict=True)]
         self.mix = config.time_step_rank + 2 * config.state_size
-        inputs = [m.columns * 2 for m in self.kinds if m is not None]
-        self.room = -(-max(*inputs, self.slices[1] * self.mix * 4) // 16) * 16
+        self.room = -(-max(m.columns for m in self.kinds if m is not None) // 256) * 512
         self.scaled = any(m is not None and m.group > 0 for m in self.kinds)
         self.depth = self._depth()
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
         self._macros: dict[str, str | int] = {
             "T": cuda.TYPES[dtype], "R": cuda.TYPES[self.stream], "N": config.state_size, "RANK": config.time_step_rank,
             "NORMS": int(config.dt_bc_norm), "KC": config.conv_kernel_size, "FFN": int(one.gate is not None),
-            "DEPTH": self.depth, "PAUSE": PAUSE, "FLIGHT": FLIGHT,
+            "DEPTH": self.depth, "FLIGHT": FLIGHT,
         }  # fmt: skip
         for name, m in zip(("IN", "X", "OUT", "UP", "DOWN", "HEAD", "EMBED"), (*self.kinds, embedding), strict=True):
             how = ("Plain", 0, torch.float32) if m is None else _how(m)
@@ -96,20 +96,20 @@ class Whole:
 
     def _fixed(self) -> int:
         """Bytes of shared memory beside the rings."""
-        stream = -(-self.config.hidden_size * self.stream.itemsize // 16) * 16
-        return 2 * self.room + stream + (len(self.layers) + 1) * _RECORD * 8
+        stream = -(-self.config.hidden_size // 8) * 8 * self.stream.itemsize
+        return self.room + self.room // 32 + stream + (len(self.layers) + 1) * _RECORD * 8
 
     def _depth(self) -> int:
         free = kernels.shared_memory(self.device) - _STATIC - self._fixed()
-        return min(MOST_DEPTH, free // (_TEAMS * kernels.WARPS * self._stage))
+        return min(MOST_DEPTH, free // (kernels.WARPS * self._stage))
 
-    def _packets(self) -> int:
-        """Numbers of 8 bytes that blocks give each other, of all layers."""
+    def _words(self) -> int:
+        """Words of 4 bytes that blocks give each other, of all layers."""
         c = self.config
         stream = c.hidden_size if self.stream.itemsize == 4 else c.hidden_size // 2
         parts = [c.inner_size // 2] * 3 + [self.slices[1] * self.mix, stream]
         parts += [] if self.kinds[3] is None else [c.intermediate_size // 2, stream]
-        return len(self.layers) * sum(-(-part // 2) * 2 for part in parts)
+        return len(self.layers) * sum(-(-part // 4) * 4 for part in parts)
 
     # ---- tables ---------------------------------------------------------------------------------------------------
 
@@ -139,14 +139,14 @@ class Whole:
         return [*pairs, one.norm, *rest]
 
     def _make(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(table, packets, clock)."""
+        """(table, two sets of words, clock)."""
         last: list[Tensor | None] = [None] * _RECORD
         last[10:13] = [self.head.weight, self.head.scales, self.final]
         rows = [*map(self._record, self.layers), last]
         numbers = [0 if t is None else t.data_ptr() for row in rows for t in row]
         table = torch.tensor(numbers + self._shapes(), dtype=torch.int64, device=self.device)
-        made = [torch.zeros(n, dtype=torch.int64, device=self.device) for n in (self._packets(), 2)]
-        return table, made[0], made[1]
+        words = torch.full((2, self._words()), -1, dtype=torch.int32, device=self.device)  # VOID
+        return table, words, torch.zeros(2, dtype=torch.int64, device=self.device)
 
     # ---- the launch -----------------------------------------------------------------------------------------------
 
@@ -155,14 +155,14 @@ class Whole:
         it takes the first row."""
         if self._tables is None:
             self._tables = self._make()
-        c, m, (table, packets, clock) = self.config, self.embedding, self._tables
+        c, m, (table, words, clock) = self.config, self.embedding, self._tables
         groups = 1 if m.scales is None else m.scales.shape[1]
         args = (
-            table, packets, clock, token, m.weight, m.scales, m.zeros, *conv, *ssm, logits, len(self.layers),
+            table, words, clock, token, m.weight, m.scales, m.zeros, *conv, *ssm, logits, len(self.layers),
             c.hidden_size, c.inner_size, c.intermediate_size, c.vocab_size, self.room, m.row_bytes,
             m.group or c.hidden_size, groups, ssm[0].shape[1], float(c.rms_norm_eps),
             float(c.dt_bc_norm_eps or c.rms_norm_eps),
         )  # fmt: skip
         kernel = cuda.kernel("decode_whole.cu", "decode_whole", self.device, **self._macros)
-        shared = self._fixed() + self.depth * _TEAMS * kernels.WARPS * self._stage
+        shared = self._fixed() + self.depth * kernels.WARPS * self._stage
         return Launch(kernel, kernels.multiprocessors(self.device), _THREADS, args, shared, cooperative=True)

@@ -294,8 +294,10 @@ def choose(logits, samplers, known):
     made.best_id = torch.full((rows, slices), -7, dtype=torch.int32, device=device)
     made.bins = torch.zeros(rows, 1312, dtype=torch.int32, device=device)
     made.masses = torch.zeros(rows, 1312, dtype=torch.int64, device=device)
+    made.keys = torch.zeros(rows, 4096, dtype=torch.int64, device=device)
+    made.listed = torch.zeros(rows, 8, dtype=torch.int32, device=device)
     decode.run(made._sample(rows))
-    assert not made.bins.any() and not made.masses.any()
+    assert not made.listed[:, 0].any() and not made.bins.any() and not made.masses.any()
     return made.counts[0].tolist(), made.counts[3].tolist(), made.seen
 
 
