@@ -62,15 +62,20 @@ DEVICE void from_nibbles<fp16>(uint32 word, uint32 (&a)[4]) {
 }
 
 // Fragments A of the two steps of 32 columns (`half`, of 4). at: the lane's first word of row g in a unit; from there it
-// is HALF bytes to the next 32 columns, DOWN to row g + 8.
-template <class Number, int HALF, int DOWN>
+// is HALF bytes to the next 32 columns, DOWN to row g + 8. codes: for x as Codes (gemv.cuh) has it.
+template <class Number, int HALF, int DOWN, bool codes = false>
 DEVICE void read_weights(const unsigned char* at, int half, uint32 (&a)[2][4]) {
 #pragma unroll
   for (int second = 0; second < 2; second++) {
     const Vec<uint32, WORDS> words = *reinterpret_cast<const Vec<uint32, WORDS>*>(at + half * HALF + second * DOWN);
     if constexpr (WIDTH == 4) {
       uint32 pairs[4];
-      from_nibbles<Number>(words.at[0], pairs);
+      if constexpr (codes) {
+        Codes::weights(pairs[0], pairs[1], {{words.at[0]}}, 0);
+        Codes::weights(pairs[2], pairs[3], {{words.at[0]}}, 1);
+      } else {
+        from_nibbles<Number>(words.at[0], pairs);
+      }
 #pragma unroll
       for (int i = 0; i < 4; i++) a[i / 2][i % 2 * 2 + second] = pairs[i];
     } else {

@@ -1,16 +1,17 @@
 // moai: kernels quant_linear
-// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=1 NT=1 UNITS=16 STAGES=2 WARPS=8 BLOCKS=2
-// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 MT=4 NT=1 UNITS=16 STAGES=1 WARPS=16 BLOCKS=1
-// moai: macros T=fp16 WIDTH=4 GROUPS=4 ZEROS=1 MT=2 NT=2 UNITS=8 STAGES=4 WARPS=8 BLOCKS=1
-// moai: macros T=float WIDTH=4 GROUPS=2 ZEROS=1 MT=1 NT=1 UNITS=8 STAGES=4 WARPS=8 BLOCKS=2
-// moai: macros T=bf16 WIDTH=8 GROUPS=0 ZEROS=0 MT=1 NT=1 UNITS=16 STAGES=4 WARPS=8 BLOCKS=1
+// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 CODES=1 MT=1 NT=1 UNITS=16 STAGES=2 WARPS=8 BLOCKS=2
+// moai: macros T=bf16 WIDTH=4 GROUPS=1 ZEROS=0 CODES=1 MT=4 NT=1 UNITS=16 STAGES=1 WARPS=16 BLOCKS=1
+// moai: macros T=fp16 WIDTH=4 GROUPS=4 ZEROS=1 CODES=0 MT=2 NT=2 UNITS=8 STAGES=4 WARPS=8 BLOCKS=1
+// moai: macros T=float WIDTH=4 GROUPS=2 ZEROS=1 CODES=0 MT=1 NT=1 UNITS=8 STAGES=4 WARPS=8 BLOCKS=2
+// moai: macros T=bf16 WIDTH=8 GROUPS=0 ZEROS=0 CODES=0 MT=1 NT=1 UNITS=16 STAGES=4 WARPS=8 BLOCKS=1
 //
 // out = x W^T of few rows of x (M, K) and an integer W (O, K): for generation, where reading W is nearly all there is
 // to do.
 //
-// Tensor cores multiply even a single row, so that a weight of 4 bits costs about 3 instructions a lane, all told:
-// integers become 16-bit numbers in pairs (quant.cuh), are summed exactly as they are, in fp32, and scaled group by
-// group; weights are never rounded. Where T is float, x is split into three bf16 that add up to it.
+// Tensor cores multiply even a single row: integers become 16-bit numbers in pairs (quant.cuh), are summed exactly as they
+// are, in fp32, and scaled group by group; weights are never rounded. For a single row of x they are taken as they are,
+// for then it is less work to give x another form (Codes in gemv.cuh). Where T is float, x is split into three bf16 that
+// add up to it.
 //
 // A block takes groups of MT tiles in turns, with x in place. A group comes in pieces of UNITS units, through STAGES of
 // shared memory, row by row by the copy engine (compute capability 9.0), which needs no warp's attention and whose queue
@@ -22,6 +23,7 @@
 //   T         type of x, of the arithmetic and of out: bf16, fp16, float
 //   MT, NT    tiles of 16 rows of W, of 8 rows of x, at once
 //   WARPS, BLOCKS  what a multiprocessor has room for
+//   CODES     1: for a single row of x, of 16 bits, and 4 bits without zero points in groups of whole units
 //   WIDTH, GROUPS, ZEROS: quant.cuh
 #include "quant.cuh"
 
@@ -32,6 +34,9 @@ constexpr int PITCH = UNITS * UNIT_BYTES + 4 * WIDTH;  // of rows of W in shared
 constexpr int SCALES_AT = MT * TILE * PITCH, STAGE_BYTES = SCALES_AT + MT * UNITS * SCALE_BYTES;
 constexpr int BARRIERS = (8 * STAGES + 127) / 128 * 128;  // bytes
 constexpr int CHAINS = MT * NT == 1 ? 2 : 1;  // independent sums, where a warp has nothing else to overlap
+
+static_assert(!CODES || (WIDTH == 4 && GROUPS == 1 && !ZEROS && NT == 1 && sizeof(T) == 2), "a row of x, 4 bits in groups of whole units");
+using Units = Vec<float, 2>;  // of a unit of a row of x (Codes)
 
 template <class A>
 struct Arithmetic {
@@ -45,6 +50,15 @@ struct Arithmetic<float> {
 };
 using C = Arithmetic<T>::type;
 constexpr int PARTS = Arithmetic<T>::parts;
+template <bool codes>
+struct Multiplied {
+  using type = C;
+};
+template <>
+struct Multiplied<true> {
+  using type = fp16;
+};
+using Product = Multiplied<CODES>::type;
 
 // ---- The copy engine
 
@@ -95,12 +109,12 @@ DEVICE int place(int slot, int m) { return slot * 16 ^ m % 2 * SWAPPED; }
 
 // The warp's units of ROWS rows from m0 on, PIECES pieces of each by a lane at once; zeros beyond K.
 template <int ROWS, int PIECES>
-DEVICE void fetch_x(const T* x, int64 x_row, unsigned char* x_s, int m0, int rows, int K, int units, int pass, int warp,
+DEVICE void fetch_x(const T* x, int64 x_row, unsigned char* x_s, Units* units_s, int m0, int rows, int K, int units, int pass, int warp,
                     int warps, int lane) {
   const int slot = lane % SLOTS;
   constexpr int TURNS = 32 / SLOTS;  // units that a warp's lanes read at once
   bool told = m0 > 0;
-  for (int j0 = lane / SLOTS; warp + j0 * warps < units; j0 += TURNS * PIECES) {
+  for (int j0 = lane / SLOTS; warp + (CODES ? j0 - lane / SLOTS : j0) * warps < units; j0 += TURNS * PIECES) {
     Words piece[ROWS][PIECES];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
@@ -116,9 +130,16 @@ DEVICE void fetch_x(const T* x, int64 x_row, unsigned char* x_s, int m0, int row
 #pragma unroll
       for (int i = 0; i < PIECES; i++) {
         const int j = j0 + i * TURNS, m = m0 + r;
-        if (warp + j * warps >= units || m >= rows) continue;
+        const bool there = warp + j * warps < units && m < rows;
         unsigned char* to = x_s + ((warp + j * warps) * pass + m) * ROW_BYTES + place(slot, m);
-        *reinterpret_cast<Words*>(to) = sizeof(T) == 2 ? arranged(piece[r][i]) : piece[r][i];
+        if constexpr (CODES) {  // all lanes together
+          Units own;
+          const Words y = Codes::arranged<T>(piece[r][i], own);
+          if (there) *reinterpret_cast<Words*>(to) = y;
+          if (there && slot == 0) units_s[warp + j * warps] = own;
+        } else if (there) {
+          *reinterpret_cast<Words*>(to) = sizeof(T) == 2 ? arranged(piece[r][i]) : piece[r][i];
+        }
       }
   }
   if (!told) let_next_begin();
@@ -172,7 +193,7 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < MT; i++) {
       uint32 a[2][4];
-      read_weights<C, 4 * WIDTH, 8 * PITCH>(tiles + i * TILE * PITCH, half, a);
+      read_weights<C, 4 * WIDTH, 8 * PITCH, CODES>(tiles + i * TILE * PITCH, half, a);
 #pragma unroll
       for (int s = 0; s < 2; s++) {
 #pragma unroll
@@ -180,7 +201,7 @@ struct Sums {
 #pragma unroll
           for (int p = 0; p < PARTS; p++) {
             float(&d)[4] = part[CHAINS == 2 ? s : 0][i][n];
-            mma_16<C>(d, a[s], {b[n][p][2 * s], b[n][p][2 * s + 1]});
+            mma_16<Product>(d, a[s], {b[n][p][2 * s], b[n][p][2 * s + 1]});
           }
       }
     }
@@ -195,13 +216,14 @@ struct Sums {
     }
   }
 
-  DEVICE void scaled(int i, const Scale& s, float (&total)[MT][NT][4]) {
+  DEVICE void scaled(int i, const Scale& s, const Units& units, float (&total)[MT][NT][4]) {
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         float sum = part[0][i][n][j];
         if constexpr (CHAINS == 2) sum += part[CHAINS - 1][i][n][j];
+        if constexpr (CODES) sum = sum * units.at[0] - units.at[1];
         if constexpr (ZEROS) sum -= s.zero[j / 2] * x[n][j % 2];
         total[i][n][j] += s.scale[j / 2] * sum;
       }
@@ -209,7 +231,7 @@ struct Sums {
 };
 
 // Grid: x blocks that take groups of MT tiles in turns, y passes over `pass` rows of x each; up to 16 warps, with MT
-// at least. Dynamic shared memory: BARRIERS; x, units * pass * ROW_BYTES; STAGES * STAGE_BYTES; then, a warp, 16 MT *
+// at least. Dynamic shared memory: BARRIERS; x, units * pass * ROW_BYTES, and its Units; STAGES * STAGE_BYTES; then, a warp, 16 MT *
 // (pass | 1) sums. The rows of x are x_row numbers apart, those of W row_bytes; all of them begin at multiples of 16
 // bytes; K is a multiple of 8. UNITS is a multiple of the warps or not less than all units. out is dense. x may come from
 // a kernel that still runs when this one begins, W may not. So x is not __restrict__: the compiler would take it for
@@ -224,7 +246,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   const int64 first_row = (int64)blockIdx.y * pass;
   const int rows = (int)min((int64)pass, M - first_row), stride = pass | 1;
   unsigned char* const x_s = memory + BARRIERS;
-  unsigned char* const stages = x_s + units * pass * ROW_BYTES;
+  Units* const units_s = reinterpret_cast<Units*>(x_s + units * pass * ROW_BYTES);
+  unsigned char* const stages = x_s + units * pass * ROW_BYTES + (CODES ? (units + 15) / 16 * 128 : 0);
   float* const sums_s = reinterpret_cast<float*>(stages + STAGES * STAGE_BYTES);
 
   // What comes next: piece `next_piece` of group `next_group`.
@@ -270,13 +293,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   wait_for_previous();
   x += first_row * x_row;
   // As many loads at once as registers hold, for x is late already: it came after the first of W.
-  if (NT == 1 && rows == 1)
-    fetch_x<1, 4>(x, x_row, x_s, 0, rows, (int)K, units, pass, warp, warps, lane);
+  if (CODES || (NT == 1 && rows == 1))
+    fetch_x<1, 4>(x, x_row, x_s, units_s, 0, rows, (int)K, units, pass, warp, warps, lane);
   else if (NT == 1 && rows <= 4)
-    fetch_x<4, 2>(x, x_row, x_s, 0, rows, (int)K, units, pass, warp, warps, lane);
+    fetch_x<4, 2>(x, x_row, x_s, units_s, 0, rows, (int)K, units, pass, warp, warps, lane);
   else
     for (int m = 0; m < rows; m += 8)
-      fetch_x<8, NT == 1 ? 2 : 1>(x, x_row, x_s, m, rows, (int)K, units, pass, warp, warps, lane);
+      fetch_x<8, NT == 1 ? 2 : 1>(x, x_row, x_s, units_s, m, rows, (int)K, units, pass, warp, warps, lane);
   __syncwarp();
 
   int x_lane[NT];  // where the lane's part of a row is in a unit of x; nobody reads the sums of rows beyond the last
@@ -308,6 +331,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         const unsigned char* x_at[NT];
 #pragma unroll
         for (int n = 0; n < NT; n++) x_at[n] = x_s + ((piece * UNITS + unit) * pass * ROW_BYTES + x_lane[n]);
+        const Units of_x = CODES ? units_s[piece * UNITS + unit] : Units{};
 #pragma unroll
         for (int half = 0; half < 4; half++) {
           sums.add(half, at + (unit * UNIT_BYTES + w_lane), x_at, odd);
@@ -315,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             if ((half + 1) % HALVES == 0) {
               const unsigned char* const scale = at + (unit * SCALE_BYTES + scale_lane) + half / HALVES * (32 * (1 + ZEROS));
 #pragma unroll
-              for (int i = 0; i < MT; i++) sums.scaled(i, read_scale(scale + i * UNITS * SCALE_BYTES), total);
+              for (int i = 0; i < MT; i++) sums.scaled(i, read_scale(scale + i * UNITS * SCALE_BYTES), of_x, total);
               sums.clear();
             }
         }
@@ -328,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     }
     if constexpr (GROUPS == 0) {
 #pragma unroll
-      for (int i = 0; i < MT; i++) sums.scaled(i, whole[i], total);
+      for (int i = 0; i < MT; i++) sums.scaled(i, whole[i], {}, total);
     }
 
 #pragma unroll

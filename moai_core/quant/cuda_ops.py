@@ -112,9 +112,16 @@ class Plan(NamedTuple):
     shared: int
 
 
+def as_codes(shape: Shape, rows: int) -> bool:
+    """Whether W's codes are multiplied as they are: where x has a single row, whose other form is less work."""
+    return rows == 1 and shape.layout == Layout(4, 1, False) and shape.itemsize == 2
+
+
 def shared_bytes(shape: Shape, mt: int, rows: int, units: int, stages: int, warps: int) -> int:
     """Dynamic shared memory of a block; see quant_linear.cu."""
     bits, x = shape.layout.bits, shape.units * rows * UNIT * shape.itemsize
+    if as_codes(shape, rows):
+        x += -(-shape.units // 16) * 128
     stage = mt * TILE * (units * UNIT * bits // 8 + 4 * bits) + mt * units * shape.layout.scales
     return -(-8 * stages // 128) * 128 + x + stages * stage + 4 * warps * TILE * mt * (rows | 1)
 
@@ -178,11 +185,12 @@ def launch(
     if y.numel() == 0:
         return y
     units = -(-columns // UNIT)
-    p = chosen or plan(Shape(m, -(-out // TILE), units, x.element_size(), layout), gpu(x.device.index))
+    shape = Shape(m, -(-out // TILE), units, x.element_size(), layout)
+    p = chosen or plan(shape, gpu(x.device.index))
     cuda.kernel(
         "quant_linear.cu", "quant_linear", x.device,
-        MT=p.mt, NT=p.nt, UNITS=p.units, STAGES=p.stages, WARPS=p.warps, BLOCKS=p.blocks,
-        **_macros(x.dtype, layout),
+        CODES=int(p.nt == 1 and as_codes(shape, p.rows)), MT=p.mt, NT=p.nt, UNITS=p.units, STAGES=p.stages,
+        WARPS=p.warps, BLOCKS=p.blocks, **_macros(x.dtype, layout),
     )(
         p.grid, 32 * p.warps, x, weights, scales, y, m, columns, out, x.stride(0), weights.stride(0), units, p.rows,
         shared=p.shared, **_overlap(x, overlap),
