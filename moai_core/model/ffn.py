@@ -23,9 +23,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.down_proj.writes_residual = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor | Recomputed | Projected | Quantized) -> Tensor:
-        """x (B, L, H), or gate and up made of it -> (B, L, H). Given a `Recomputed`, keeps only gate and up for the
-        backward pass.
+    def forward(self, x: Tensor | Recomputed | Projected | Quantized, onto: Tensor | None = None) -> Tensor | None:
+        """x (B, L, H), or gate and up made of it -> (B, L, H), or None where that was added `onto` a tensor
+        (products.add_product). Given a `Recomputed`, keeps only gate and up for the backward pass.
         """
         if isinstance(x, Projected):
             gate, up = x.results
@@ -36,6 +36,9 @@ class SwiGLU(nn.Module):
         if fused_fp8.ready((self.down_proj,), gate, up):
             return self.down_proj(fused_fp8.swiglu(gate, up))
         product: Tensor | Recomputed = fused.swiglu(gate, up)
+        if onto is not None:
+            products.add_product(onto, tensor_of(product), self.down_proj)
+            return None
         if isinstance(x, Recomputed) or (isinstance(x, Projected) and not x.keep):
             gate, up = gate.detach(), up.detach()
             product = Recomputed(tensor_of(product), lambda: fused.swiglu(gate, up))

@@ -70,14 +70,17 @@ class MambaMixer(nn.Module):
         state: LayerState | None,
         seq_idx: Tensor | None,
         backend: str,
-    ) -> tuple[Tensor, LayerState]:
+        onto: Tensor | None = None,
+    ) -> tuple[Tensor | None, LayerState]:
         """x (B, L, H), or in_proj's result of it, state as in MoaiState.layers, seq_idx (B, L) int32 with padding (-1)
         only at the end of a row.
 
-        Returns the output (B, L, H) and the state after the last real token.
+        Returns the output (B, L, H), or None where it was added `onto` a tensor (products.add_product), and the state
+        after the last real token.
         """
         if state is not None and not torch.is_grad_enabled() and tensor_of(x).shape[1] == 1 and seq_idx is None:
-            return self._step(tensor_of(x), state, backend)
+            y, state = self._step(tensor_of(x), state, backend)
+            return self._out(y, onto), state
         conv_state, ssm_state = state if state is not None else (None, None)
         keep = x.keep if isinstance(x, Projected) else not isinstance(x, Recomputed)
         xz = x.results[0] if isinstance(x, Projected) else call(self.in_proj, x)
@@ -85,7 +88,13 @@ class MambaMixer(nn.Module):
         u, dt, B, C = self._select(u, ssm_state, seq_idx, backend)
         options = {"state": ssm_state, "seq_idx": seq_idx, "backend": backend}
         y, ssm_state = call(kernels.scan, u, dt, self.A(), B, C, self.D, z, self.dt_bias, **options)
-        return self.out_proj(y), (conv_state, ssm_state)
+        return self._out(y, onto), (conv_state, ssm_state)
+
+    def _out(self, y: Tensor, onto: Tensor | None) -> Tensor | None:
+        if onto is None:
+            return self.out_proj(y)  # type: ignore[no-any-return]
+        products.add_product(onto, y, self.out_proj)
+        return None
 
     def _step(self, x: Tensor, state: LayerState, backend: str) -> tuple[Tensor, LayerState]:
         u, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)
@@ -93,7 +102,7 @@ class MambaMixer(nn.Module):
         u = self._scaled(u)
         u, dt, B, C = self._select(u, state[1], None, backend)
         y, ssm_state = kernels.step(u, dt, self.A(), B, C, self.D, z, self.dt_bias, state[1], backend=backend)
-        return self.out_proj(y)[:, None], (conv_state, ssm_state)
+        return y[:, None], (conv_state, ssm_state)
 
     def _conv(
         self, xz: Tensor, state: Tensor | None, seq_idx: Tensor | None, backend: str, *, keep: bool

@@ -25,17 +25,14 @@ from transformers.utils import ModelOutput
 
 from moai_core import scan as kernels
 from moai_core.errors import UsageError
-from moai_core.model import fused, fused_fp8, padding, products, step
+from moai_core.model import fused, padding, products, step
 from moai_core.model import loss as losses
 from moai_core.model.configuration import MoaiMambaConfig
 from moai_core.model.ffn import SwiGLU
 from moai_core.model.mamba import LayerState, MambaMixer, dt_bias_init
 from moai_core.model.norm import RMSNorm
-from moai_core.model.products import Projected
-from moai_core.model.recompute import Recomputed
 from moai_core.model.state import MoaiState
 from moai_core.quant import linear as quant
-from moai_core.quant.scaled_mm import Quantized
 
 CHECKPOINTING = ("none", "selective", "full")
 
@@ -77,37 +74,25 @@ class MoaiMambaLayer(nn.Module):
         seq_idx: Tensor | None,
         backend: str,
         selective: bool = False,
-    ) -> tuple[Tensor, Tensor, LayerState]:
+        own: bool = False,
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
         """residual (B, L, H) the stream without x (B, L, H), the result of the block before (None = nothing) -> the
         same pair after this layer, whose sum is the stream, and the layer's new state.
 
         A block's result is added in the norm of the next, which reads both anyway. selective: keep for the backward
-        pass only what takes a large matrix product or the scan to compute (recompute.py).
+        pass only what takes a large matrix product or the scan to compute (recompute.py). own: nobody else has the
+        stream, so that without gradients a block may add its result to it; then x is None.
         """
-        residual, h = _add_norm(residual, x, self.input_layernorm, selective, self.mamba.in_proj)
-        x, state = self.mamba(h, state, seq_idx, backend)
-        if self.feed_forward is not None and self.pre_ff_layernorm is not None:
-            readers = (self.feed_forward.gate_proj, self.feed_forward.up_proj)
-            residual, h = _add_norm(residual, x, self.pre_ff_layernorm, selective, *readers)
-            x = self.feed_forward(h)
+        own = own or x is not None
+        residual, h = products.add_norm(residual, x, self.input_layernorm, selective, self.mamba.in_proj)
+        x, state = self.mamba(h, state, seq_idx, backend, products.onto(residual, own, self.mamba.out_proj))
+        feed = self.feed_forward
+        if feed is not None and self.pre_ff_layernorm is not None:
+            own = own or x is not None
+            readers = (feed.gate_proj, feed.up_proj)
+            residual, h = products.add_norm(residual, x, self.pre_ff_layernorm, selective, *readers)
+            x = feed(h, products.onto(residual, own, feed.down_proj))
         return residual, x, state
-
-
-def _add_norm(
-    residual: Tensor, x: Tensor | None, norm: RMSNorm, selective: bool, *readers: nn.Module
-) -> tuple[Tensor, Tensor | Recomputed | Projected | Quantized]:
-    """The stream, and its norm or what `readers`, the matrices that read it, make of it. A prompt's norm is rounded
-    once for all of them where they multiply fp8.
-    """
-    if residual.shape[1] > 1 and fused_fp8.ready(readers, residual, x, norm.weight):
-        return fused_fp8.add_rms_norm(residual, x, norm.weight, norm.eps)
-    if products.fusable(residual, *readers, norm=norm):
-        return products.norm_products(residual, x, norm, readers, keep=not selective)
-    residual, h = fused.add_rms_norm(residual, x, norm.weight, norm.eps)
-    if not selective or torch.compiler.is_compiling():
-        return residual, h
-    kept = residual.detach()
-    return residual, Recomputed(h, lambda: fused.rms_norm(kept, norm.weight, norm.eps))
 
 
 class MoaiPreTrainedModel(PreTrainedModel):
@@ -227,7 +212,8 @@ class MoaiMambaModel(MoaiPreTrainedModel):
                 run = functools.partial(self._gradient_checkpointing_func, layer.__call__)
                 residual, x, after = run(residual, x, before, seq_idx, self.scan_backend)
             else:
-                residual, x, after = layer(residual, x, before, seq_idx, self.scan_backend, selective)
+                own = index > 0 and not output_hidden_states
+                residual, x, after = layer(residual, x, before, seq_idx, self.scan_backend, selective, own)
             if use_cache:
                 new_layers.append(after)
         _, x = fused.add_rms_norm(residual, x, self.final_layernorm.weight, self.final_layernorm.eps)

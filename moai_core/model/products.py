@@ -4,9 +4,11 @@ Autograd alone would take the second half of a layer's work through memory more 
 product that were dropped (recompute.py) are made again by the very kernels that compute the gradients beside them, and
 gradients that meet are added inside of a matrix product (cuBLAS's beta = 1) instead of after it.
 
+    add_norm(residual, x, norm, selective, *readers)  residual + x, and its norm as its readers want it
     norm_products(residual, x, norm, linears, keep)   residual + x, and linears of its norm
     swiglu_product(gate, up, linear, keep)            linear of SwiGLU's product
     product_beside(u, linear)                         linear(u), and u for whoever else reads it
+    add_product(total, x, linear)                     total += linear(x), without gradients
 
 Only for plain `nn.Linear` without bias on tensors that moai's kernels know (`fusable`), under autocast too; a
 quantized, adapted, hooked or sharded layer is called as it is, and so is everything on a processor. The products are
@@ -26,10 +28,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moai_core.cuda.rows import WIDEST
-from moai_core.model import fused
+from moai_core.model import fused, fused_fp8
 from moai_core.model import fused_ops as ops
 from moai_core.model.norm import RMSNorm
 from moai_core.model.recompute import Recomputed, call, tensor_of
+from moai_core.quant.scaled_mm import Quantized
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,23 @@ class Projected:
 
     results: tuple[Tensor, ...]
     keep: bool
+
+
+def add_norm(
+    residual: Tensor, x: Tensor | None, norm: RMSNorm, selective: bool, *readers: nn.Module
+) -> tuple[Tensor, Tensor | Recomputed | Projected | Quantized]:
+    """The stream, residual + x, and its norm or what `readers`, the matrices that read it, make of it. A prompt's norm
+    is rounded once for all of them where they multiply fp8.
+    """
+    if residual.shape[1] > 1 and fused_fp8.ready(readers, residual, x, norm.weight):
+        return fused_fp8.add_rms_norm(residual, x, norm.weight, norm.eps)
+    if fusable(residual, *readers, norm=norm):
+        return norm_products(residual, x, norm, readers, keep=not selective)
+    residual, h = fused.add_rms_norm(residual, x, norm.weight, norm.eps)
+    if not selective or torch.compiler.is_compiling():
+        return residual, h
+    kept = residual.detach()
+    return residual, Recomputed(h, lambda: fused.rms_norm(kept, norm.weight, norm.eps))
 
 
 def fusable(x: Tensor, *linears: nn.Module, norm: RMSNorm | None = None) -> bool:
@@ -83,9 +103,24 @@ def swiglu_product(gate: Tensor, up: Tensor, linear: nn.Module, keep: bool) -> T
 def product_beside(u: Tensor | Recomputed, linear: nn.Module) -> tuple[Tensor, Tensor | Recomputed]:
     """(linear(u), u): who reads u from here gives its gradient as fresh memory of its own, into which the gradient
     through the product is added. u (..., I), linear (out, I)."""
-    weight = _weight(linear).to(tensor_of(u).dtype)
-    result, passed = call(_ProductBeside.apply, u, weight)
+    result, passed = call(_ProductBeside.apply, u, _weight(linear).to(tensor_of(u).dtype))
     return result, u.passed_on(passed) if isinstance(u, Recomputed) else passed
+
+
+def onto(total: Tensor, own: bool, linear: nn.Module) -> Tensor | None:
+    """`total`, if `add_product` can add this layer's results to it, else None: it is nobody else's (`own`), no gradient
+    is asked for, nothing wants to see the call, and all numbers are of one type that moai's kernels know."""
+    if not own or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(linear):
+        return None
+    weight = _weight(linear)
+    one_type = weight.dtype == total.dtype == _product_dtype(total, weight)
+    return total if one_type and fused.usable(total, weight) else None
+
+
+def add_product(total: Tensor, x: Tensor, linear: nn.Module) -> None:
+    """total += linear(x), inside of the product: total (..., H) contiguous, x (..., in), linear (H, in). The sum is
+    rounded once."""
+    total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), _weight(linear).t())
 
 
 class _NormProducts(torch.autograd.Function):
@@ -127,10 +162,7 @@ class _NormProducts(torch.autograd.Function):
         d_stream, narrow, d_norm, again = ops.rms_norm_backward(d_y, d_total, total, norm, rstd, added, y is None)
         del d_y
         y = (again if y is None else y).view(-1, norm.shape[0])
-        needed = ctx.needs_input_grad[6:]
-        d_weights = [
-            _of_weight(d, y) if d is not None and need else None for d, need in zip(given, needed, strict=True)
-        ]
+        d_weights = [_gradient(need, d, y) for need, d in zip(ctx.needs_input_grad[6:], given, strict=True)]
         d_x = None if ctx.added is None else d_stream if added == d_stream.dtype else narrow
         return d_stream, d_x, d_norm, None, None, None, *d_weights
 
@@ -156,7 +188,7 @@ class _SwiGLUProduct(torch.autograd.Function):
         else:
             d_gate, d_up = ops.swiglu_backward(d_product, gate, up)
         del d_product
-        d_weight = _of_weight(d_y, product.view(-1, product.shape[-1])) if ctx.needs_input_grad[2] else None
+        d_weight = _gradient(ctx.needs_input_grad[2], d_y, product.view(-1, product.shape[-1]))
         return d_gate, d_up, d_weight, None
 
 
@@ -180,12 +212,12 @@ class _ProductBeside(torch.autograd.Function):
         else:
             d_u = d_u.contiguous()
             d_u.view(-1, d_u.shape[-1]).addmm_(given, weight)
-        return d_u, _of_weight(given, u.reshape(-1, u.shape[-1])) if ctx.needs_input_grad[1] else None
+        return d_u, _gradient(ctx.needs_input_grad[1], given, u.reshape(-1, u.shape[-1]))
 
 
-def _of_weight(d: Tensor, x: Tensor) -> Tensor:
+def _gradient(needed: bool, d: Tensor | None, x: Tensor) -> Tensor | None:
     """The gradient (out, in) of a matrix: d (rows, out) of its results, x (rows, in)."""
-    return d.T @ x
+    return d.T @ x if needed and d is not None else None
 
 
 def _plain(linear: nn.Module) -> bool:

@@ -133,6 +133,17 @@ def test_product_beside_another_reader(device, dtype):
         assert [e for e in map(error, found, want) if not e < LIMIT[dtype]] == [] and len(made) == drop
 
 
+def test_added_inside_of_the_product(device):
+    total, x, out = random(device, 2, 7, 32, dtype=B), random(device, 2, 7, 48, dtype=B), linear(device, 48, 32, B, 1)
+    want = total.double() + x.double() @ out.weight.detach().double().T
+    assert products.onto(total, True, out) is None
+    with torch.no_grad():
+        assert products.onto(total, True, out) is total and products.onto(total.float(), True, out) is None
+        assert products.onto(total, False, out) is None
+        products.add_product(total, x, out)
+    assert error(total, want) < 4e-3
+
+
 def test_what_wants_to_be_called_is_called(device):
     x = random(device, 2, 16, dtype=B)
     plain = linear(device, 16, 16, B, 0)
@@ -184,3 +195,25 @@ def test_a_model_with_and_without(device, monkeypatch, precision, fields):
         assert torch.equal(fused["none"][name], fused["selective"][name]), name
         limit = 1e-4 if precision == "fp32" else 1.5 * error(plain[name], grad) + 1e-2
         assert error(fused["none"][name], grad) < limit, name
+
+
+@pytest.mark.parametrize("fields", [{}, {"dt_bc_norm": False, "ffn": "none"}], ids=str)
+def test_reading_without_gradients(device, fields):
+    """What the model works on is its own: the caller's tensors stay as they are, hidden states are those of each layer."""
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "state_size": 8}
+    torch.manual_seed(0)
+    model = MoaiMambaForCausalLM(MoaiMambaConfig(initializer_range=0.1, **shape, **fields)).to(device).eval()
+    given = random(device, 2, 9, 64)
+    before = given.clone()
+    want = model.model(inputs_embeds=given, output_hidden_states=True)
+    with torch.no_grad():
+        got = model.model(inputs_embeds=given)
+        start = model.model(inputs_embeds=given[:, :4])
+        rest = model.model(inputs_embeds=given[:, 4:], state=start.state)
+        shown = model.model(inputs_embeds=given, output_hidden_states=True)
+    assert torch.equal(given, before)
+    parts = torch.cat([start.last_hidden_state, rest.last_hidden_state], 1)
+    for found in (got.last_hidden_state, parts):
+        assert error(found, want.last_hidden_state.double()) < 1e-5
+    for found, wanted in zip(shown.hidden_states, want.hidden_states, strict=True):
+        assert error(found, wanted.double()) < 1e-5
