@@ -1,6 +1,6 @@
 // moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=4 TEAMS=1 GATED=1 KEEPS=1 TILE=16 SHARED=49152
 // moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=8 GATED=1 KEEPS=1 TILE=16 SHARED=196608
-// moai: macros T=float TB=float N=64 WARPS=4 TEAMS=1 GATED=0 KEEPS=0 TILE=16 SHARED=98304; spills 136
+// moai: macros T=float TB=float N=64 WARPS=4 TEAMS=1 GATED=0 KEEPS=0 TILE=16 SHARED=98304; spills 160
 //
 // The selective scan of Mamba-1, forward: h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = (C_t . h_t + D u_t) silu(z_t),
 // dt = softplus(raw dt + bias). Source: arXiv 2312.00752, algorithm 2; what is new is the order of the work.
