@@ -270,16 +270,10 @@ class Loop(Run):
                 self._sample()
             self._agree_to_go_on(0, 0)
             progress.sampled, late = progress.step, True
+        wanted = due(t.save_every) or done or self._spared() == progress.step
         # Saved again where a run stopped after its last step catches up, or the next start would do it once more.
-        if (
-            (due(t.save_every) or done or self._spared() == progress.step)
-            and progress.step
-            and (late or self._saved_step() != progress.step)
-        ):
+        if wanted and progress.step and (late or self._saved_step() != progress.step):
             self._save()
-
-    def _saved_step(self) -> int:
-        return -1 if self.saved is None else int(self.saved.name.removeprefix("step-"))
 
     def _evaluate(self) -> None:
         if not self.valid_loaders:

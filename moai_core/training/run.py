@@ -145,6 +145,9 @@ class Run:
         keep, newest = self.recipe.train.keep_last, self.progress.step
         checkpoint.purge(self.run_dir, newest=newest, keep_last=keep, spare=self._spared(), on_event=self.on_event)
 
+    def _saved_step(self) -> int:
+        return -1 if self.saved is None else int(self.saved.name.removeprefix("step-"))
+
     def _spared(self) -> int | None:
         """The step whose checkpoint is kept whatever its age."""
         best = self.progress.best
