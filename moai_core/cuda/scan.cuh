@@ -12,6 +12,48 @@ static_assert(N % WARPS == 0 && WARPS >= 1 && WARPS <= 8, "states are dealt out 
 static_assert(TILE == 8 || TILE == 16 || TILE == 32, "steps are dealt out evenly");
 static_assert(TEAMS >= 1 && TEAMS * WARPS <= 16, "a multiprocessor holds a block, and a barrier is left for each team");
 
+// ---- Shared memory by addresses of 32 bits, which the machine's instructions take. NVRTC (unlike nvcc) gives a pointer to
+// shared memory 64 bits, and the arithmetic that leads to it as many: in inner loops that was a tenth of the instructions,
+// and registers that weren't there.
+
+#ifdef MOAI_HOST
+using Address = unsigned long long;
+#else
+using Address = uint32;
+#endif
+
+DEVICE Address address_of(const void* shared) {
+#ifdef MOAI_HOST
+  return (Address)shared;
+#else
+  return (Address)__cvta_generic_to_shared(shared);
+#endif
+}
+
+// What lies `further` bytes behind an address; a constant there costs no instruction.
+template <class X>
+DEVICE X& at_address(Address shared, int further = 0) {
+#ifdef MOAI_HOST
+  auto bytes = reinterpret_cast<unsigned char*>(shared);
+#else
+  auto bytes = static_cast<unsigned char*>(__cvta_shared_to_generic(shared));
+#endif
+  return *reinterpret_cast<X*>(bytes + further);
+}
+
+// In bytes, between members of one object.
+DEVICE int distance(const void* from, const void* to) {
+  return (int)(static_cast<const unsigned char*>(to) - static_cast<const unsigned char*>(from));
+}
+
+// A number that is made here and stays in a register: the compiler would make it anew wherever it is used.
+DEVICE Address keep(Address x) {
+#ifndef MOAI_HOST
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- Teams: where rows are too few for the GPU, a block has several teams of WARPS, which take the tiles in turn. What is
 // left to wait for the tile before is a state's recurrence alone, so that teams are at different states of different tiles.
 
@@ -41,31 +83,29 @@ struct alignas(8) Baton {
   int turn;
 };
 
-DEVICE void pass_on(Baton* to, float value, int turn) {
+DEVICE void pass_on(Address to, float value, int turn) {
 #ifdef MOAI_HOST
-  *to = {float_bits(value), turn};
+  at_address<Baton>(to) = {float_bits(value), turn};
 #else
-  asm volatile(
-      "{\n.reg .b64 both;\nmov.b64 both, {%1, %2};\nst.relaxed.cta.shared.b64 [%0], both;\n}" ::"r"(
-          (uint32)__cvta_generic_to_shared(to)),
-      "r"(float_bits(value)), "r"(turn));
+  asm volatile("{\n.reg .b64 both;\nmov.b64 both, {%1, %2};\nst.relaxed.cta.shared.b64 [%0], both;\n}" ::"r"(to),
+               "r"(float_bits(value)), "r"(turn));
 #endif
 }
 
-DEVICE Baton look_at(const Baton* from) {
+DEVICE Baton look_at(Address from) {
 #ifdef MOAI_HOST
-  return *from;
+  return at_address<Baton>(from);
 #else
   Baton b;
   asm volatile("{\n.reg .b64 both;\nld.relaxed.cta.shared.b64 both, [%2];\nmov.b64 {%0, %1}, both;\n}"
                : "=r"(b.value), "=r"(b.turn)
-               : "r"((uint32)__cvta_generic_to_shared(from)));
+               : "r"(from));
   return b;
 #endif
 }
 
 // By all lanes of a warp. `seen`: what an earlier look has seen.
-DEVICE float take_over(const Baton* from, int turn, Baton seen) {
+DEVICE float take_over(Address from, int turn, Baton seen) {
   while (seen.turn != turn) {
 #ifdef MOAI_HOST
     __nanosleep(20);
@@ -135,20 +175,6 @@ struct Chain {
     }
   }
 };
-
-// A number that is made here and stays in a register: the compiler would make it anew wherever it is used.
-DEVICE uint32 keep(uint32 x) {
-#ifndef MOAI_HOST
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
-// What lies `offset` bytes into an array.
-template <class X, class Array>
-DEVICE X& at_byte(Array& array, uint32 offset) {
-  return *reinterpret_cast<X*>(reinterpret_cast<unsigned char*>(&array) + offset);
-}
 
 // ---- fp32 tiles in shared memory: a row of TILE steps a channel, even channels' rows before the odd ones'. Groups of 4
 // steps are swapped from row to row, so that 8 lanes on neighbouring channels, or on every second one, touch all 32 banks

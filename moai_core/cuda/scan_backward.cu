@@ -1,5 +1,6 @@
-// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=1 GATED=1 TILE=16 SHARED=65536
-// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=4 GATED=1 TILE=16 SHARED=229376
+// moai: kernels scan_backward, scan_reduce; macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=1 GATED=1 TILE=16 SHARED=65536; none on sm_90
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=2 GATED=1 TILE=16 SHARED=131072; none on sm_90
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=4 GATED=1 TILE=16 SHARED=229376; none on sm_90
 // moai: macros T=float TB=float N=64 WARPS=2 TEAMS=1 GATED=1 TILE=8 SHARED=98304
 //
 // Gradients of the selective scan (scan_forward.cu), with its division of work: a lane owns a channel, a warp a share of
@@ -125,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
                   int64 d_z_batch, int64 d_z_step) {
   extern __shared__ __align__(16) unsigned char shared[];
   Shared& all = *reinterpret_cast<Shared*>(shared);
-  Pool& pool = TEAMS > 1 ? at_byte<Pool>(all.pool, keep(team() * sizeof(Pool))) : all.pool[0];
+  Pool& pool = TEAMS > 1 ? at_address<Pool>(keep(address_of(&all.pool[team()]))) : all.pool[0];
   const int lane = threadIdx.x % 32, warp = thread() / 32;
   const Chain chain{flags};
   if (chain && threadIdx.x == 0) all.number = chain.begin();
@@ -253,22 +254,32 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
 #pragma unroll
     for (int t = 0; t < TILE; ++t) gB[t] = qA[t] = Ch[t] = 0.0f;
 
-    // Where the warp's first state stands, in bytes: in rows of floats, of kept states, of batons and of sums.
-    const uint32 row = keep((begin * 32 + lane) * 4), kept_row = keep((begin * 32 + lane) * sizeof(Kept));
-    const uint32 baton = keep(((team() * N + begin) * 32 + lane) * 8), sums_row = keep(warp * sizeof(Share) + lane * 16);
-    const uint32 before = keep((((team() + TEAMS - 1) % TEAMS * N + begin) * 32 + lane) * 8);
-    auto rate_of = [&](int k) {
-      return RATES ? at_byte<float>(all.a2, row + k * 128) : mine ? decay_rate(A[c * N + begin + k]) : -1.0f;
+    // Where the state at work stands: its share of dA, its B, what was kept of it, the sums of groups, its decay rate, the
+    // gradient that this team leaves, and the one that the team before does.
+    Address row = keep(address_of(&pool.dA[begin][lane])), BC = keep(address_of(pool.BC[begin]));
+    Address kept_row = keep(address_of(&s.kept[begin][lane])), sums_row = keep(address_of(share.groups[0][0][lane]));
+    Address rate_row = TEAMS > 1 ? keep(address_of(&all.a2[RATES ? begin : 0][lane])) : 0;
+    Address here = TEAMS > 1 ? keep(address_of(&all.relay[team()][begin][lane])) : 0;
+    Address before = TEAMS > 1 ? keep(address_of(&all.relay[(team() + TEAMS - 1) % TEAMS][begin][lane])) : 0;
+    const int to_rate = distance(pool.dA, all.a2), to_carry = distance(pool.dA, all.carry);
+    constexpr int BC_step = (TILE + 4) * 4, kept_step = 32 * sizeof(Kept);
+    auto further = [&] {
+      row += 128, BC += BC_step, kept_row += kept_step, sums_row += 512, here += 256;
+      if (TEAMS > 1) rate_row += 128;
     };
-    auto look = [&](int k) { return look_at(&at_byte<Baton>(all.relay, before + k * 256)); };
+    // Of the state at work, or of the one `more` behind it; k is its number.
+    auto rate_of = [&](int k, int more) {
+      if (!RATES) return mine ? decay_rate(A[c * N + begin + k + more]) : -1.0f;
+      return TEAMS > 1 ? at_address<float>(rate_row, more * 128) : at_address<float>(row, to_rate + more * 128);
+    };
 
     float rate, next_rate, Bs[TILE], Cs[TILE], a[TILE], h[TILE + 1];
     Baton seen;
 
-    // B, C and the decays of the warp's state k, of the steps from t to t + 3.
-    auto ready = [&](int k, int t) {
-      read_four(&Bs[t], &pool.BC[begin + k][t]);
-      read_four(&Cs[t], &pool.BC[N + begin + k][t]);
+    // B, C and the decays of the state, of the steps from t to t + 3.
+    auto ready = [&](int more, int t) {
+      read_four(&Bs[t], &at_address<float>(BC, more * BC_step + t * 4));
+      read_four(&Cs[t], &at_address<float>(BC, (N + more) * BC_step + t * 4));
 #pragma unroll
       for (int j = t; j < t + 4; ++j) a[j] = exp2_approx(dts[j] * next_rate);
     };
@@ -284,12 +295,13 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
     // State k's way back, and beside it the next state's way ahead: what one has used makes room for the other's numbers.
     auto back_and_ahead = [&](int k, bool more) {
       float first = 0.0f, carry, dA[2] = {0.0f, 0.0f}, dB[4], dC[4], sums[FRAGMENTS][4] = {};
-      if (TEAMS > 1) carry = take_over(&at_byte<Baton>(all.relay, before + k * 256), turn, seen);
-      else carry = at_byte<float>(all.carry, row + k * 128);
+      if (TEAMS > 1) carry = take_over(before, turn, seen);
+      else carry = at_address<float>(row, to_carry);
       if (more) {
-        next_rate = rate_of(k + 1);
-        first = to_float(at_byte<Kept>(s.kept, kept_row + k * (32 * sizeof(Kept)) + 32 * sizeof(Kept)));
-        if (TEAMS > 1) seen = look(k + 1);
+        next_rate = rate_of(k, 1);
+        first = to_float(at_address<Kept>(kept_row, kept_step));
+        before += 256;
+        if (TEAMS > 1) seen = look_at(before);
       }
 #pragma unroll
       for (int t = TILE - 1; t >= 0; --t) {
@@ -304,30 +316,32 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
         if (t % 4 == 0) {
           add_lanes(sums[t / 16], one, t % 16 / 4, dB);
           add_lanes(sums[(TILE + t) / 16], one, (TILE + t) % 16 / 4, dC);
-          if (more) ready(k + 1, t);
+          if (more) ready(1, t);
         }
       }
-      if (TEAMS > 1) pass_on(&at_byte<Baton>(all.relay, baton + k * 256), carry, turn + 1);
-      else at_byte<float>(all.carry, row + k * 128) = carry;
-      at_byte<float>(pool.dA, row + k * 128) += dA[0] + dA[1];
+      if (TEAMS > 1) pass_on(here, carry, turn + 1);
+      else at_address<float>(row, to_carry) = carry;
+      at_address<float>(row) += dA[0] + dA[1];
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
         const Vec<float, 4> of_group = {{sums[f][0], sums[f][1], sums[f][2], sums[f][3]}};
-        at_byte<Vec<float, 4>>(pool.share, sums_row + (f * BATCH + k % BATCH) * 512) = of_group;
+        at_address<Vec<float, 4>>(sums_row, f * BATCH * 512) = of_group;
       }
+      further();
       if (more) ahead(first);
     };
     auto add_batch = [&](int k) {
       __syncwarp();
       add_groups(parts, begin + k, share.groups, lane);
       __syncwarp();
+      sums_row -= BATCH * 512;
     };
 
-    next_rate = rate_of(0);
-    if (TEAMS > 1) seen = look(0);
+    next_rate = rate_of(0, 0);
+    if (TEAMS > 1) seen = look_at(before);
 #pragma unroll
     for (int t = 0; t < TILE; t += 4) ready(0, t);
-    ahead(to_float(at_byte<Kept>(s.kept, kept_row)));
+    ahead(to_float(at_address<Kept>(kept_row)));
 #pragma unroll 1
     for (int k = 0; k < STATES - 1; ++k) {
       back_and_ahead(k, true);

@@ -1,5 +1,12 @@
 // moai: kernels scan_forward; macros T=bf16 TB=bf16 N=16 WARPS=4 TEAMS=1 GATED=1 KEEPS=1 TILE=16 SHARED=49152
-// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=8 GATED=1 KEEPS=1 TILE=16 SHARED=196608
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=8 GATED=1 KEEPS=0 TILE=16 SHARED=196608; none on sm_90
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=8 GATED=1 KEEPS=1 TILE=16 SHARED=196608; none on sm_90
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=4 GATED=1 KEEPS=0 TILE=16 SHARED=98304; none on sm_90
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=4 GATED=1 KEEPS=1 TILE=16 SHARED=98304; none on sm_90
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=2 GATED=1 KEEPS=0 TILE=16 SHARED=65536; none on sm_90
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=2 GATED=1 KEEPS=1 TILE=16 SHARED=65536; none on sm_90
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=1 GATED=1 KEEPS=0 TILE=16 SHARED=49152; none on sm_90
+// moai: macros T=bf16 TB=bf16 N=16 WARPS=2 TEAMS=1 GATED=1 KEEPS=1 TILE=16 SHARED=49152; none on sm_90
 // moai: macros T=float TB=float N=64 WARPS=4 TEAMS=1 GATED=0 KEEPS=0 TILE=16 SHARED=98304; spills 160
 //
 // The selective scan of Mamba-1, forward: h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = (C_t . h_t + D u_t) silu(z_t),
@@ -57,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
                  int64 C_step) {
   extern __shared__ __align__(16) unsigned char shared[];
   Shared& all = *reinterpret_cast<Shared*>(shared);
-  Pool& pool = TEAMS > 1 ? at_byte<Pool>(all.pool, keep(team() * sizeof(Pool))) : all.pool[0];
+  Pool& pool = TEAMS > 1 ? at_address<Pool>(keep(address_of(&all.pool[team()]))) : all.pool[0];
   const int lane = threadIdx.x % 32, warp = thread() / 32;
   const Segment at(L, I, segments, span, blockIdx.x, gridDim.x);
   const int64 batch = at.batch, c0 = at.c0, c = c0 + lane;
@@ -147,32 +154,30 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
 
   // A team among several: all steps of a state, which comes from the team before and goes to the next one.
   auto relay_body = [&](int i) {
-    const int turn = i * TEAMS + team(), begin = warp * STATES;
+    const int turn = (int)keep(i * TEAMS + team()), begin = warp * STATES;
     float dts[TILE], xs[TILE], ys[TILE];
     read_steps(dts, pool.dt, lane, 0);
     read_steps(xs, pool.x, lane, 0);
 #pragma unroll
     for (int t = 0; t < TILE; ++t) ys[t] = 0.0f;
-    // Where the warp's first state stands, in bytes: the team before leaves it, this one does, its decay rate, its B.
-    const uint32 before = keep((((team() + TEAMS - 1) % TEAMS * N + begin) * 32 + lane) * 8);
-    const uint32 here = keep(((team() * N + begin) * 32 + lane) * 8), row = keep((begin * 32 + lane) * 4);
-    const uint32 BC_row = keep(team() * sizeof(Pool) + begin * sizeof(pool.BC[0]));
+    // Where the warp's first state stands: the team before leaves it, this one does, its decay rate, its B.
+    Address before = keep(address_of(&all.relay[(team() + TEAMS - 1) % TEAMS][begin][lane]));
+    Address here = keep(address_of(&all.relay[team()][begin][lane])), row = keep(address_of(&all.rates[begin][lane]));
+    Address BC = keep(address_of(pool.BC[begin]));
     Kept* to = KEEPS ? kept + ((int64)turn * N + begin) * I : nullptr;
 #pragma unroll 1
     for (int k = 0; k < STATES; ++k) {
-      const Baton* from = &at_byte<Baton>(all.relay, before + k * 256);
-      const Baton seen = look_at(from);
-      const float rate = at_byte<float>(all.rates, row + k * 128);
+      const Baton seen = look_at(before);
+      const float rate = at_address<float>(row);
       float Bs[TILE], Cs[TILE], a[TILE];
-      const float* BC = &at_byte<float>(all.pool[0].BC, BC_row + k * sizeof(pool.BC[0]));
-      read_broadcast(Bs, BC);
-      read_broadcast(Cs, BC + N * (TILE + 4));
+      read_broadcast(Bs, &at_address<float>(BC));
 #pragma unroll
       for (int t = 0; t < TILE; ++t) {
         a[t] = exp2_approx(dts[t] * rate);
         Bs[t] *= xs[t];
       }
-      float state = take_over(from, turn, seen);
+      float state = take_over(before, turn, seen);
+      read_broadcast(Cs, &at_address<float>(BC) + N * (TILE + 4));
       if (KEEPS && mine) *to = from_float<Kept>(state);
       if (KEEPS) to += I;
 #pragma unroll
@@ -180,7 +185,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
         state = a[t] * state + Bs[t];
         ys[t] += Cs[t] * state;
       }
-      pass_on(&at_byte<Baton>(all.relay, here + k * 256), state, turn + 1);
+      pass_on(here, state, turn + 1);
+      before += 256, here += 256, row += 128, BC += sizeof(pool.BC[0]);
     }
     write_steps(pool.share[warp].y, lane, 0, ys);
   };
