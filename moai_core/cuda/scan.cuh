@@ -41,11 +41,6 @@ DEVICE X& at_address(Address shared, int further = 0) {
   return *reinterpret_cast<X*>(bytes + further);
 }
 
-// In bytes, between members of one object.
-DEVICE int distance(const void* from, const void* to) {
-  return (int)(static_cast<const unsigned char*>(to) - static_cast<const unsigned char*>(from));
-}
-
 // A number that is made here and stays in a register: the compiler would make it anew wherever it is used.
 DEVICE Address keep(Address x) {
 #ifndef MOAI_HOST
@@ -53,6 +48,9 @@ DEVICE Address keep(Address x) {
 #endif
   return x;
 }
+
+// Where tile i (never negative) stands among those in shared memory.
+DEVICE uint32 slot_of(int i) { return (uint32)i % SLOTS; }
 
 // ---- Teams: where rows are too few for the GPU, a block has several teams of WARPS, which take the tiles in turn. What is
 // left to wait for the tile before is a state's recurrence alone, so that teams are at different states of different tiles.

@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
   parts += ((at.block * batches + batch) * row_tiles + last) * (int64)PART;
 
   auto load = [&](int i) {
-    Slot& s = pool.slot[i % SLOTS];
+    Slot& s = pool.slot[slot_of(i)];
     const int t0 = (last - i * TEAMS) * TILE, left = (int)L - t0;
     u_rows.copy_in(s.u[0], 32, left);
     dt_rows.copy_in(s.dt[0], 32, left);
@@ -201,11 +201,11 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
     kept_rows.copy_in(s.kept[0], 32, N);
     marker.fetch(t0);
   };
-  auto arrive = [&](int i) { marker.store(pool.slot[i % SLOTS].mark, pool.slot[i % SLOTS].special); };
+  auto arrive = [&](int i) { marker.store(pool.slot[slot_of(i)].mark, pool.slot[slot_of(i)].special); };
 
   Rows* const slopes = reinterpret_cast<Rows*>(&pool.slopes);
   auto stage_in = [&](int i) {
-    const Slot& s = pool.slot[i % SLOTS];
+    const Slot& s = pool.slot[slot_of(i)];
     float dts[2][PER], xs[2][PER], dys[2][PER], slope[2][PER], open[2][PER];
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
   };
 
   auto body = [&](int i) {
-    Slot& s = pool.slot[i % SLOTS];
+    Slot& s = pool.slot[slot_of(i)];
     Share& share = pool.share[warp];
     const int begin = warp * STATES, turn = i * TEAMS + team();
     float dts[TILE], xs[TILE], dys[TILE], gB[TILE], qA[TILE], Ch[TILE];
@@ -261,7 +261,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
     Address rate_row = TEAMS > 1 ? keep(address_of(&all.a2[RATES ? begin : 0][lane])) : 0;
     Address here = TEAMS > 1 ? keep(address_of(&all.relay[team()][begin][lane])) : 0;
     Address before = TEAMS > 1 ? keep(address_of(&all.relay[(team() + TEAMS - 1) % TEAMS][begin][lane])) : 0;
-    const int to_rate = distance(pool.dA, all.a2), to_carry = distance(pool.dA, all.carry);
+    // From a team's dA, which is its pool's end, to what follows where it is the only one.
+    constexpr int to_carry = sizeof(pool.dA) + sizeof(all.relay), to_rate = to_carry + sizeof(all.carry);
     constexpr int BC_step = (TILE + 4) * 4, kept_step = 32 * sizeof(Kept);
     auto further = [&] {
       row += 128, BC += BC_step, kept_row += kept_step, sums_row += 512, here += 256;
@@ -347,6 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
       back_and_ahead(k, true);
       if (STATES > BATCH && k % BATCH == BATCH - 1) add_batch(k - (BATCH - 1));
     }
+    row = keep(row), sums_row = keep(sums_row), here = keep(here);  // not computed again because k is known
     back_and_ahead(STATES - 1, false);
     add_batch(STATES - BATCH);
     parts -= TEAMS * PART;
@@ -396,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
   };
 
   auto stage_out = [&](int i) {
-    Slot& s = pool.slot[i % SLOTS];
+    Slot& s = pool.slot[slot_of(i)];
     float gB[2][PER], qA[2][PER], Ch[2][PER];
     add_shares(gB, pool.share, &Share::gB, edge);
     add_shares(qA, pool.share, &Share::qA, edge);
@@ -406,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
   };
 
   auto flush = [&](int i) {
-    const Slot& s = pool.slot[i % SLOTS];
+    const Slot& s = pool.slot[slot_of(i)];
     const int t0 = (last - i * TEAMS) * TILE, left = (int)L - t0;
     d_u_rows.copy_out(s.u[0], 32, left);
     d_dt_rows.copy_out(s.dt[0], 32, left);

@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
   }
 
   auto load = [&](int i) {
-    Slot& s = pool.slot[i % SLOTS];
+    Slot& s = pool.slot[slot_of(i)];
     const int t0 = at.tile(i) * TILE, left = (int)L - t0;
     u_rows.copy_in(s.u[0], 32, left);
     dt_rows.copy_in(s.dt[0], 32, left);
@@ -124,10 +124,10 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
     C_rows.copy_in(s.BC[0] + N, narrow_row<2 * N>, left);
     marker.fetch(t0);
   };
-  auto arrive = [&](int i) { marker.store(pool.slot[i % SLOTS].mark, pool.slot[i % SLOTS].special); };
+  auto arrive = [&](int i) { marker.store(pool.slot[slot_of(i)].mark, pool.slot[slot_of(i)].special); };
 
   auto stage_in = [&](int i) {
-    const Slot& s = pool.slot[i % SLOTS];
+    const Slot& s = pool.slot[slot_of(i)];
     float dts[2][PER], xs[2][PER];
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
@@ -238,14 +238,14 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
   };
 
   auto stage_out = [&](int i) {
-    Slot& s = pool.slot[i % SLOTS];
+    Slot& s = pool.slot[slot_of(i)];
     float sum[2][PER];
     add_shares(sum, pool.share, &Pool::Share::y, edge);
     if (s.special) gate_and_store(s, sum, true);
     else gate_and_store(s, sum, false);
   };
 
-  auto flush = [&](int i) { y_rows.copy_out(pool.slot[i % SLOTS].u[0], 32, (int)L - at.tile(i) * TILE); };
+  auto flush = [&](int i) { y_rows.copy_out(pool.slot[slot_of(i)].u[0], 32, (int)L - at.tile(i) * TILE); };
 
   run_tiles(at.turns(), load, arrive, stage_in, body, stage_out, flush);
 
