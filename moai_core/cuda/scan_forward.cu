@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
                  int64 C_step) {
   extern __shared__ __align__(16) unsigned char shared[];
   Shared& all = *reinterpret_cast<Shared*>(shared);
-  Pool& pool = TEAMS > 1 ? at_address<Pool>(keep(address_of(&all.pool[team()]))) : all.pool[0];
+  Pool& pool = at_address<Pool>(keep(address_of(&all.pool[team()])));
   const int lane = threadIdx.x % 32, warp = thread() / 32;
   const Segment at(L, I, segments, span, blockIdx.x, gridDim.x);
   const int64 batch = at.batch, c0 = at.c0, c = c0 + lane;
