@@ -49,7 +49,7 @@ DEVICE Address keep(Address x) {
   return x;
 }
 
-// Where tile i (never negative) stands among those in shared memory.
+// Where tile i stands among those in shared memory; so does tile -1, for SLOTS is even.
 DEVICE uint32 slot_of(int i) { return (uint32)i % SLOTS; }
 
 // ---- Teams: where rows are too few for the GPU, a block has several teams of WARPS, which take the tiles in turn. What is
@@ -299,6 +299,13 @@ DEVICE void write_pair(X* to, const float (&from)[2]) {
   store_vec<X, 2>(to, pair_from_floats<X>(from[0], from[1]));
 }
 
+// A thread's numbers of a tile as it comes.
+template <class X>
+DEVICE void read_edge(float (&to)[PER][2], const X (&from)[TILE][32], const Edge& edge) {
+#pragma unroll
+  for (int k = 0; k < PER; ++k) read_pair(to[k], &from[edge.row(k)][edge.c]);
+}
+
 // ---- Copies of one tile between memory and shared memory, 16 bytes a thread and row.
 
 // One tensor's way through the tiles: ROWS rows of `width` numbers a tile, in order or as place_row() has them. Where a
@@ -320,7 +327,8 @@ struct Cursor {
     at = const_cast<X*>(from) + (begin + (int)(worker() / pieces)) * step + worker() % pieces * w;
   }
 
-  DEVICE uint32 worker() const {
+  DEVICE uint32 worker() const { return worker(lead); }
+  DEVICE static uint32 worker(int lead) {
     return workers == THREADS ? thread() : (thread() + THREADS - lead * 32 % THREADS) % THREADS;
   }
   DEVICE bool idle() const { return workers < THREADS && worker() >= workers; }
@@ -336,41 +344,80 @@ struct Cursor {
     at += tile;
   }
 
-  DEVICE void copy_out(const X* from, int from_step, int rows) {
+  // A tile's way out in two steps, so that the reads of several tensors don't wait for one another.
+  struct Taken {
+    Vec<X, w> rows[ROWS / stride];
+  };
+  DEVICE Taken take(const X* from, int from_step) const {
     const int row = worker() / pieces, column = worker() % pieces * w;
-    if (idle() || column >= exist) return;
+    Taken taken;
 #pragma unroll
     for (int k = 0; k < ROWS; k += stride)
-      if (row + k < rows)
-        store_vec<X, w>(at + k * step,
-                        load_vec<X, w>(from + (PLACED ? place_row(row + k) : row + k) * from_step + column));
+      if (!idle())
+        taken.rows[k / stride] =
+            load_vec<X, w>(from + (PLACED ? place_row(row + k) : row + k) * from_step + column);
+    return taken;
+  }
+  DEVICE void put(const Taken& taken, int rows) {
+    const int row = worker() / pieces;
+    const bool some = !idle() && worker() % pieces * w < exist;
+#pragma unroll
+    for (int k = 0; k < ROWS; k += stride)
+      if (some && row + k < rows) store_vec<X, w>(at + k * step, taken.rows[k / stride]);
     at += tile;
   }
 };
+
+// B and C side by side, as one tensor of twice the width: a thread copies from one of them.
+template <int states>
+DEVICE Cursor<TB, 2 * states> both_states(const TB* B, const TB* C, int64 B_step, int64 C_step, int lead, int begin,
+                                          int advance) {
+  using Both = Cursor<TB, 2 * states>;
+  const bool first = Both::worker(lead) % Both::pieces * Both::w < states;
+  return Both(first ? B : C - states, first ? B_step : C_step, lead, 2 * states, begin, advance);
+}
 
 // A row of `states` numbers of B and C as they come, padded against bank conflicts.
 template <int states>
 constexpr int narrow_row = states + per_16_bytes<TB>;
 
 // They as fp32, one row of steps (and 4 numbers against bank conflicts) a state; zeros at padding, whatever stands there.
+// First all that a thread reads, then all that it writes: the compiler can't know that they don't overlap.
 template <int states>
-DEVICE void widen_states(float (&to)[states][TILE + 4], const TB (&from)[TILE][narrow_row<states>],
+struct Widen {
+  static constexpr int pairs = THREADS / 8;  // of states at once: 8 steps and 4 pairs a warp touch all 32 banks
+  static constexpr int passes = (states + 2 * pairs - 1) / (2 * pairs);
+  static constexpr int most = passes < 4 ? passes : 4;  // passes of states at once
+  static_assert(passes % most == 0, "batches are whole");
+
+  DEVICE static void run(float (&to)[states][TILE + 4], const TB (&from)[TILE][narrow_row<states>],
                          const int (&mark)[TILE], bool special) {
-  constexpr int pairs = THREADS / 8;  // of states at once: 8 steps and 4 pairs a warp touch all 32 banks
 #pragma unroll
-  for (int t0 = 0; t0 < TILE; t0 += 8) {
+    for (int first = 0; first < passes; first += most) {
+      float both[most][TILE / 8][2];
 #pragma unroll
-    for (int n0 = 0; n0 < states; n0 += 2 * pairs) {
-      const int t = t0 + thread() % 8, n = n0 + thread() / 8 * 2;
-      if (states % (2 * pairs) && n >= states) continue;
-      float both[2];
-      read_pair(both, &from[t][n]);
-      const bool pad = special && mark[t] == PAD;
-      to[n][t] = pad ? 0.0f : both[0];
-      to[n + 1][t] = pad ? 0.0f : both[1];
+      for (int pass = 0; pass < most; ++pass) {
+#pragma unroll
+        for (int k = 0; k < TILE / 8; ++k)
+          if (exists(state(first + pass))) read_pair(both[pass][k], &from[step(k)][state(first + pass)]);
+      }
+#pragma unroll
+      for (int pass = 0; pass < most; ++pass) {
+#pragma unroll
+        for (int k = 0; k < TILE / 8; ++k) {
+          const int t = step(k), n = state(first + pass);
+          if (!exists(n)) continue;
+          const bool pad = special && mark[t] == PAD;
+          to[n][t] = pad ? 0.0f : both[pass][k][0];
+          to[n + 1][t] = pad ? 0.0f : both[pass][k][1];
+        }
+      }
     }
   }
-}
+  DEVICE static bool exists(int n) { return states % (2 * pairs) == 0 || n < states; }
+  DEVICE static int step(int k) { return k * 8 + thread() % 8; }
+  DEVICE static int state(int pass) { return pass * 2 * pairs + thread() / 8 * 2; }
+};
 
 // ---- Segments: a row's tiles in spans of `span`, each a block's, where rows alone are too few for the GPU.
 
@@ -402,22 +449,27 @@ struct Segment {
 // thread waits for it.
 struct Marker {
   const int* seq_idx;  // of this row, or null
-  int L, t = 0, here = -1, before = -1;
+  int L, here = -1, before = -1;
 
   DEVICE Marker(const int* seq_idx, int L) : seq_idx(seq_idx), L(L) {}
 
   DEVICE void fetch(int t0) {
-    if (thread() >= TILE) return;
-    t = t0 + thread();
-    if (seq_idx && t < L) here = seq_idx[t];
-    if (seq_idx && t < L && t > 0) before = seq_idx[t - 1];
+    if (!seq_idx || thread() >= TILE) return;
+    const int t = t0 + thread();
+    if (t < L) here = seq_idx[t];
+    if (t < L && t > 0) before = seq_idx[t - 1];
   }
 
-  // `special`: whether the tile has any mark, so that the others need not look.
-  DEVICE void store(int (&mark)[TILE], int& special) {
+  // `special`: whether the tile, which begins at t0, has any mark, so that the others need not look; they have none.
+  DEVICE void store(int (&mark)[TILE], int& special, int t0) const {
+    if (!seq_idx && t0 + TILE <= L) {
+      if (thread() == 0) special = 0;
+      return;
+    }
     if (thread() >= 32) return;
     int m = REAL;
     if (thread() < TILE) {
+      const int t = t0 + thread();
       if (t >= L) m = PAD;
       else if (seq_idx && here < 0) m = PAD;
       else if (seq_idx && t > 0) {
@@ -433,27 +485,24 @@ struct Marker {
   }
 };
 
-// ---- The order of the stages, each of which may read what the one before it left in shared memory:
-// load (asks for a tile), arrive (its marks), in, body, out, flush (stores the results). A team waits between stages;
-// the multiprocessor's other teams are at other stages then.
+// ---- The order of the stages, each of which may read what the one before it left in shared memory: load (asks for a tile),
+// arrive (its marks), in, body, out, flush (stores the results). A team waits between stages; the multiprocessor's other
+// teams are at other stages then. A tile's `out` and the next one's `in` are one stage, edges(tile, whether there is an
+// out, whether an in): two chains of a few steps each that don't depend on one another. A thread reads there what it wrote
+// itself, before it writes again.
 
-template <class Load, class Arrive, class In, class Body, class Out, class Flush>
-DEVICE void run_tiles(int tiles, Load load, Arrive arrive, In stage_in, Body body, Out stage_out, Flush flush) {
+template <class Load, class Arrive, class Edges, class Body, class Flush>
+DEVICE void run_tiles(int tiles, Load load, Arrive arrive, Edges edges, Body body, Flush flush) {
   for (int i = -1; i < tiles; ++i) {
-    if (i >= 0) {
-      stage_in(i);
-      team_sync();
-    }
+    if (i > 0) flush(i - 1);
     if (i + 1 < tiles) load(i + 1);
     copy_async_commit();
-    if (i >= 0) {
-      body(i);
-      team_sync();
-      stage_out(i);
-    }
+    if (i >= 0) body(i);
     if (i + 1 < tiles) arrive(i + 1);
     copy_async_wait<0>();
     team_sync();
-    if (i >= 0) flush(i);
+    edges(i, i >= 0, i + 1 < tiles);
+    team_sync();
   }
+  if (tiles > 0) flush(tiles - 1);
 }

@@ -151,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
   Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + c0, dt_step, 2, I - c0, last * TILE, -TEAMS * TILE);
   Cursor<T, 32, true> z_rows(z + batch * z_batch + c0, z_step, 4, I - c0, last * TILE, -TEAMS * TILE);
   Cursor<T, 32, true> g_rows(g + batch * g_batch + c0, g_step, 6, I - c0, last * TILE, -TEAMS * TILE);
-  Cursor<TB, N> B_rows(B + batch * B_batch, B_step, 1, N, last * TILE, -TEAMS * TILE);
-  Cursor<TB, N> C_rows(C + batch * C_batch, C_step, 3, N, last * TILE, -TEAMS * TILE);
+  auto BC_rows = both_states<N>(B + batch * B_batch, C + batch * C_batch, B_step, C_step, 1, last * TILE,
+                                -TEAMS * TILE);
   Cursor<Kept, 32, false, N> kept_rows(kept + batch * row_tiles * N * I + c0, I, 5, I - c0, last * N, -TEAMS * N);
   Cursor<T, 32, true> d_u_rows(d_u + batch * L * I + c0, I, 0, I - c0, last * TILE, -TEAMS * TILE);
   Cursor<T, 32, true> d_dt_rows(d_dt + batch * L * I + c0, I, 2, I - c0, last * TILE, -TEAMS * TILE);
@@ -196,38 +196,44 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
     dt_rows.copy_in(s.dt[0], 32, left);
     if (GATED) z_rows.copy_in(s.z[0], 32, left);
     g_rows.copy_in(s.g[0], 32, left);
-    B_rows.copy_in(s.BC[0], narrow_row<2 * N>, left);
-    C_rows.copy_in(s.BC[0] + N, narrow_row<2 * N>, left);
+    BC_rows.copy_in(s.BC[0], narrow_row<2 * N>, left);
     kept_rows.copy_in(s.kept[0], 32, N);
     marker.fetch(t0);
   };
-  auto arrive = [&](int i) { marker.store(pool.slot[slot_of(i)].mark, pool.slot[slot_of(i)].special); };
+  auto arrive = [&](int i) { marker.store(pool.slot[slot_of(i)].mark, pool.slot[slot_of(i)].special, (last - i * TEAMS) * TILE); };
 
   Rows* const slopes = reinterpret_cast<Rows*>(&pool.slopes);
-  auto stage_in = [&](int i) {
-    const Slot& s = pool.slot[slot_of(i)];
+  // A thread's numbers of a tile. All are read before any is written: the compiler can't know that they don't overlap.
+  struct Numbers {
+    float dt[PER][2], u[PER][2], g[PER][2], z[PER][2];
+  };
+  auto read = [&](const Slot& s) {
+    Numbers of;
+    read_edge(of.u, s.u, edge);
+    if (GATED) read_edge(of.z, s.z, edge);
+    read_edge(of.g, s.g, edge);
+    read_edge(of.dt, s.dt, edge);
+    return of;
+  };
+
+  auto stage_in = [&](const Slot& s, const Numbers& of, bool special) {
     float dts[2][PER], xs[2][PER], dys[2][PER], slope[2][PER], open[2][PER];
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
-      float raw[2], us[2], gs[2], gate[2];
-      read_pair(raw, &s.dt[edge.row(k)][edge.c]);
-      read_pair(us, &s.u[edge.row(k)][edge.c]);
-      read_pair(gs, &s.g[edge.row(k)][edge.c]);
-      if (GATED) read_pair(gate, &s.z[edge.row(k)][edge.c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float before = raw[j] + bias_c[j], e = exp2_approx(-LOG2E * fabsf(before));
+        const float before = of.dt[k][j] + bias_c[j], e = exp2_approx(-LOG2E * fabsf(before));
         dts[j][k] = softplus(before, e);
         if (SLOPES) {
           const float half = reciprocal_approx(1.0f + e);
           slope[j][k] = before < 0.0f ? e * half : half;
         }
-        open[j][k] = GATED ? sigmoid(gate[j]) : 1.0f;
-        xs[j][k] = dts[j][k] * us[j];
-        dys[j][k] = GATED ? gs[j] * (gate[j] * open[j][k]) : gs[j];
+        open[j][k] = GATED ? sigmoid(of.z[k][j]) : 1.0f;
+        xs[j][k] = dts[j][k] * of.u[k][j];
+        dys[j][k] = GATED ? of.g[k][j] * (of.z[k][j] * open[j][k]) : of.g[k][j];
       }
     }
-    if (s.special) {
+    if (special) {
       mark_times(dts, s.mark, edge);
       mark_values(xs, s.mark, edge);
       mark_values(dys, s.mark, edge);
@@ -240,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
       if (SLOPES) write_steps(slopes[0], edge.c + j, edge.t0, slope[j]);
       if (SLOPES && GATED) write_steps(slopes[1], edge.c + j, edge.t0, open[j]);
     }
-    widen_states(pool.BC, s.BC, s.mark, s.special);
+    Widen<2 * N>::run(pool.BC, s.BC, s.mark, special);
   };
 
   auto body = [&](int i) {
@@ -357,8 +363,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
     write_steps(share.Ch, lane, 0, Ch);
   };
 
-  auto gradients = [&](Slot& s, const float(&gB)[2][PER], const float(&qA)[2][PER], const float(&Ch)[2][PER],
-                       bool special) {
+  auto gradients = [&](Slot& s, const Numbers& of, const float(&gB)[2][PER], const float(&qA)[2][PER],
+                       const float(&Ch)[2][PER], bool special) {
     float dts[2][PER], slope[2][PER], open[2][PER];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -369,24 +375,21 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       const int t = edge.t0 + k;
-      float raw[2], us[2], gs[2], gate[2], to_u[2], to_dt[2], to_z[2];
-      read_pair(raw, &s.dt[edge.row(k)][edge.c]);
-      read_pair(us, &s.u[edge.row(k)][edge.c]);
-      read_pair(gs, &s.g[edge.row(k)][edge.c]);
-      if (GATED) read_pair(gate, &s.z[edge.row(k)][edge.c]);
+      float to_u[2], to_dt[2], to_z[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float dy = gs[j];
+        const float raw = of.dt[k][j], u = of.u[k][j], g = of.g[k][j], gate = of.z[k][j];
+        float dy = g;
         if (GATED) {
-          const float sig = SLOPES ? open[j][k] : sigmoid(gate[j]), gated = gate[j] * sig;
-          to_z[j] = gs[j] * (Ch[j][k] + D_c[j] * us[j]) * (sig + gated * (1.0f - sig));  // the slope of silu
+          const float sig = SLOPES ? open[j][k] : sigmoid(gate), gated = gate * sig;
+          to_z[j] = g * (Ch[j][k] + D_c[j] * u) * (sig + gated * (1.0f - sig));  // the slope of silu
           dy *= gated;
         }
-        const float before = raw[j] + bias_c[j];
+        const float before = raw + bias_c[j];
         const float step = special && s.mark[t] == RESET ? softplus(before) : dts[j][k];
         to_u[j] = step * gB[j][k] + D_c[j] * dy;
-        to_dt[j] = (us[j] * gB[j][k] + LN2 * qA[j][k]) * (SLOPES ? slope[j][k] : sigmoid(before));
-        float to_D = dy * us[j];
+        to_dt[j] = (u * gB[j][k] + LN2 * qA[j][k]) * (SLOPES ? slope[j][k] : sigmoid(before));
+        float to_D = dy * u;
         if (special && s.mark[t] == PAD) to_u[j] = to_dt[j] = to_z[j] = to_D = 0.0f;
         sum_D[j] += to_D;
         sum_bias[j] += to_dt[j];
@@ -397,25 +400,37 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
     }
   };
 
-  auto stage_out = [&](int i) {
-    Slot& s = pool.slot[slot_of(i)];
+  auto stage_out = [&](Slot& s, const Numbers& of, bool special) {
     float gB[2][PER], qA[2][PER], Ch[2][PER];
     add_shares(gB, pool.share, &Share::gB, edge);
     add_shares(qA, pool.share, &Share::qA, edge);
     add_shares(Ch, pool.share, &Share::Ch, edge);
-    if (s.special) gradients(s, gB, qA, Ch, true);
-    else gradients(s, gB, qA, Ch, false);
+    gradients(s, of, gB, qA, Ch, special);
+  };
+
+  auto edges = [&](int i, bool out, bool in) {
+    Slot &s = pool.slot[slot_of(i)], &next = pool.slot[slot_of(i + 1)];
+    if (out && in && !(s.special | next.special)) {  // without branches
+      const Numbers of = read(s), of_next = read(next);
+      stage_out(s, of, false);
+      stage_in(next, of_next, false);
+    } else {
+      if (out) stage_out(s, read(s), s.special);
+      if (in) stage_in(next, read(next), next.special);
+    }
   };
 
   auto flush = [&](int i) {
     const Slot& s = pool.slot[slot_of(i)];
     const int t0 = (last - i * TEAMS) * TILE, left = (int)L - t0;
-    d_u_rows.copy_out(s.u[0], 32, left);
-    d_dt_rows.copy_out(s.dt[0], 32, left);
-    if (GATED) d_z_rows.copy_out(s.z[0], 32, left);
+    const auto to_u = d_u_rows.take(s.u[0], 32), to_dt = d_dt_rows.take(s.dt[0], 32);
+    const auto to_z = GATED ? d_z_rows.take(s.z[0], 32) : to_u;
+    d_u_rows.put(to_u, left);
+    d_dt_rows.put(to_dt, left);
+    if (GATED) d_z_rows.put(to_z, left);
   };
 
-  run_tiles(at.turns(), load, arrive, stage_in, body, stage_out, flush);
+  run_tiles(at.turns(), load, arrive, edges, body, flush);
 
   if (TEAMS > 1) __syncthreads();
   if (mine && team() == 0) {

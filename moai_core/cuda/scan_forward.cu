@@ -87,8 +87,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
   Cursor<T, 32, true> u_rows(u + batch * u_batch + c0, u_step, 0, I - c0, (at.first + team()) * TILE, TEAMS * TILE);
   Cursor<T, 32, true> dt_rows(dt + batch * dt_batch + c0, dt_step, 2, I - c0, (at.first + team()) * TILE, TEAMS * TILE);
   Cursor<T, 32, true> z_rows(z + batch * z_batch + c0, z_step, 4, I - c0, (at.first + team()) * TILE, TEAMS * TILE);
-  Cursor<TB, N> B_rows(B + batch * B_batch, B_step, 6, N, (at.first + team()) * TILE, TEAMS * TILE);
-  Cursor<TB, N> C_rows(C + batch * C_batch, C_step, 7, N, (at.first + team()) * TILE, TEAMS * TILE);
+  auto BC_rows = both_states<N>(B + batch * B_batch, C + batch * C_batch, B_step, C_step, 6,
+                                (at.first + team()) * TILE, TEAMS * TILE);
   Cursor<T, 32, true> y_rows(y + batch * L * I + c0, I, 0, I - c0, (at.first + team()) * TILE, TEAMS * TILE);
   Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
 
@@ -120,27 +120,22 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
     u_rows.copy_in(s.u[0], 32, left);
     dt_rows.copy_in(s.dt[0], 32, left);
     if (GATED) z_rows.copy_in(s.z[0], 32, left);
-    B_rows.copy_in(s.BC[0], narrow_row<2 * N>, left);
-    C_rows.copy_in(s.BC[0] + N, narrow_row<2 * N>, left);
+    BC_rows.copy_in(s.BC[0], narrow_row<2 * N>, left);
     marker.fetch(t0);
   };
-  auto arrive = [&](int i) { marker.store(pool.slot[slot_of(i)].mark, pool.slot[slot_of(i)].special); };
+  auto arrive = [&](int i) { marker.store(pool.slot[slot_of(i)].mark, pool.slot[slot_of(i)].special, at.tile(i) * TILE); };
 
-  auto stage_in = [&](int i) {
-    const Slot& s = pool.slot[slot_of(i)];
+  auto stage_in = [&](const Slot& s, const float(&raw)[PER][2], const float(&us)[PER][2], bool special) {
     float dts[2][PER], xs[2][PER];
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
-      float raw[2], us[2];
-      read_pair(raw, &s.dt[edge.row(k)][edge.c]);
-      read_pair(us, &s.u[edge.row(k)][edge.c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        dts[j][k] = softplus(raw[j] + bias_c[j]);
-        xs[j][k] = dts[j][k] * us[j];
+        dts[j][k] = softplus(raw[k][j] + bias_c[j]);
+        xs[j][k] = dts[j][k] * us[k][j];
       }
     }
-    if (s.special) {
+    if (special) {
       mark_times(dts, s.mark, edge);
       mark_values(xs, s.mark, edge);
     }
@@ -149,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
       write_steps(pool.dt, edge.c + j, edge.t0, dts[j]);
       write_steps(pool.x, edge.c + j, edge.t0, xs[j]);
     }
-    widen_states(pool.BC, s.BC, s.mark, s.special);
+    Widen<2 * N>::run(pool.BC, s.BC, s.mark, special);
   };
 
   // A team among several: all steps of a state, which comes from the team before and goes to the next one.
@@ -220,34 +215,49 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
     }
   };
 
-  auto gate_and_store = [&](Slot& s, const float(&sum)[2][PER], bool special) {
+  auto stage_out = [&](Slot& s, const float(&us)[PER][2], const float(&gate)[PER][2], bool special) {
+    float sum[2][PER];
+    add_shares(sum, pool.share, &Pool::Share::y, edge);
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
-      const int t = edge.t0 + k;
-      float us[2], out[2], gate[2];
-      read_pair(us, &s.u[edge.row(k)][edge.c]);
-      if (GATED) read_pair(gate, &s.z[edge.row(k)][edge.c]);
+      float out[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        out[j] = sum[j][k] + D_c[j] * us[j];
-        if (GATED) out[j] *= gate[j] * sigmoid(gate[j]);
-        if (special && s.mark[t] == PAD) out[j] = 0.0f;
+        out[j] = sum[j][k] + D_c[j] * us[k][j];
+        if (GATED) out[j] *= gate[k][j] * sigmoid(gate[k][j]);
+        if (special && s.mark[edge.t0 + k] == PAD) out[j] = 0.0f;
       }
       write_pair(&s.u[edge.row(k)][edge.c], out);
     }
   };
 
-  auto stage_out = [&](int i) {
-    Slot& s = pool.slot[slot_of(i)];
-    float sum[2][PER];
-    add_shares(sum, pool.share, &Pool::Share::y, edge);
-    if (s.special) gate_and_store(s, sum, true);
-    else gate_and_store(s, sum, false);
+  auto edges = [&](int i, bool out, bool in) {
+    Slot &s = pool.slot[slot_of(i)], &next = pool.slot[slot_of(i + 1)];
+    float us[PER][2], gate[PER][2], next_us[PER][2], next_raw[PER][2];
+    if (out && in && !(s.special | next.special)) {  // without branches
+      read_edge(us, s.u, edge);
+      if (GATED) read_edge(gate, s.z, edge);
+      read_edge(next_us, next.u, edge);
+      read_edge(next_raw, next.dt, edge);
+      stage_out(s, us, gate, false);
+      stage_in(next, next_raw, next_us, false);
+      return;
+    }
+    if (out) {
+      read_edge(us, s.u, edge);
+      if (GATED) read_edge(gate, s.z, edge);
+      stage_out(s, us, gate, s.special);
+    }
+    if (in) {
+      read_edge(next_us, next.u, edge);
+      read_edge(next_raw, next.dt, edge);
+      stage_in(next, next_raw, next_us, next.special);
+    }
   };
 
-  auto flush = [&](int i) { y_rows.copy_out(pool.slot[slot_of(i)].u[0], 32, (int)L - at.tile(i) * TILE); };
+  auto flush = [&](int i) { y_rows.put(y_rows.take(pool.slot[slot_of(i)].u[0], 32), (int)L - at.tile(i) * TILE); };
 
-  run_tiles(at.turns(), load, arrive, stage_in, body, stage_out, flush);
+  run_tiles(at.turns(), load, arrive, edges, body, flush);
 
   if (mine && at.index == at.count - 1 && team() == (at.tiles - 1) % TEAMS) {
 #pragma unroll

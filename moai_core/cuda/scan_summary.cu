@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(32)
     copy_async_commit();
   };
   auto arrive = [&](int i) {
-    if (i < at.tiles) marker.store(pool.slot[i % DEPTH].mark, pool.slot[i % DEPTH].special);
+    if (i < at.tiles) marker.store(pool.slot[i % DEPTH].mark, pool.slot[i % DEPTH].special, begin + i * way);
   };
 
   // B or C in fp32, a row of steps a state; zeros at padding.
