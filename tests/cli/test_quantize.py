@@ -271,6 +271,8 @@ def test_qat_trains_and_its_run_talks(moai, folder, text):
     assert code == 0 and json.loads(out)["merged"].endswith("merged"), err
     code, out, _ = moai("generate", "-m", "run 2/merged", "--prompt", "안녕", "-n", 3)
     assert code == 0 and out.strip()
+    code, out, err = moai("qat", "-r", "cpu-tiny", "--group-size", "32", "-o", "run 3", *SMALL, *data)
+    assert code == 0 and "no --model: a new run begins with random weights" in err, err
 
 
 @pytest.mark.parametrize(
