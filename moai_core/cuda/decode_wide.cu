@@ -111,6 +111,7 @@ decode_wide(const unsigned char* weight, const unsigned char* second, const W::S
             float* sums, int64 rows, int64 K, int64 row_bytes, int64 groups,
             int64 shift, int64 slices, int64 slice, int64 batch) {
   extern __shared__ Words shared[];
+  let_next_begin();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int part = (int)(blockIdx.x % slices), share = (int)(blockIdx.x / slices), shares = (int)(gridDim.x / slices);
   const int chunks = (int)(row_bytes / 64), begin = part * (int)slice;
@@ -126,7 +127,6 @@ decode_wide(const unsigned char* weight, const unsigned char* second, const W::S
   for (int d = 0; d < DEPTH - TOGETHER; d++) fetch.stage(a, ring + d * STAGE);
 
   wait_for_previous();
-  let_next_begin();
   const int pieces = steps * 4 * XV;  // of a row
   const auto place = [&](int row, int piece) {
     return ((piece / (4 * XV) * NT + row / 8) * XV + piece % XV) * 32 + row % 8 * 4 + piece / XV % 4;

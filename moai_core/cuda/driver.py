@@ -114,7 +114,7 @@ class Kernel:
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
         self._config, self._here = ctypes.create_string_buffer(_CONFIG.size), ctypes.c_void_p()
         self._config_ref, self._here_ref = ctypes.byref(self._config), ctypes.byref(self._here)
-        self._shared = _WITHOUT_ASKING
+        self._shared, self._beside = _WITHOUT_ASKING, False
         self._sizes = self._parameter_sizes()
         self._values: struct.Struct | None = None
         self._lock = threading.Lock()
@@ -152,6 +152,8 @@ class Kernel:
                 self._bind(args)
             if shared > self._shared:
                 self._allow(shared)
+            if overlap and not self._beside:
+                self._divide()
             self._values.pack_into(self._slots, 0, *values)  # type: ignore[union-attr]
             kind = _COOPERATIVE if cooperative else _OVERLAP if overlap else None
             attributes = (0, 0) if kind is None else (ctypes.addressof(kind), 1)
@@ -202,8 +204,16 @@ class Kernel:
         with _Current(self._context):
             what = f"{shared} bytes of shared memory for {self.name}"
             _check(_library().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared)), what)
-            _check(_library().cuFuncSetAttribute(self._function, _PREFERRED_CARVEOUT, ctypes.c_int(100)), what)
         self._shared = shared
+        self._divide()
+
+    def _divide(self) -> None:
+        """As much of a multiprocessor's memory as can be shared, once a kernel: blocks of two kernels stand beside each
+        other only where both want it divided alike."""
+        with _Current(self._context):
+            status = _library().cuFuncSetAttribute(self._function, _PREFERRED_CARVEOUT, ctypes.c_int(100))
+            _check(status, f"division of memory for {self.name}")
+        self._beside = True
 
 
 def _public_stream(index: int) -> int:

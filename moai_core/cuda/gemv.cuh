@@ -17,7 +17,19 @@
 #pragma once
 #include "common.cuh"
 
-// ---- What the previous kernel on the stream writes must not be read before `wait_for_previous`; weights may.
+// ---- Kernels that begin early. A step is a chain of kernels 1, 2, 3, ..., of which the first begins when all work before
+// it has ended. A later one, k, may begin as soon as every block of k - 1 has said `let_next_begin` or ended, so at a given
+// time several kernels' blocks can be there. What makes that right:
+//   - `wait_for_previous` returns when k - 1 has ended and what it wrote can be seen. A kernel has a block that waits in every
+//     way through it, so k - 1 can't have ended before k - 2 had, and so on: behind its wait, a kernel runs alone but for
+//     later ones that still wait. There it may read and write anything.
+//   - Before it, a kernel reads only what no kernel of the step writes (weights, tables, and the states that the last step
+//     left, for a step writes the other copy), writes nothing to memory, and so disturbs no one. The last step has ended:
+//     the first kernel of this one began after it.
+//   - A block that waits holds registers and shared memory, but never those that an earlier kernel needs to go on: all of
+//     k - 1's blocks have begun before one of k does.
+//   - What another kernel of the step has written is read past the first cache (`load_fresh`, cp.async.cg): with kernels
+//     side by side nobody empties that cache in between.
 
 DEVICE void wait_for_previous() {
 #if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
@@ -25,7 +37,7 @@ DEVICE void wait_for_previous() {
 #endif
 }
 
-// The next kernel's blocks may begin where there is room. After the wait, so that no kernel runs beside the last but one.
+// The next kernel's blocks may begin where there is room, to read ahead; the sooner, the more of it they do.
 DEVICE void let_next_begin() {
 #if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -169,8 +169,11 @@ def source(path: Path, defines: Mapping[str, str]) -> str:
 
 
 def options(arch: int) -> list[str]:
-    """The compiler's options. No --use_fast_math: a kernel that can afford an approximation names it."""
-    return ["--std=c++17", f"--gpu-architecture=sm_{arch}"]
+    """The compiler's options. Hopper has instructions (wgmma) that only code for exactly it may use. No
+    --use_fast_math: a kernel that can afford an approximation names it.
+    """
+    exact = "a" if arch == 90 else ""
+    return ["--std=c++17", f"--gpu-architecture=sm_{arch}{exact}"]
 
 
 def cubin(path: Path, defines: Mapping[str, str], arch: int) -> bytes:

@@ -113,11 +113,12 @@ class Decoder:
         c, rows = self.config, self.capacity
         width = c.time_step_rank + 2 * c.state_size
         one = self.layers[0]
-        mixes = kernels.slices_of(one.x_proj, kernels.PARTIAL) * width
+        least = c.inner_size // 32 if rows > self.narrow else 0
+        mixes = max(least, kernels.slices_of(one.x_proj, kernels.PARTIAL)) * width
         sums = [kernels.slices_of(m, kernels.RESIDUAL) * m.rows for m in (one.out_proj, one.down) if m is not None]
         if rows > self.narrow:
             products = [(one.in_proj, 1), (one.x_proj, 1), (one.out_proj, 1), (one.gate, 2), (one.down, 1)]
-            sums += [decode_wide.slices_of(m) * m.rows * n for m, n in products if m is not None]
+            sums += [decode_wide.slices_of(m, n) * m.rows * n for m, n in products if m is not None]
         padded = self.most if rows > self.narrow else rows
         self.residual = make(rows, c.hidden_size, dtype=self.stream)
         self.x = make(padded, c.hidden_size, dtype=self.dtype)
@@ -186,8 +187,10 @@ class Decoder:
             if layer.gate is not None:
                 pending = self._ffn(steps, layer, width, pending)
         x = self._norm(steps, self.final, width, pending)
-        if x is not None and self.head.format == "Plain":
-            # Always the most rows there can be, so that a row's bits don't depend on the width.
+        if x is not None and decode_wide.stores(self.head, self.dtype):
+            steps.append(decode_wide.product(self.head, x, self.logits[:width]))
+        elif x is not None and self.head.format == "Plain":
+            # Always the most rows there can be: a row's bits don't depend on the width.
             steps.append(Product(self.logits, self.x, self.head.weight))
         else:
             steps += linear(
@@ -219,38 +222,39 @@ class Decoder:
         x = self._norm(steps, layer.norm, width, pending)
         u, z, y = self.u[:width], self.z[:width], self.y[:width]
         windows = (self.conv[turn, index, :width], self.conv[1 - turn, index, :width])
+        mixes: Tensor | None = None
         if x is not None and decode_wide.fits(layer.in_proj, self.dtype):
             sums = self._sums(steps, layer.in_proj, x)
-            grid = (-(-2 * c.inner_size // (256 * (16 // self.dtype.itemsize))), width, 1)
-            moved: tuple[Any, ...] = (
-                sums,
-                *layer.conv,
-                *windows,
-                u,
-                z,
-                len(sums),
-                c.inner_size,
-            )
-            steps.append(Launch(self._kernel("decode_conv"), grid, 256, moved))
+            if decode_wide.takes_convolution(layer.x_proj, c, self.dtype):
+                mixes = self.mixes[: c.inner_size // 32 * width * layer.x_proj.rows].view(-1, width, layer.x_proj.rows)
+                both = (sums, *layer.conv, layer.x_proj.weight, *windows, u, z, mixes, len(sums), width, c.inner_size)
+                steps.append(Launch(self._kernel("decode_conv_x"), c.inner_size // 16, 256, both))
+            else:
+                grid = (-(-2 * c.inner_size // (256 * (16 // self.dtype.itemsize))), width, 1)
+                moved = (sums, *layer.conv, *windows, u, z, len(sums), c.inner_size)
+                steps.append(Launch(self._kernel("decode_conv"), grid, 256, moved))
         else:
             steps += linear(
                 layer.in_proj, x, u, result=kernels.CONV, conv=(*layer.conv, *windows, z), width=c.conv_kernel_size,
                 **common, **self._stream_of(layer.norm, width),
             )  # fmt: skip
-        if wide and decode_wide.fits(layer.x_proj, self.dtype):
+        fused = mixes is not None
+        if mixes is None and wide and decode_wide.fits(layer.x_proj, self.dtype):
             mixes = self._sums(steps, layer.x_proj, u)
-        else:
+        elif mixes is None:
             slices = kernels.slices_of(layer.x_proj, kernels.PARTIAL)
             mixes = self.mixes[: slices * width * layer.x_proj.rows].view(slices, width, -1)
             steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, **common)
         eps = float(c.dt_bc_norm_eps or c.rms_norm_eps)
         if wide:
             mixed = (mixes, *layer.norms, self.mixed, self.dt, len(mixes), width, eps)
-            steps.append(Launch(self._kernel("decode_mix"), width, 256, mixed))
+            name, block = ("decode_mix_wide", decode_wide.mix_threads(mixes.shape[2])) if fused else ("decode_mix", 256)
+            steps.append(Launch(self._kernel(name), width, block, mixed))
         weights = (layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z, self.ssm[turn, index])
-        if wide and c.time_step_rank % 32 == 0 and self.dtype in decode_wide.TYPES and c.state_size <= 64:
+        if wide and (shared := decode_wide.scan_bytes(c, self.dtype, self.device)):
             moves = (self.mixed, self.dt, *weights, self.ssm[1 - turn, index], y, width, c.inner_size)
-            steps.append(Launch(self._kernel("decode_scan_wide", MIXED=1), -(-c.inner_size // 32), 512, moves))
+            scan = self._kernel("decode_scan_wide", MIXED=1, FLOW=decode_wide.FLOW)
+            steps.append(Launch(scan, -(-c.inner_size // 32), 512, moves, shared))
             self._rotate(steps, layer.rotation, y)
             return self._add(steps, layer.out_proj, y, common)
         args = (
@@ -297,7 +301,8 @@ class Decoder:
 
     def _sums(self, steps: Step, m: Matrix, x: Tensor, *, second: Matrix | None = None) -> Tensor:
         """A wide product's sums, (slices, M, O)."""
-        slices, rows = decode_wide.slices_of(m), m.rows * (1 if second is None else 2)
+        copies = 1 if second is None else 2
+        slices, rows = decode_wide.slices_of(m, copies), m.rows * copies
         sums = self.sums[: slices * x.shape[0] * rows].view(slices, x.shape[0], rows)
         steps.append(decode_wide.product(m, x, sums, second=second))
         return sums
@@ -332,15 +337,11 @@ class Decoder:
 
     def _kernel(self, name: str, **macros: str | int) -> cuda.Kernel:
         c = self.config
-        chosen: dict[str, str | int] = {"T": cuda.TYPES[self.dtype], "R": cuda.TYPES[self.stream], "FORMAT": "Plain"}
-        chosen |= {
-            "S": "float",
-            "N": c.state_size,
-            "RANK": c.time_step_rank,
-            "NORMS": int(c.dt_bc_norm),
-            "MIXED": 0,
+        chosen: dict[str, str | int] = {
+            "T": cuda.TYPES[self.dtype], "R": cuda.TYPES[self.stream], "FORMAT": "Plain", "S": "float",
+            "N": c.state_size, "RANK": c.time_step_rank, "NORMS": int(c.dt_bc_norm), "MIXED": 0,
             "KC": c.conv_kernel_size,
-        }
+        }  # fmt: skip
         return cuda.kernel("decode_step.cu", name, self.device, **chosen | macros)
 
     # ---- recording ------------------------------------------------------------------------------------------------

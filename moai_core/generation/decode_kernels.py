@@ -135,6 +135,13 @@ def matrix(module: nn.Module) -> Matrix:
     )
 
 
+def in_whole_chunks(m: Matrix, dtype: torch.dtype) -> bool:
+    """Whether the kernels that read rows in whole chunks multiply x of `dtype` with this weight (decode_whole.py,
+    decode_wide.py): 16-bit arithmetic, no zero points, a scale for a row or for 128, 256, 512 ... columns of int4."""
+    grouped = m.format == "Int4" and m.group % 128 == 0 and m.group & (m.group - 1) == 0
+    return dtype.itemsize == 2 and m.row_bytes % CHUNK_BYTES == 0 and m.zeros is None and (m.group == 0 or grouped)
+
+
 def slices_of(m: Matrix, result: int, *, few: bool = False) -> int:
     """In how many parts K is summed: many for the few rows of x_proj, 4 where a wide batch's next norm adds them."""
     if result == PARTIAL:

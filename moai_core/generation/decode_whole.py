@@ -28,19 +28,9 @@ LEAST_DEPTH, MOST_DEPTH = 4, 24
 FLIGHT = 3
 
 
-# What it was seen to be right with on a GPU; the kernel has code for float16 and "Fp8" too.
-FORMATS, TYPES = ("Plain", "Int4", "Int8"), (torch.bfloat16,)
-
-
 def _how(m: Matrix) -> tuple[str, int, torch.dtype]:
     """How a weight is stored: format, columns that share a scale, type of the scales."""
     return m.format, m.group, torch.float32 if m.scales is None else m.scales.dtype
-
-
-def _fits(m: Matrix) -> bool:
-    whole = m.row_bytes % kernels.CHUNK_BYTES == 0 and m.zeros is None
-    shared = m.group == 0 or (m.format == "Int4" and m.group % 128 == 0 and m.group & (m.group - 1) == 0)
-    return whole and shared and m.format in FORMATS
 
 
 class Whole:
@@ -75,7 +65,9 @@ class Whole:
     def of(cls, layers: Sequence[Layer], head: Matrix, final: Tensor, embedding: Matrix, config: Any) -> Whole | None:
         """The kernel for these weights, or None where it can't take them."""
         dtype = final.dtype
-        if dtype not in TYPES or config.state_size > 64 or config.hidden_size % 8 or embedding.format == "Fp8":
+        if not kernels.in_whole_chunks(head, dtype) or embedding.format == "Fp8":
+            return None
+        if config.state_size > 64 or config.hidden_size % 8:
             return None
         names = ("in_proj", "x_proj", "out_proj", "gate", "up", "down")
         for one in layers:
@@ -83,10 +75,12 @@ class Whole:
                 return None
             for name in names:
                 m, first = getattr(one, name), getattr(layers[0], name)
-                if (m is None) != (first is None) or (m is not None and (not _fits(m) or _how(m) != _how(first))):
+                if (m is None) != (first is None):
                     return None
-        made = cls(layers, head, final, embedding, config, dtype) if _fits(head) else None
-        return made if made is not None and made.depth >= LEAST_DEPTH else None
+                if m is not None and (_how(m) != _how(first) or not kernels.in_whole_chunks(m, dtype)):
+                    return None
+        made = cls(layers, head, final, embedding, config, dtype)
+        return made if made.depth >= LEAST_DEPTH else None
 
     # ---- sizes ----------------------------------------------------------------------------------------------------
 

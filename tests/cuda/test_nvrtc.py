@@ -58,7 +58,7 @@ def test_compiles_once(compiler, source, tmp_path, caplog):
     assert nvrtc.cubin(source, {"T": "float"}, 90) == first and len(compiler.given) == 1
     name, text, includes, flags = compiler.given[0]
     assert (name, "common.cuh" in includes) == ("fill.cu", True) and SOURCE in text
-    assert "--gpu-architecture=sm_90" in flags and not any("fast" in flag for flag in flags)
+    assert "--gpu-architecture=sm_90a" in flags and not any("fast" in flag for flag in flags)
     assert caplog.messages == ["compiling GPU kernels for sm_90 (once): fill"]
     assert len(kept(tmp_path)) == 1 and kept(tmp_path)[0].name.startswith("fill-")
 

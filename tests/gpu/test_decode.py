@@ -18,8 +18,6 @@ from moai_core.generation import (
     decode,
     decode_batch,
     decode_kernels,
-    decode_whole,
-    decode_wide,
     engine,
     generate,
 )
@@ -194,19 +192,20 @@ def test_rotations_and_the_scale_behind_the_convolution(device, hidden):
     assert relative(follow(model, ids, 5, 10)[0][:, :2], want) < 1.2 * relative(theirs, want) + 1e-4
 
 
-@pytest.fixture
-def every_format(monkeypatch):
-    """The kernels of one row and of wide batches take what they have code for, not only what is on by default."""
-    for part in (decode_whole, decode_wide):
-        monkeypatch.setattr(part, "FORMATS", ("Plain", "Int4", "Int8", "Fp8"))
-        monkeypatch.setattr(part, "TYPES", (torch.bfloat16, torch.float16))
+# Ranks for which the convolution is one kernel with x_proj, and the scan has tensor cores for dt.
+WIDE = {
+    **{kind: WHOLE[kind] for kind in ("bf16", "int4", "bytes")},
+    "rank 32": {"time_step_rank": 32},
+    "rank 64": {"time_step_rank": 64, "dt_bc_norm": False, "state_size": 64, "conv_kernel_size": 3, "ffn": "none"},
+    "rank 96": {"time_step_rank": 96, "quantization": QUANTIZED["int4"]},
+}
 
 
 @pytest.mark.parametrize("width", [9, 33])
-@pytest.mark.parametrize("kind", ["bf16", "int4", "bytes"])
-def test_a_wide_batch_is_as_exact_as_the_model(device, kind, width, every_format):
+@pytest.mark.parametrize("kind", WIDE)
+def test_a_wide_batch_is_as_exact_as_the_model(device, kind, width):
     """K of several slices; a vocabulary of no multiple of 16 beside it."""
-    fields = {"hidden_size": 1152, "intermediate_size": 1280, "num_hidden_layers": 1, "vocab_size": 401, **WHOLE[kind]}
+    fields = {"hidden_size": 1152, "intermediate_size": 1280, "num_hidden_layers": 1, "vocab_size": 401, **WIDE[kind]}
     model = make(device, torch.bfloat16, **fields)
     exact = make(device, torch.bfloat16, **fields).float()
     ids = ids_of(model, width, 6)
@@ -241,7 +240,7 @@ def test_a_row_has_the_same_bits_at_every_width(device, kind, width):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_step_in_one_launch_leaves_the_bits_of_many(device, name, every_format, monkeypatch):
+def test_a_step_in_one_launch_leaves_the_bits_of_many(device, name, monkeypatch):
     """K is so long that out_proj and down are summed in slices that warps don't share evenly."""
     fields = {"dtype": torch.bfloat16, **WHOLE[name]}
     model = make(device, **{"hidden_size": 128, "intermediate_size": 1280, **fields})
