@@ -467,9 +467,15 @@ struct Marker {
       return;
     }
     if (thread() >= 32) return;
+    const int t = t0 + thread();
+    // Nearly every tile lies inside of one document; the team's other warps wait for this one.
+    const bool plain = thread() >= TILE || (t < L && seq_idx && here == before && here >= 0);
+    if (__all_sync(0xffffffffu, plain)) {
+      if (thread() == 0) special = 0;
+      return;
+    }
     int m = REAL;
     if (thread() < TILE) {
-      const int t = t0 + thread();
       if (t >= L) m = PAD;
       else if (seq_idx && here < 0) m = PAD;
       else if (seq_idx && t > 0) {

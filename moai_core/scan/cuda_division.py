@@ -61,7 +61,7 @@ def divide(
         segments = min(range(1, max(1, min(6, tiles // 8)) + 1), key=lambda n: -(-blocks * n // held) / n + n / 100)
     else:
         sizes = [n for n in (1, 2, 4, 8) if n <= min(places, tiles) and shared(n) <= limit]
-        teams, segments = _fill(processors, places, blocks, tiles, sizes, _COSTS[direction])
+        teams, segments = _fill(processors, places, warps, blocks, tiles, sizes, _COSTS[direction])
         chained = False
     span = -(-tiles // segments)
     if segments > 1:
@@ -71,29 +71,34 @@ def divide(
 
 
 class _Costs(NamedTuple):
-    """By measurement on an H100: how much faster a multiprocessor is with twice the warps, where it isn't full yet (a
-    power of 2: 0 for not at all, 1 for twice as fast); what passing states from team to team multiplies the time by,
-    and what a pass before does (docs/LOG.md)."""
+    """By measurement on an H100: how much faster a scheduler is with twice the warps, where it isn't full yet (a power
+    of 2: 0 for not at all, 1 for twice as fast); what passing states from team to team multiplies the time by, and what
+    a pass before does (docs/LOG.md)."""
 
     gain: float
     relay: float
     summary: float
 
 
-_COSTS = {"forward": _Costs(0.25, 1.22, 1.5), "backward": _Costs(0.5, 1.02, 1.2)}
+_COSTS = {"forward": _Costs(0.2, 1.15, 1.5), "backward": _Costs(0.5, 1.02, 1.2)}
+_SCHEDULERS = 4  # of a multiprocessor
 
 
-def _fill(processors: int, places: int, blocks: int, tiles: int, sizes: list[int], costs: _Costs) -> tuple[int, int]:
+def _fill(
+    processors: int, places: int, warps: int, blocks: int, tiles: int, sizes: list[int], costs: _Costs
+) -> tuple[int, int]:
     """(teams of a block, segments of a row) that take the least time by a rough count."""
 
-    def cost(teams: int, segments: int) -> float:
-        def fullest(count: int) -> float:
-            return count / (count * teams / places) ** costs.gain if count else 0.0
+    def time(count: int, teams: int) -> float:
+        """Of a multiprocessor with so many blocks: that of its fullest scheduler, for a tile of each of its warps."""
+        most = -(-count * teams * warps // _SCHEDULERS)
+        return most * (places * warps / _SCHEDULERS / most) ** costs.gain if most else 0.0
 
+    def cost(teams: int, segments: int) -> float:
         room = max(1, places // teams)  # blocks of a multiprocessor
         rounds, rest = divmod(blocks * segments, room * processors)
-        time = (rounds * fullest(room) + fullest(-(-rest // processors))) / (blocks * segments)
-        return time * (costs.relay if teams > 1 else 1.0) * (costs.summary if segments > 1 else 1.0)
+        found = (rounds * time(room, teams) + time(-(-rest // processors), teams)) / (teams * segments)
+        return found * (costs.relay if teams > 1 else 1.0) * (costs.summary if segments > 1 else 1.0)
 
     def cuts(teams: int) -> int:
         return max(1, min(8 * processors // (blocks * teams), tiles // max(4, teams)))

@@ -49,6 +49,18 @@ def test_few_rows_get_teams_and_many_rows_none(monkeypatch):
         assert few.segments > 1 and few.segments * blocks_of(64) * few.teams > 64
 
 
+def test_teams_where_they_were_measured_to_be_faster(monkeypatch):
+    """Forward on an H100: (rows, length, channels) -> the teams of the fastest division (docs/LOG.md)."""
+    properties = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    fastest = {(2, 2048, 4096): 4, (3, 2048, 4096): 8, (4, 2048, 4096): 1, (6, 2048, 4096): 1, (8, 2048, 4096): 1}
+    fastest |= {(5, 2048, 4096): 8, (4, 2048, 1536): 4, (2, 2048, 8192): 1, (1, 32768, 4096): 8}  # 5 rows: 4 is as fast
+    found = {shape: divide.__wrapped__(0, "forward", 2, 2, *shape, 16) for shape in fastest}
+    assert {shape: division.teams for shape, division in found.items()} == fastest
+    assert {division.segments for division in found.values()} == {1}
+    assert divide.__wrapped__(0, "forward", 2, 2, 1, 32768, 5120, 16).segments > 1
+
+
 def test_states_that_do_not_fit_are_refused(monkeypatch):
     properties = SimpleNamespace(multi_processor_count=80, shared_memory_per_block_optin=16 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
