@@ -200,6 +200,17 @@ DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
 #endif
 }
 
+// 4 bytes, in the same way.
+DEVICE void copy_async_4(void* shared, const void* global, bool valid = true) {
+#ifdef MOAI_HOST
+  if (valid) __builtin_memcpy(shared, global, 4);
+  else __builtin_memset(shared, 0, 4);
+#else
+  uint32 to = (uint32)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(valid ? 4 : 0) : "memory");
+#endif
+}
+
 DEVICE void copy_async_commit() {
 #ifndef MOAI_HOST
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -103,16 +103,6 @@ DEVICE float rounded(float x) {
   return to_float(from_float<Number>(x));
 }
 
-// 4 bytes from global to shared memory, as copy_async_16.
-DEVICE void copy_async_4(void* shared, const void* global) {
-#ifdef MOAI_HOST
-  __builtin_memcpy(shared, global, 4);
-#else
-  uint32 to = (uint32)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
-#endif
-}
-
 template <class Number>
 constexpr bool is_bf16 = false;
 template <>

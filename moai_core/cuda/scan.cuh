@@ -244,14 +244,14 @@ DEVICE void read_channels(float (&to)[2], const float* from, int64 c, int64 I) {
 }
 
 // What marks do to an edge's numbers: padding takes no time and has no value; a step that begins a document forgets.
-DEVICE void mark_values(float (&values)[2][PER], const int (&mark)[TILE], const Edge& edge) {
+DEVICE void mark_values(float (&values)[2][PER], const int (&mark)[TILE + 1], const Edge& edge) {
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) values[j][k] = mark[edge.t0 + k] == PAD ? 0.0f : values[j][k];
   }
 }
-DEVICE void mark_times(float (&dts)[2][PER], const int (&mark)[TILE], const Edge& edge) {
+DEVICE void mark_times(float (&dts)[2][PER], const int (&mark)[TILE + 1], const Edge& edge) {
   mark_values(dts, mark, edge);
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
@@ -391,7 +391,7 @@ struct Widen {
   static_assert(passes % most == 0, "batches are whole");
 
   DEVICE static void run(float (&to)[states][TILE + 4], const TB (&from)[TILE][narrow_row<states>],
-                         const int (&mark)[TILE], bool special) {
+                         const int (&mark)[TILE + 1], bool special) {
 #pragma unroll
     for (int first = 0; first < passes; first += most) {
       float both[most][TILE / 8][2];
@@ -445,39 +445,41 @@ struct Segment {
   DEVICE int turns() const { return (tiles - team() + TEAMS - 1) / TEAMS; }  // tiles of this team
 };
 
-// Where documents begin and padding stands, one step a thread. What a load answers is looked at one tile later, so that no
-// thread waits for it.
+// Where documents begin and padding stands, one step a thread of the team's first warp. The numbers of a tile's documents
+// come with the tile, by copies, to where its marks will be; the one before the tile's to the end. (Loads to registers
+// share their scoreboards with whatever the loop in between reads, which then waits for memory.)
 struct Marker {
   const int* seq_idx;  // of this row, or null
-  int L, here = -1, before = -1;
+  int L;
 
-  DEVICE Marker(const int* seq_idx, int L) : seq_idx(seq_idx), L(L) {}
-
-  DEVICE void fetch(int t0) {
+  // Part of a tile's copies; the tile begins at t0.
+  DEVICE void fetch(int (&mark)[TILE + 1], int t0) const {
     if (!seq_idx || thread() >= TILE) return;
-    const int t = t0 + thread();
-    if (t < L) here = seq_idx[t];
-    if (t < L && t > 0) before = seq_idx[t - 1];
+    const int* const from = seq_idx + t0 + thread();  // nothing is read where it isn't valid
+    copy_async_4(&mark[thread()], from, t0 + thread() < L);
+    if (thread() == 0) copy_async_4(&mark[TILE], from - 1, t0 > 0);
   }
 
-  // `special`: whether the tile, which begins at t0, has any mark, so that the others need not look; they have none.
-  DEVICE void store(int (&mark)[TILE], int& special, int t0) const {
+  // When this thread's copies have arrived. `special`: whether the tile has any mark, so that the others need not look.
+  DEVICE void store(int (&mark)[TILE + 1], int& special, int t0) const {
     if (!seq_idx && t0 + TILE <= L) {
       if (thread() == 0) special = 0;
       return;
     }
     if (thread() >= 32) return;
     const int t = t0 + thread();
+    const bool own = thread() < TILE, numbered = own && seq_idx;
+    const int here = numbered ? mark[thread()] : 0, first = numbered && thread() == 0 ? mark[TILE] : 0;
+    const int beside = __shfl_up_sync(0xffffffffu, here, 1), before = thread() == 0 ? first : beside;
     // Nearly every tile lies inside of one document; the team's other warps wait for this one.
-    const bool plain = thread() >= TILE || (t < L && seq_idx && here == before && here >= 0);
-    if (__all_sync(0xffffffffu, plain)) {
+    if (__all_sync(0xffffffffu, !own || (t < L && here == before && here >= 0))) {
       if (thread() == 0) special = 0;
       return;
     }
     int m = REAL;
-    if (thread() < TILE) {
+    if (own) {
       if (t >= L) m = PAD;
-      else if (seq_idx && here < 0) m = PAD;
+      else if (here < 0) m = PAD;
       else if (seq_idx && t > 0) {
         // Behind padding the document before it decides; a row that begins with padding continues what was before the call.
         int number = before;
@@ -504,8 +506,8 @@ DEVICE void run_tiles(int tiles, Load load, Arrive arrive, Edges edges, Body bod
     if (i + 1 < tiles) load(i + 1);
     copy_async_commit();
     if (i >= 0) body(i);
-    if (i + 1 < tiles) arrive(i + 1);
     copy_async_wait<0>();
+    if (i + 1 < tiles) arrive(i + 1);
     team_sync();
     edges(i, i >= 0, i + 1 < tiles);
     team_sync();

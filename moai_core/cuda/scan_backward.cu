@@ -35,7 +35,7 @@ struct alignas(16) Slot {  // one tile as it comes from memory
   T u[TILE][32], dt[TILE][32], z[TILE][32], g[TILE][32];
   TB BC[TILE][narrow_row<2 * N>];
   Kept kept[N][32];
-  int mark[TILE], special;
+  int mark[TILE + 1], special;
 };
 
 // What a warp leaves to its team: sums over its states, C h, g B and q A log2(e). Before, while it goes through the states,
@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
   Cursor<T, 32, true> d_u_rows(d_u + batch * L * I + c0, I, 0, I - c0, last * TILE, -TEAMS * TILE);
   Cursor<T, 32, true> d_dt_rows(d_dt + batch * L * I + c0, I, 2, I - c0, last * TILE, -TEAMS * TILE);
   Cursor<T, 32, true> d_z_rows(d_z + batch * d_z_batch + c0, d_z_step, 4, I - c0, last * TILE, -TEAMS * TILE);
-  Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
+  const Marker marker{seq_idx ? seq_idx + batch * L : nullptr, (int)L};
   const bool follows = at.index + 1 < at.count;  // the last segment needs nobody
   if (follows && chain) chain.wait((at.row() + 1) * at.blocks + at.block);
   const bool begins = team() == TEAMS - 1;  // the team whose turn would be before the last tile
@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 8 / (WARPS * TEAMS
     g_rows.copy_in(s.g[0], 32, left);
     BC_rows.copy_in(s.BC[0], narrow_row<2 * N>, left);
     kept_rows.copy_in(s.kept[0], 32, N);
-    marker.fetch(t0);
+    marker.fetch(s.mark, t0);
   };
   auto arrive = [&](int i) { marker.store(pool.slot[slot_of(i)].mark, pool.slot[slot_of(i)].special, (last - i * TEAMS) * TILE); };
 

@@ -35,7 +35,7 @@
 struct alignas(16) Slot {  // one tile as it comes from memory
   T u[TILE][32], dt[TILE][32], z[TILE][32];
   TB BC[TILE][narrow_row<2 * N>];
-  int mark[TILE], special;
+  int mark[TILE + 1], special;
 };
 
 struct alignas(16) Pool {
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
   auto BC_rows = both_states<N>(B + batch * B_batch, C + batch * C_batch, B_step, C_step, 6,
                                 (at.first + team()) * TILE, TEAMS * TILE);
   Cursor<T, 32, true> y_rows(y + batch * L * I + c0, I, 0, I - c0, (at.first + team()) * TILE, TEAMS * TILE);
-  Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
+  const Marker marker{seq_idx ? seq_idx + batch * L : nullptr, (int)L};
 
   constexpr int some = STATES < 8 ? STATES : 8;
 #pragma unroll
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
     dt_rows.copy_in(s.dt[0], 32, left);
     if (GATED) z_rows.copy_in(s.z[0], 32, left);
     BC_rows.copy_in(s.BC[0], narrow_row<2 * N>, left);
-    marker.fetch(t0);
+    marker.fetch(s.mark, t0);
   };
   auto arrive = [&](int i) { marker.store(pool.slot[slot_of(i)].mark, pool.slot[slot_of(i)].special, at.tile(i) * TILE); };
 
@@ -259,11 +259,14 @@ extern "C" __global__ void __launch_bounds__(THREADS * TEAMS, 16 / (WARPS * TEAM
 
   run_tiles(at.turns(), load, arrive, edges, body, flush);
 
-  if (mine && at.index == at.count - 1 && team() == (at.tiles - 1) % TEAMS) {
+  // Found anew: no register holds it through the tiles.
+  const Segment end(L, I, segments, span, (int)keep(blockIdx.x), gridDim.x);
+  const int64 own = end.c0 + lane;
+  if (own < I && end.index == end.count - 1 && team() == (end.tiles - 1) % TEAMS) {
 #pragma unroll
     for (int j = 0; j < STATES; ++j) {
       const int n = warp * STATES + j;
-      last[(batch * I + c) * N + n] = TEAMS > 1 ? bits_float(all.relay[team()][n][lane].value) : h[j];
+      last[(end.batch * I + own) * N + n] = TEAMS > 1 ? bits_float(all.relay[team()][n][lane].value) : h[j];
     }
   }
 }

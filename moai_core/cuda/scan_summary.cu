@@ -24,7 +24,7 @@ static_assert(WARPS == 1 && TEAMS == 1, "a block is a warp");
 struct alignas(16) Slot {  // one tile as it comes from memory
   T dt[TILE][32], in[TILE][32], z[gated ? TILE : 1][32];
   TB states[TILE][GROUP];
-  int mark[TILE], special;
+  int mark[TILE + 1], special;
 };
 
 struct alignas(16) Pool {
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(32)
   Cursor<T, 32> dt_rows(dt + batch * dt_batch + c0, dt_step, 0, I - c0, begin, way);
   Cursor<T, 32> z_rows(z + batch * z_batch + c0, z_step, 0, I - c0, begin, way);
   Cursor<TB, GROUP> states_rows(states + batch * states_batch + group * GROUP, states_step, 0, GROUP, begin, way);
-  Marker marker(seq_idx ? seq_idx + batch * L : nullptr, (int)L);
+  const Marker marker{seq_idx ? seq_idx + batch * L : nullptr, (int)L};
 
   auto load = [&](int i) {
     if (i < at.tiles) {
@@ -72,12 +72,9 @@ extern "C" __global__ void __launch_bounds__(32)
       dt_rows.copy_in(s.dt[0], 32, left);
       if (gated) z_rows.copy_in(s.z[0], 32, left);
       states_rows.copy_in(s.states[0], GROUP, left);
-      marker.fetch(t0);
+      marker.fetch(s.mark, t0);
     }
     copy_async_commit();
-  };
-  auto arrive = [&](int i) {
-    if (i < at.tiles) marker.store(pool.slot[i % DEPTH].mark, pool.slot[i % DEPTH].special, begin + i * way);
   };
 
   // B or C in fp32, a row of steps a state; zeros at padding.
@@ -119,14 +116,12 @@ extern "C" __global__ void __launch_bounds__(32)
   };
 
 #pragma unroll 1
-  for (int i = 0; i < DEPTH; ++i) {
-    load(i);
-    arrive(i);
-  }
+  for (int i = 0; i < DEPTH; ++i) load(i);
 #pragma unroll 1
   for (int i = 0; i < at.tiles; ++i) {
-    const Slot& s = pool.slot[i % DEPTH];
+    Slot& s = pool.slot[i % DEPTH];
     copy_async_wait<DEPTH - 1>();
+    marker.store(s.mark, s.special, begin + i * way);
     __syncthreads();
     widen(s);
     __syncthreads();
@@ -152,7 +147,6 @@ extern "C" __global__ void __launch_bounds__(32)
 #pragma unroll
     for (int j = 0; j < GROUP; ++j)
       if (!__any_sync(0xffffffffu, mine && age * a2[j] > -REACH)) alive &= ~(1u << j);
-    if (i > 0) arrive(i - 1 + DEPTH);  // what the load before this one asked for
     if (!__syncthreads_or(alive != 0)) break;
     load(i + DEPTH);
   }
