@@ -474,34 +474,47 @@ DEVICE void add_rows(float* to, const float* parts, int64 k, int64 size, int64 r
   to[k] = sum;
 }
 
-// dB and dC (rows, N) from the partial sums (blocks, batch, tiles, 2 N, TILE): some steps of a state a thread, blocks in
-// order. Then the gradients of A (I, N), D and the bias (I) from those of `rows` rows and segments, where they aren't
-// null: a number a thread.
-extern "C" __global__ void scan_reduce(const Kept* parts, TB* d_B, TB* d_C, const float* part_A, const float* part_D,
-                                       const float* part_bias, float* d_A, float* d_D, float* d_bias, int64 blocks,
-                                       int64 batches, int64 L, int64 I, int64 rows) {
+constexpr int COLUMNS = 64, SHARES = 4;  // of a block of scan_reduce
+
+// dB and dC (rows, N) from the partial sums (blocks, batch, tiles, 2 N, TILE): some steps of a state a thread, SHARES of
+// which add a share of the blocks each, in order; the shares are added in order, too. The grid's blocks behind those make
+// the gradients of A (I, N), D and the bias (I) from those of `rows` rows and segments, where they aren't null: a number a
+// thread.
+extern "C" __global__ void __launch_bounds__(COLUMNS* SHARES)
+    scan_reduce(const Kept* parts, TB* d_B, TB* d_C, const float* part_A, const float* part_D, const float* part_bias,
+                float* d_A, float* d_D, float* d_bias, int64 blocks, int64 batches, int64 L, int64 I, int64 rows) {
   constexpr int w = per_16_bytes<Kept>;
-  const int64 tiles = (L + TILE - 1) / TILE, all = batches * tiles * PART;
-  const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x, at = thread * w;
-  if (at >= all) {
-    const int64 k = thread - all / w;
+  __shared__ float others[SHARES - 1][w][COLUMNS];
+  const int64 tiles = (L + TILE - 1) / TILE, all = batches * tiles * PART, first = (all / w + COLUMNS - 1) / COLUMNS;
+  if (blockIdx.x >= first) {
+    const int64 k = (blockIdx.x - first) * (COLUMNS * SHARES) + threadIdx.x;
     if (part_A && k < I * N) add_rows(d_A, part_A, k, I * N, rows);
     if (part_D && k < I) add_rows(d_D, part_D, k, I, rows);
     if (part_bias && k < I) add_rows(d_bias, part_bias, k, I, rows);
     return;
   }
+  const int column = threadIdx.x % COLUMNS, share = threadIdx.x / COLUMNS;
+  const int64 at = ((int64)blockIdx.x * COLUMNS + column) * w;
+  const int64 begin = blocks * share / SHARES, end = at < all ? blocks * (share + 1) / SHARES : begin;
   float sum[w] = {};
-#pragma unroll 16
-  for (int64 k = 0; k < blocks; ++k) {
+#pragma unroll 8
+  for (int64 k = begin; k < end; ++k) {
     const Vec<Kept, w> part = load_vec<Kept, w>(parts + k * all + at);
 #pragma unroll
     for (int j = 0; j < w; ++j) sum[j] += to_float(part.at[j]);
   }
+#pragma unroll
+  for (int j = 0; j < w; ++j)
+    if (share > 0) others[share - 1][j][column] = sum[j];
+  __syncthreads();
+  if (share > 0 || at >= all) return;
   const int row = (int)(at / TILE % (2 * N));
   const int64 tile = at / PART % tiles, batch = at / PART / tiles;
   TB* to = row < N ? d_B + row : d_C + (row - N);
 #pragma unroll
   for (int j = 0; j < w; ++j) {
+#pragma unroll
+    for (int k = 0; k < SHARES - 1; ++k) sum[j] += others[k][j][column];
     const int64 t = tile * TILE + at % TILE + j;
     if (t < L) to[(batch * L + t) * N] = from_float<TB>(sum[j]);
   }

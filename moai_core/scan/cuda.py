@@ -189,11 +189,12 @@ def _scan_backward(
         channels, shape.segments, shape.span, *_strides(u, dt, z, B, C, g_y, None if z is None else d_z),
         shared=shape.shared,
     )  # fmt: skip
-    threads = parts[0].nbytes // 16 + (A.numel() if count > 1 else 0)
+    # Of scan_reduce: 64 times 16 bytes of the sums are a block's, or 256 numbers of the parameters' gradients.
+    reducing = -(-parts[0].nbytes // 1024) + (-(-A.numel() // 256) if count > 1 else 0)
     if count == 1:
         part_A = part_D = part_bias = None  # they are the gradients already
     _kernel("scan_reduce", shape, u, A, B, GATED=int(z is not None))(
-        -(-threads // 64), 64, parts, d_B, d_C, part_A, part_D, part_bias, d_A, d_D, d_bias, blocks, batch, length,
+        reducing, 256, parts, d_B, d_C, part_A, part_D, part_bias, d_A, d_D, d_bias, blocks, batch, length,
         channels, count,
     )  # fmt: skip
     return d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_first
