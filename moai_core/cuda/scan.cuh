@@ -446,7 +446,7 @@ struct Segment {
 };
 
 // Where documents begin and padding stands, one step a thread of the team's first warp. The numbers of a tile's documents
-// come with the tile, by copies, to where its marks will be; the one before the tile's to the end. (Loads to registers
+// come with the tile, by copies, to where its marks will be, the one before the tile's first. (Loads to registers
 // share their scoreboards with whatever the loop in between reads, which then waits for memory.)
 struct Marker {
   const int* seq_idx;  // of this row, or null
@@ -454,10 +454,10 @@ struct Marker {
 
   // Part of a tile's copies; the tile begins at t0.
   DEVICE void fetch(int (&mark)[TILE + 1], int t0) const {
-    if (!seq_idx || thread() >= TILE) return;
-    const int* const from = seq_idx + t0 + thread();  // nothing is read where it isn't valid
-    copy_async_4(&mark[thread()], from, t0 + thread() < L);
-    if (thread() == 0) copy_async_4(&mark[TILE], from - 1, t0 > 0);
+    if (!seq_idx || thread() > TILE) return;
+    const int t = t0 - 1 + thread();
+    copy_async_4(&mark[thread()], seq_idx + t, t >= 0 && t < L);  // nothing is read where it isn't valid
+    if (TILE == 32 && thread() == 0) copy_async_4(&mark[TILE], seq_idx + t0 + TILE - 1, t0 + TILE - 1 < L);
   }
 
   // When this thread's copies have arrived. `special`: whether the tile has any mark, so that the others need not look.
@@ -469,8 +469,8 @@ struct Marker {
     if (thread() >= 32) return;
     const int t = t0 + thread();
     const bool own = thread() < TILE, numbered = own && seq_idx;
-    const int here = numbered ? mark[thread()] : 0, first = numbered && thread() == 0 ? mark[TILE] : 0;
-    const int beside = __shfl_up_sync(0xffffffffu, here, 1), before = thread() == 0 ? first : beside;
+    __syncwarp();  // a lane reads what its neighbour has copied, too
+    const int before = numbered ? mark[thread()] : 0, here = numbered ? mark[thread() + 1] : 0;
     // Nearly every tile lies inside of one document; the team's other warps wait for this one.
     if (__all_sync(0xffffffffu, !own || (t < L && here == before && here >= 0))) {
       if (thread() == 0) special = 0;
@@ -501,7 +501,8 @@ struct Marker {
 
 template <class Load, class Arrive, class Edges, class Body, class Flush>
 DEVICE void run_tiles(int tiles, Load load, Arrive arrive, Edges edges, Body body, Flush flush) {
-  for (int i = -1; i < tiles; ++i) {
+  int i = -1;
+  for (; i < tiles; ++i) {
     if (i > 0) flush(i - 1);
     if (i + 1 < tiles) load(i + 1);
     copy_async_commit();
@@ -512,5 +513,5 @@ DEVICE void run_tiles(int tiles, Load load, Arrive arrive, Edges edges, Body bod
     edges(i, i >= 0, i + 1 < tiles);
     team_sync();
   }
-  if (tiles > 0) flush(tiles - 1);
+  if (i > 0) flush(i - 1);
 }
