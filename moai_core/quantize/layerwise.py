@@ -3,7 +3,7 @@
     in_proj; x_proj; dt_proj; out_proj; gate and up; down
 
 Before a matrix is quantized, the inputs that it gets from those already quantized are gathered (runner.py); then it
-is, perhaps, scaled (awq.py) or rotated (rotate.py), then rounded (search.py, or gptq.py and refine.py). The layer
+is, perhaps, scaled (awq.py) or rotated (rotate.py), then rounded (search.py or gptq.py, then refine.py). The layer
 computes on with the values that are stored, and hands what it makes of the calibration sequences to the next one.
 """
 
@@ -39,7 +39,7 @@ METHODS = ("rtn", "gptq", "awq")
 
 @dataclass(frozen=True)
 class Options:
-    """damp, order: GPTQ's; sweeps: of refine.py after it (0: GPTQ alone). steps: ranges tried for a scale (1: the whole
+    """damp, order: GPTQ's; sweeps: of refine.py after it or AWQ (0: those alone). steps: ranges tried for a scale (1: the whole
     one); signed: negative scales of symmetric int4. grid: exponents that AWQ tries; conv_scale: whether it may scale
     out_proj's inputs, for which the layer keeps a vector. rotate: modules whose inputs are rotated. overrides: another
     method for some modules. stored: the type in which unquantized tensors will be saved (None: the layer's). compare:
@@ -177,12 +177,14 @@ class _Layer:
         options: dict[str, Any] = {"steps": self.options.steps, "signed": self.options.signed}
         if method == "rtn" or seen is None:
             return self._nearest(spec, weight)
+        asked, H, damp = self.options, seen.hessian, self.options.damp
         if method == "gptq":
-            asked, H = self.options, seen.hessian
-            choice = gptq.quantize(spec, weight, H, name=name, damp=asked.damp, order=asked.order, **options)
-            return refine.refine(spec, weight, H, choice, damp=choice.report["damp"], sweeps=asked.sweeps)
-        importance = seen.blocks(spec.group_size).to(weight.dtype)
-        return gptq.encoded(spec, weight, *search.clip(spec, weight, importance, **options))
+            choice = gptq.quantize(spec, weight, H, name=name, damp=damp, order=asked.order, **options)
+            damp = choice.report["damp"]
+        else:
+            importance = seen.blocks(spec.group_size).to(weight.dtype)
+            choice = gptq.encoded(spec, weight, *search.clip(spec, weight, importance, **options))
+        return refine.refine(spec, weight, H, choice, damp=damp, sweeps=asked.sweeps)
 
     def _nearest(self, spec: Spec, weight: Tensor) -> gptq.Choice:
         tensors = search.nearest(spec, weight, steps=self.options.steps, signed=self.options.signed)
