@@ -39,11 +39,11 @@ METHODS = ("rtn", "gptq", "awq")
 
 @dataclass(frozen=True)
 class Options:
-    """damp, order: GPTQ's; sweeps: of refine.py after it or AWQ (0: those alone). steps: ranges tried for a scale (1: the whole
-    one); signed: negative scales of symmetric int4. grid: exponents that AWQ tries; conv_scale: whether it may scale
-    out_proj's inputs, for which the layer keeps a vector. rotate: modules whose inputs are rotated. overrides: another
-    method for some modules. stored: the type in which unquantized tensors will be saved (None: the layer's). compare:
-    also report what rounding to nearest loses.
+    """damp, order: GPTQ's; sweeps: of refine.py after it or AWQ (0: those alone). steps: ranges tried for a scale (1:
+    the whole one); signed: negative scales of symmetric int4. grid: exponents that AWQ tries; conv_scale: whether it
+    may scale out_proj's inputs, for which the layer keeps a vector. rotate: modules whose inputs are rotated.
+    overrides: another method for some modules. stored: the type in which unquantized tensors will be saved (None: the
+    layer's). compare: also report what rounding to nearest loses.
     """
 
     damp: float = gptq.DAMP

@@ -1,10 +1,11 @@
 """Codes and scales once more, when all of a matrix's columns have been rounded.
 
-GPTQ decides about a column before it knows how later ones are rounded, AWQ about each by itself. A sweep of coordinate descent revisits each,
-with all others as they are now: the best value of column j is q_j - g_j / H_jj, g = H (q - w), rounded to its grid. In
-between the scales of a row are fitted to its codes: the least-squares solution of a system with one unknown a group.
-Neither can raise the error of the output, (q - w)^T H (q - w), with H damped as for GPTQ, so that what the calibration
-text leaves open stays near the weights. Costs about as much as GPTQ again, and changes nothing of what is stored.
+GPTQ decides about a column before it knows how later ones are rounded, AWQ about each by itself. A sweep of coordinate
+descent revisits each, with all others as they are now: the best value of column j is q_j - g_j / H_jj, g = H (q - w),
+rounded to its grid. In between the scales of a row are fitted to its codes: the least-squares solution of a system with
+one unknown a group. Neither can raise the error of the output, (q - w)^T H (q - w), with H damped as for GPTQ, so that
+what the calibration text leaves open stays near the weights. Costs about as much as GPTQ again, and changes nothing of
+what is stored.
 """
 
 from __future__ import annotations
