@@ -25,8 +25,12 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "scan states", "log
 LOSS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 30}
 LOSS_FEW = 4
 BF16_CHUNK = 1 << 24
+# Elements from which on a parameter is updated by itself in the backward pass (moai_core/training/in_backward.py).
+UPDATED_ALONE = 1 << 20
 # Channels whose gradients of B and C are one partial sum of the scan (W of moai_core/cpu/tiles.py; scan/cuda.py).
 SCAN_WIDTH = {"cpu": 128, "cuda": 32}
+# Parts of a layer that autocast copies.
+_MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj", "feed-forward")
 
 
 def letters(config: Mapping[str, Any]) -> dict[str, int]:
@@ -194,40 +198,93 @@ def phases(config: Mapping[str, Any], recipe: Recipe, overhead: int = 0) -> dict
     b, p = element_bytes(config, precision), parameters(config)
     T, H, V = t.batch_size * recipe.data.max_length, c["H"], c["V"]
     held = weights_gradients_optimizer(config, recipe, precision)
-    layer = saved_per_token(config, precision, device, t.checkpointing)
-    # The final norm keeps its input and, on a CPU, the scaled one; the loss has its result.
-    ends = T * H * ((b.r if device == "cuda" else 4 + 4) + b.w)
-    stash = T * c["layers"] * layer["activations"] + ends
-    states = T * c["layers"] * layer["scan states"]
-    # Autocast keeps a bf16 copy of every matrix it met until the forward pass, loss included, is over; the backward
-    # pass needs those of layers that aren't computed again.
-    copies = b.cast * sum(p[k] for k in ("in_proj", "x_proj", "dt_proj", "out_proj", "feed-forward"))
-
-    flight = T * _flight_per_token(config, precision, device, t.checkpointing)
-    many = recipe.accumulation(recipe.hardware.count) > 1
-    head = V * H * b.w
+    pieces = _stash(config, recipe, precision, device)
+    many = recipe.accumulation(recipe.hardware.count) > 1 and not recipe.optim.in_backward
     # fp32 values of a part of one tensor at a time; on a GPU one kernel updates all of them.
     step = 5 * 4 * min(BF16_CHUNK, V * H) if device == "cpu" and (recipe.optim.name == "adamw_bf16" or b.w == 2) else 0
     base: dict[str, float] = {"weights": held["weights"], "optimizer": held["optimizer"], "overhead": overhead}
-    grads = held["gradients"] if many else 0
-    # The backward pass trades activations for gradients layer by layer: its peak is at one of its ends.
-    copies_kept = copies if t.checkpointing != "full" else 0
-    begin = {**base, "gradients": grads + head, "activations": stash + flight + copies_kept}
-    begin |= {"scan states": states, "logits": T * H * b.w}
-    end = {**base, "gradients": held["gradients"] - (0 if many else V * H * b.w), "scan states": states / c["layers"]}
-    end |= {"activations": (stash - ends) / c["layers"] + flight, "logits": 0}
+    first = pieces[0]
+    copies = b.cast * (sum(p[k] for k in _MATRICES) + V * H)  # autocast's, of every matrix it met
+    loss = {"activations": first.kept + copies, "scan states": first.states}
+    loss |= {"gradients": held["gradients"] if many else 0, "logits": _loss(T, V, H, b, device)}
+    late = _small_gradients(config, b) + V * H * b.w  # the embedding's, which comes last
     found: dict[str, dict[str, float]] = {
-        "loss": {
+        "loss": base | loss,
+        "backward": base | _backward(config, recipe, pieces, held["gradients"], step),
+        "update": {
             **base,
-            "gradients": grads,
-            "activations": stash + copies + b.cast * V * H,
-            "scan states": states,
-            "logits": _loss(T, V, H, b, device),
+            "gradients": late if recipe.optim.in_backward else held["gradients"],
+            "activations": step,
+            "scan states": 0,
+            "logits": 0,
         },
-        "backward": max(begin, end, key=lambda kinds: sum(kinds.values())),
-        "update": {**base, "gradients": held["gradients"], "activations": step, "scan states": 0, "logits": 0},
     }
     return {name: {kind: int(kinds[kind]) for kind in KINDS} for name, kinds in found.items()}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What waits for the backward pass of `layers` layers: bytes of activations, scan states and autocast's copies of
+    matrices, which layers that are computed again don't need; and what the pass through the last of them takes."""
+
+    layers: int
+    kept: float
+    states: float
+    copies: float
+    flight: float
+
+
+def _stash(config: Mapping[str, Any], recipe: Recipe, precision: str, device: str) -> list[_Held]:
+    """At the backward pass's begin, where it comes to the layers that checkpointing applies to, and at its end."""
+    c, t, b = letters(config), recipe.train, element_bytes(config, precision)
+    T, n = t.batch_size * recipe.data.max_length, c["layers"]
+    often = 0 if t.checkpointing == "none" else min(n, t.checkpointing_layers or n)
+    copies = b.cast * sum(parameters(config)[k] for k in _MATRICES) / c["layers"]
+    kept = saved_per_token(config, precision, device)
+    again = saved_per_token(config, precision, device, t.checkpointing)
+    # The final norm keeps its input and, on a CPU, the scaled one; the loss has its result.
+    ends = T * c["H"] * ((b.r if device == "cuda" else 4 + 4) + b.w)
+    found = []
+    for left in dict.fromkeys((n, often or n, 1)):
+        some, rest = min(left, often), max(0, left - often)
+        bytes_of = {kind: T * (some * again[kind] + rest * kept[kind]) for kind in kept}
+        mode = t.checkpointing if left <= often else "none"
+        own = copies * (rest if t.checkpointing == "full" else left)
+        flight = T * _flight_per_token(config, precision, device, mode)
+        activations = bytes_of["activations"] + (ends if left == n else 0)
+        found.append(_Held(left, activations, bytes_of["scan states"], own, flight))
+    return found
+
+
+def _backward(
+    config: Mapping[str, Any], recipe: Recipe, pieces: list[_Held], gradients: int, step: int
+) -> dict[str, float]:
+    """The backward pass trades activations for gradients layer by layer: its peak is at one of its ends, or where it
+    comes to other layers. Where parameters are updated on the way, only those of one product and the small ones wait.
+    """
+    c, b = letters(config), element_bytes(config, resolved_precision(recipe))
+    T, H, head = recipe.train.batch_size * recipe.data.max_length, c["H"], c["V"] * c["H"] * b.w
+    many = recipe.accumulation(recipe.hardware.count) > 1
+    tied = bool(config["tie_word_embeddings"])
+    moments = []
+    for held in pieces:
+        begins = held.layers == c["layers"]
+        layers = (c["layers"] + 1 - held.layers) / c["layers"] * (gradients - (1 if tied else 2) * head)
+        kinds: dict[str, float] = {"gradients": gradients + head * begins if many else head + layers}
+        if recipe.optim.in_backward:
+            kinds["gradients"] = 2 * H * max(c["F"], c["I"]) * b.w + _small_gradients(config, b) + head * tied
+        kinds |= {"activations": held.kept + held.flight + held.copies, "scan states": held.states}
+        moments.append(kinds | {"logits": T * H * b.w * begins})
+    if recipe.optim.in_backward:
+        at_head = {"gradients": head, "activations": pieces[0].kept + pieces[0].copies + step}
+        moments.append(at_head | {"scan states": pieces[0].states, "logits": T * H * b.w})
+    return max(moments, key=lambda kinds: sum(kinds.values()))
+
+
+def _small_gradients(config: Mapping[str, Any], b: Bytes) -> int:
+    """Bytes of the gradients that are too small to be updated inside of the backward pass."""
+    small = sum(size * count for size, count in tensors(config) if size < UPDATED_ALONE)
+    return small * b.w + parameters(config)["scan (A_log, D, dt_bias)"] * (4 - b.w)
 
 
 def _loss(T: int, V: int, H: int, b: Bytes, device: str) -> int:

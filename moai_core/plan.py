@@ -40,9 +40,11 @@ GPUS = {
 USABLE = 0.95
 
 
-def flops_per_token(config: Mapping[str, Any], length: int = 1, *, checkpointing: str = "none") -> dict[str, int]:
+def flops_per_token(
+    config: Mapping[str, Any], length: int = 1, *, checkpointing: str = "none", often: int | None = None
+) -> dict[str, int]:
     """FLOPs a token: `forward`, `training` (forward and backward: three times forward, what MFU counts), and
-    `recompute`, which checkpointing adds (selective: the convolution and dt_proj).
+    `recompute`, which checkpointing of `often` layers (None: all) adds (selective: the convolution and dt_proj).
 
     A multiply-add counts as two. Matrix products: 2 a parameter, the head's included, the embedding's look-up not.
     Convolution: 2 K I. Scan: 9 N a channel (dt A, exp, dt u B: two, state: two, C h: two, and the softplus and skip
@@ -55,6 +57,7 @@ def flops_per_token(config: Mapping[str, Any], length: int = 1, *, checkpointing
     forward = layers + 2 * c["V"] * c["H"]
     selective = 2 * p["dt_proj"] + c["layers"] * c["I"] * 2 * c["K"]
     again = {"none": 0, "selective": selective, "full": layers}[checkpointing]
+    again = again * min(often or c["layers"], c["layers"]) // c["layers"]
     return {"forward": forward, "training": 3 * forward, "recompute": again}
 
 
@@ -193,7 +196,7 @@ def plan(recipe: Recipe) -> Plan:
         device=GPUS[gpu].label if gpu in GPUS else {"cpu": "this machine"}.get(gpu or "", "a device"),
         devices=count,
         parameters=parameters(config),
-        flops=flops_per_token(config, length, checkpointing=t.checkpointing),
+        flops=flops_per_token(config, length, checkpointing=t.checkpointing, often=t.checkpointing_layers),
         precision=resolved_precision(recipe),
         memory=found[phase],
         phase=phase,

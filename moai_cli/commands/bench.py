@@ -192,6 +192,9 @@ def train(
     clip: Annotated[
         float | None, typer.Option("--clip", help="Clip gradients to this norm; 0: never.", show_default="the recipe's")
     ] = None,
+    in_backward: Annotated[
+        bool, typer.Option("--in-backward", help="Update inside of the backward pass; with --clip 0.")
+    ] = False,
     packed: Annotated[bool, typer.Option("--packed", help="Rows of packed documents, 512 tokens each.")] = False,
     backend: Annotated[
         str | None, typer.Option("--scan", "--backend", help="Scan backend.", show_default="the recipe's")
@@ -240,6 +243,7 @@ def train(
     }
     settings |= {"lengths": seq_len, "checkpointing": checkpointing, "layers": layers, "precision": precision}
     settings |= {"optimizer": optimizer, "clip": clip, "packed": packed, "backend": backend, "against": against}
+    settings |= {"in_backward": in_backward}
     settings |= {"prefill": prefill, "chunk": prefill_chunk, "repeats": repeats, "device": device}
     _show(lambda **tell: benchmark.run(**settings, **tell), benchmark.tables, json, markdown)
 

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moai_core import config as sizes
 from moai_core.bench import report, timing
 from moai_core.bench.models import Model
+from moai_core.bench.work import recorded
 from moai_core.recipe import Recipe
 from moai_core.training import optim
+from moai_core.training.in_backward import InBackward
 
 PHASES = ("forward", "backward", "optimizer")
 # Unmeasured steps: they compile, and make the optimizer's moments.
@@ -69,9 +72,10 @@ def train(
     clip: float | None,
     device: torch.device,
     on_step: Callable[[int], None],
+    early: InBackward | None = None,
 ) -> dict[str, Any]:
     """Measured steps after a few unmeasured ones: {"step": timing, "phases_ms", "loss", "peak_bytes",
-    "reserved_bytes"}."""
+    "reserved_bytes"}. early: updates inside of the backward pass, whose time then holds them."""
     parameters, losses, marks = model.parameters, [], Marks(device)
     for number in range(WARMUP + steps):
         on_step(number)
@@ -83,6 +87,8 @@ def train(
         loss = model.loss(tokens, seq_idx)
         marks()
         loss.backward()
+        if early is not None:
+            early.join()
         marks()
         if clip is None:  # then nothing asks for the norm
             optimizer.step()
@@ -146,3 +152,18 @@ def product_rate(clock: timing.Clock, dtype: torch.dtype) -> dict[str, Any]:
     work = timing.Rotation(pairs).calls(lambda pair: pair[0] @ pair[1])
     found = timing.summary(timing.take_turns({"product": work}, clock, repeats=20)["product"], clock)
     return {"n": n, "dtype": report.short(dtype), "flops_per_s": 2 * n**3 / found.median}
+
+
+def is_preset(numbers: dict[str, Any], preset: str) -> bool:
+    """Whether a model has a preset's numbers."""
+    same = {k: v for k, v in sizes.fields(preset).items() if k != "use_checkpoint"}
+    return all(numbers[k] == v for k, v in same.items())
+
+
+def attach(results: list[dict[str, Any]], reading: list[dict[str, Any]]) -> None:
+    """Puts what is known of mamba_ssm, and the goals, beside moai's rows, as `recorded`."""
+    known = recorded()
+    for rows, table, keys in ((results, "training", ("batch", "length")), (reading, "prefill", ("length",))):
+        for row in [r for r in rows if r["model"] == "moai"]:
+            same = [k for k in known[table] if all(k[key] == row[key] for key in keys)]
+            row["recorded"] = {who: same[0][who] for who in ("mamba_ssm", "goal")} if same else None

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +29,11 @@ from moai_core import scan as kernels
 from moai_core.bench import models, report, timing
 from moai_core.bench.models import Model
 from moai_core.bench.report import Table
-from moai_core.bench.steps import PHASES, WARMUP, make_optimizer, product_rate, read, train
+from moai_core.bench.steps import PHASES, WARMUP, attach, is_preset, make_optimizer, product_rate, read, train
 from moai_core.bench.work import documents, recorded
 from moai_core.errors import UsageError, at_least
 from moai_core.recipe import Recipe
-from moai_core.training import setup
+from moai_core.training import in_backward, setup
 
 RIVALS = ("transformers", "mamba_ssm")
 OPTIMIZERS = ("recipe", "torch", "adamw", "adamw_bf16", "adamw_8bit")
@@ -84,7 +85,7 @@ def measure(
     results, reading = bench.results, bench.reading
     on_event({"event": "progress", "task": "done", "done": 1, "total": 1})
     there = device.type == "cuda" and recorded()["gpu"] in torch.cuda.get_device_name(device)
-    if there and dtype == torch.bfloat16 and _is_preset(numbers, "2b"):
+    if there and dtype == torch.bfloat16 and is_preset(numbers, "2b"):
         attach(results, reading)
     bad = [r for r in results if r.get("loss") is not None and r["loss"] != r["loss"]]
     return {
@@ -95,6 +96,7 @@ def measure(
         "precision": setup.precision_name(o.recipe),
         "optimizer": "torch.optim.AdamW (fused)" if o.optimizer == "torch" else o.recipe.optim.name,
         "clip": o.recipe.optim.clip,
+        "in_backward": o.recipe.optim.in_backward,
         "packed": o.packed,
         "backend": backend,
         "product": product,
@@ -141,6 +143,8 @@ class _Bench:
             kinds = self.o.checkpointing if model.name == "moai" else ["none"]
             for kind, length, batch in itertools.product(kinds, self.o.lengths, self.o.batches):
                 row = {"model": model.name, "batch": batch, "length": length, "checkpointing": kind}
+                some = self.o.recipe.train.checkpointing_layers
+                row["layers"] = some if model.name == "moai" and kind != "none" else None
                 found = self.guarded(lambda k=kind, b=batch, n=length: self.train(model, optimizer, k, b, n))  # type: ignore[misc]
                 optimizer.zero_grad(set_to_none=True)
                 self.results.append(row | found)
@@ -166,7 +170,7 @@ class _Bench:
     ) -> dict[str, Any]:
         """One row of `results`."""
         if model.name == "moai":
-            model.module.set_checkpointing(kind)  # type: ignore[operator]
+            model.module.set_checkpointing(kind, self.o.recipe.train.checkpointing_layers)  # type: ignore[operator]
         device, vocabulary = self.clock.device, self.numbers["vocab_size"]
         inputs = [
             (
@@ -176,10 +180,14 @@ class _Bench:
             for _ in range(4)
         ]
         what = f"{model.name}: {batch} x {length}, checkpointing {kind}"
-        found = train(
-            model, optimizer, itertools.cycle(inputs), steps=self.o.steps, clip=self.o.recipe.optim.clip,
-            device=device, on_step=lambda number: self.tell(f"{what}, step {number + 1 - WARMUP}"),
-        )  # fmt: skip
+        with ExitStack() as stack:
+            early = None
+            if model.name == "moai":
+                early = in_backward.begin(self.o.recipe, optimizer, accumulation=1, ranks=1, stack=stack)
+            found = train(
+                model, optimizer, itertools.cycle(inputs), steps=self.o.steps, clip=self.o.recipe.optim.clip,
+                device=device, on_step=lambda number: self.tell(f"{what}, step {number + 1 - WARMUP}"), early=early,
+            )  # fmt: skip
         speed = batch * length / found["step"]["median_ms"] * 1e3
         flops = plan.flops_per_token(self.numbers, length)["training"] if model.name == "moai" else None
         return {"tokens_per_s": speed, "mfu": flops * speed / self.rate if flops else None, **found}
@@ -189,20 +197,6 @@ def _backend(recipe: Recipe, device: torch.device, dtype: torch.dtype, packed: b
     asked = recipe.model.scan if recipe.model.use_fast_scan is not False else "reference"
     module = kernels.pick(device, dtype, backend=asked, N=numbers["state_size"], seq_idx=packed)
     return next(name for name, one in kernels.BACKENDS.items() if one is module)
-
-
-def _is_preset(numbers: dict[str, Any], preset: str) -> bool:
-    same = {k: v for k, v in sizes.fields(preset).items() if k != "use_checkpoint"}
-    return all(numbers[k] == v for k, v in same.items())
-
-
-def attach(results: list[dict[str, Any]], reading: list[dict[str, Any]]) -> None:
-    """Puts what is known of mamba_ssm, and the goals, beside moai's rows, as `recorded`."""
-    known = recorded()
-    for rows, table, keys in ((results, "training", ("batch", "length")), (reading, "prefill", ("length",))):
-        for row in [r for r in rows if r["model"] == "moai"]:
-            same = [k for k in known[table] if all(k[key] == row[key] for key in keys)]
-            row["recorded"] = {who: same[0][who] for who in ("mamba_ssm", "goal")} if same else None
 
 
 # ---- what is asked
@@ -222,6 +216,7 @@ def options(
     precision: str | None = None,
     optimizer: str | None = None,
     clip: float | None = None,
+    in_backward: bool = False,
     packed: bool = False,
     backend: str | None = None,
     against: Sequence[str] | None = None,
@@ -248,10 +243,13 @@ def options(
     wanted += [f"model.scan={backend}"] if backend else []
     wanted += [f"optim.clip={'null' if clip == 0 else clip}"] if clip is not None else []
     wanted += [f"optim.name={optimizer}"] if optimizer not in ("recipe", "torch") else []
+    wanted += ["optim.in_backward=true"] if in_backward else []
     source = recipe or f"base/{preset}"
     kinds = [kind.strip() for text in checkpointing or () for kind in text.split(",")]
     found = [recipes.load(source, [*wanted, *overrides, f"train.checkpointing={kind}"]) for kind in kinds]
     one = found[0] if found else recipes.load(source, [*wanted, *overrides])
+    if one.optim.in_backward and optimizer == "torch":
+        raise UsageError("--in-backward needs moai's own optimizer (got torch)", hint="add --optimizer adamw_bf16")
     rivals = report.among("--against", against, RIVALS) if against else []
     if "mamba_ssm" in rivals:
         _require_mamba_ssm(where)
@@ -299,6 +297,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     rate = f"{product['dtype']} product of {product['n']}³: {product['flops_per_s'] / 1e12:.3g} TFLOP/s"
     clip = "no clipping" if found["clip"] is None else f"clip {found['clip']:g}"
     title = f"{found['model']}, {found['parameters']:,} parameters, {found['precision']}, {found['optimizer']}, {clip}"
+    title += ", updated inside of the backward pass" if found.get("in_backward") else ""
     title += f"{', packed documents' if found['packed'] else ''}, scan backend {found['backend']}; {rate}"
     title += "; ms by phase; peak GB (reserved)" if found["environment"].get("gpu") else "; ms by phase"
     result = []
@@ -317,7 +316,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 
 def _training(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    head = (row["model"], row["checkpointing"], f"{row['batch']} x {row['length']}")
+    some = f", {row['layers']} layers" if row.get("layers") else ""
+    head = (row["model"], row["checkpointing"] + some, f"{row['batch']} x {row['length']}")
     if row.get("out_of_memory"):
         return (*head, "out of memory", *[""] * (4 + len(PHASES)))
     same = [r for r in rows if r["model"] == "moai" and (r["batch"], r["length"]) == (row["batch"], row["length"])]
@@ -380,6 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", help="fp32, bf16, bf16-mixed")
     parser.add_argument("--optimizer", help=f"one of {', '.join(OPTIMIZERS)}")
     parser.add_argument("--clip", type=float, help="norm that gradients are clipped to; 0: never")
+    parser.add_argument("--in-backward", action="store_true", help="update inside of the backward pass")
     parser.add_argument("--packed", action="store_true", help="packed documents of 512 tokens in the mean")
     parser.add_argument("--backend", help="scan backend of moai")
     parser.add_argument("--against", action="append", help=f"among {', '.join(RIVALS)}")

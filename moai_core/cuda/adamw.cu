@@ -7,13 +7,12 @@
 //
 //   P  parameters and gradients     S  the state: moments and, where P is narrower, the master weights w
 //
-// bf16 state is rounded stochastically (arXiv 2010.06192) by Philox noise (Random123, SC 2011), a function of the
+// What of a gradient is not finite changes nothing. bf16 state is rounded stochastically (arXiv 2010.06192) by Philox noise (Random123, SC 2011), a function of the
 // parameter's key, the count of updates and the element: not of the grid, so it is the same on any GPU.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
 constexpr int N = 8;               // elements a thread takes at once
-constexpr int64 CHUNK = 65536;     // elements of a block: the host counts blocks with it
 constexpr bool MASTERS = sizeof(P) < sizeof(S);
 constexpr bool NOISY = sizeof(S) == 2;
 
@@ -104,13 +103,16 @@ struct Step {
   float factor, gain1, beta2, gain2, keep, step, over_root, eps;
 };
 
-// The N elements from `i` on.
+DEVICE bool finite(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+// The N elements from `i` on; the sum of the squares of their gradients.
 template <bool whole>
-DEVICE void advance(const Row& row, const P* gradient, const Step& s, int64 i, int64 left) {
+DEVICE float advance(const Row& row, const P* gradient, const Step& s, int64 i, int64 left) {
   const Vec<P, N> g = load<whole>(gradient + i, left);
   Vec<S, N> m = load<whole>(row.m + i, left), v = load<whole>(row.v + i, left), w = load<whole>(row.w + i, left);
   const Noise of_w(row.key, s.update, i / N, 0), of_m(row.key, s.update, i / N, 1), of_v(row.key, s.update, i / N, 2);
   Vec<P, N> p;
+  float squares = 0.0f;
 #pragma unroll
   for (int n = 0; n < N; n++) {
     const float d = s.factor * to_float(g.at[n]);
@@ -118,22 +120,28 @@ DEVICE void advance(const Row& row, const P* gradient, const Step& s, int64 i, i
     const float second = s.beta2 * to_float(v.at[n]) + s.gain2 * (d * d);
     const float length = first * reciprocal_approx(sqrt_approx(second) * s.over_root + s.eps);
     const float value = s.keep * to_float(w.at[n]) - s.step * length;
-    round_to(m.at[n], first, of_m[n]);
-    round_to(v.at[n], second, of_v[n]);
-    round_to(w.at[n], value, of_w[n]);
-    if (MASTERS) p.at[n] = from_float<P>(value);
+    if (finite(d)) {
+      round_to(m.at[n], first, of_m[n]);
+      round_to(v.at[n], second, of_v[n]);
+      round_to(w.at[n], value, of_w[n]);
+    }
+    if (MASTERS) p.at[n] = from_float<P>(to_float(w.at[n]));
+    squares += d * d;
   }
   store<whole>(row.m + i, m, left);
   store<whole>(row.v + i, v, left);
   store<whole>(row.w + i, w, left);
   if (MASTERS) store<whole>(row.p + i, p, left);
+  return squares;
 }
 
-// rows: (count), by `first`; gradients: (count) addresses, in that order; scale: one number or null for 1.
+// rows: (count), by `first`; gradients: (count) addresses, in that order, or null where there is one parameter with the
+// gradient `only`; scale: one number or null for 1; squares: (blocks) or null, sums of the scaled gradients' squares.
+// chunk: elements of a block, a multiple of N.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    adamw(const Row* __restrict__ rows, const int64* __restrict__ gradients, const float* __restrict__ scale,
-          int64 count, int64 update, float gain1, float beta2, float gain2, float keep, float step, float over_root,
-          float eps) {
+    adamw(const Row* __restrict__ rows, const int64* __restrict__ gradients, const P* only,
+          const float* __restrict__ scale, float* squares, int64 count, int64 update, int64 chunk, float gain1,
+          float beta2, float gain2, float keep, float step, float over_root, float eps) {
   const int64 block = blockIdx.x;
   int64 low = 0, high = count;  // the row is the last whose first block is not behind this one
   while (high - low > 1) {
@@ -143,12 +151,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   Row row = rows[low];
   row.p = in_global(row.p), row.m = in_global(row.m), row.v = in_global(row.v), row.w = in_global(row.w);
-  const P* gradient = in_global(reinterpret_cast<const P*>(gradients[low]));
-  const bool wide = row.wide && gradients[low] % 16 == 0;
+  const P* gradient = in_global(gradients ? reinterpret_cast<const P*>(gradients[low]) : only);
+  const bool wide = row.wide && (unsigned long long)gradient % 16 == 0;
   const Step s = {update, scale ? *scale : 1.0f, gain1, beta2, gain2, keep, step, over_root, eps};
-  const int64 begin = (block - row.first) * CHUNK, end = row.size < begin + CHUNK ? row.size : begin + CHUNK;
+  const int64 begin = (block - row.first) * chunk, end = row.size < begin + chunk ? row.size : begin + chunk;
+  float sum = 0.0f;
   for (int64 i = begin + threadIdx.x * N; i < end; i += THREADS * N) {
-    if (wide && end - i >= N) advance<true>(row, gradient, s, i, end - i);
-    else advance<false>(row, gradient, s, i, end - i);
+    if (wide && end - i >= N) sum += advance<true>(row, gradient, s, i, end - i);
+    else sum += advance<false>(row, gradient, s, i, end - i);
+  }
+  if (!squares) return;
+  __shared__ float parts[THREADS / 32];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < THREADS / 32; warp++) sum += parts[warp];
+    squares[block] = sum;
   }
 }

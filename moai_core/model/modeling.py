@@ -151,6 +151,7 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         self.gradient_checkpointing = config.use_checkpoint
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
         self.selective = False
+        self.checkpointing_layers: int | None = None
         if config.quantization is not None:
             quant.install(self, config.quantization, prefix="model.")
         self.post_init()
@@ -198,10 +199,11 @@ class MoaiMambaModel(MoaiPreTrainedModel):
                 return MoaiModelOutput(last_hidden_state=x, state=after)
         new_layers: list[LayerState] = []
         every: list[Tensor] = []
-        full = self.gradient_checkpointing and self.training
-        selective = self.selective and self.training and torch.is_grad_enabled()
+        often = len(self.layers) if self.checkpointing_layers is None else self.checkpointing_layers
         residual, x = x, None
         for index, layer in enumerate(self.layers):
+            again = self.training and torch.is_grad_enabled() and index < often
+            full, selective = again and self.gradient_checkpointing, again and self.selective
             if (full or output_hidden_states) and x is not None:
                 # One tensor to keep, or to show, instead of two.
                 residual, x = residual + x, None
@@ -279,13 +281,15 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
             raise UsageError(f"unknown scan backend {name!r}", hint=f"backends: auto, {', '.join(kernels.BACKENDS)}")
         self.model.scan_backend = name
 
-    def set_checkpointing(self, mode: str) -> None:
+    def set_checkpointing(self, mode: str, layers: int | None = None) -> None:
         """What a layer keeps for the backward pass when training: `none` keeps everything, `selective` all but what is
-        cheap to compute again (norms, convolution, time steps, SwiGLU's product), `full` its input alone.
+        cheap to compute again (norms, convolution, time steps, SwiGLU's product), `full` its input alone. layers: only
+        so many of them, from the first; the backward pass comes to them when the others' memory is free again.
         """
         if mode not in CHECKPOINTING:
             raise UsageError(f"unknown checkpointing {mode!r}", hint=f"modes: {', '.join(CHECKPOINTING)}")
         self.model.gradient_checkpointing, self.model.selective = mode == "full", mode == "selective"
+        self.model.checkpointing_layers = layers
 
     def forward(
         self,

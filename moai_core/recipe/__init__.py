@@ -328,6 +328,8 @@ def _contradictions(recipe: Recipe, places: list[Origin]) -> Iterator[RecipeErro
         yield recipe.error("train.epochs", "and train.steps are both set; keep one")
     if recipe.train.effective_batch is not None and recipe.train.accumulation != 1:
         yield recipe.error("train.accumulation", "and train.effective_batch are both set; keep one")
+    if recipe.optim.in_backward:
+        yield from _not_in_backward(recipe)
     try:
         recipe.model.numbers()
     except UsageError as exc:
@@ -341,3 +343,15 @@ def _contradictions(recipe: Recipe, places: list[Origin]) -> Iterator[RecipeErro
         yield recipe.error("name", f"must be usable as a folder's name (got {recipe.name!r})")
     elif "\0" in recipe.output or "\0" in (recipe.tokenizer or ""):
         yield recipe.error("output" if "\0" in recipe.output else "tokenizer", "must not contain a NUL character")
+
+
+def _not_in_backward(recipe: Recipe) -> Iterator[RecipeError]:
+    """What keeps an update from being done before all gradients are known, as far as a recipe shows it."""
+    if recipe.optim.clip is not None:
+        why = "updates before the norm of all gradients is known, which optim.clip needs"
+        yield recipe.error("optim.in_backward", why, hint="optim.clip=null")
+    if recipe.train.accumulation > 1:
+        why = f"updates from the gradients of one micro-batch (train.accumulation is {recipe.train.accumulation})"
+        yield recipe.error("optim.in_backward", why, hint="raise train.batch_size instead")
+    if recipe.optim.name == "adamw_8bit":
+        yield recipe.error("optim.in_backward", "doesn't go with optim.name=adamw_8bit", hint="optim.name=adamw_bf16")

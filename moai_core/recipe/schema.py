@@ -129,6 +129,12 @@ class Optim:
     eps: float = _f(1e-8, "added to the root of the second moment", above=0, max=1)
     weight_decay: float = _f(0.01, "decoupled weight decay; never on A_log, D, dt_bias and norms", min=0, max=1)
     clip: float | None = _f(1.0, "largest gradient norm; null: no clipping", above=0)
+    in_backward: bool = _f(
+        False,
+        "update each large parameter inside of the backward pass, as soon as its gradient is complete, and free the "
+        "gradient; needs clip null, one micro-batch a step, one device, and moai's own optimizer (bf16 weights or "
+        "adamw_bf16)",
+    )
     schedule: Literal["cosine", "wsd", "constant"] = _f(
         "cosine", "after the warm-up: cosine decay, warmup-stable-decay, or constant"
     )
@@ -156,6 +162,9 @@ class Train:
         "none",
         "what the backward pass computes again instead of finding it in memory; selective: norms, convolution, time "
         "steps, SwiGLU's product (a few percent of the time); full: all but the input of each layer",
+    )
+    checkpointing_layers: int | None = _f(
+        None, "layers, from the first, that checkpointing applies to, the others keep everything; null: all", min=1
     )
     seed: int = _f(0, "seed of initial weights, data order and samples", min=0, max=2**63 - 1)
     save_every: int = _f(1000, "steps between checkpoints (the last step is always saved)", min=0)

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from moai_core import cuda
 
-THREADS, CHUNK = 256, 65536  # as in the kernel
+THREADS = 256  # as in the kernel
+# Elements of a block, when all parameters of a group are updated at once and when one is: then there must be enough of
+# them to keep the memory busy.
+CHUNK, CHUNK_OF_ONE = 65536, 8192
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Entry:
 class Table:
     """What the kernel knows of a list of parameters, on the GPU; made anew when a tensor has moved."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self.chunk = chunk
         self._addresses: list[int] = []
         self.blocks = 0
         self.rows: Tensor | None = None
@@ -49,7 +53,7 @@ class Table:
                 four = addresses[4 * i : 4 * i + 4]
                 size = entry.parameter.numel()
                 rows.append([self.blocks, size, *four, entry.key, int(all(a % 16 == 0 for a in four))])
-                self.blocks += -(-size // CHUNK)
+                self.blocks += -(-size // self.chunk)
             self._addresses, self.rows = addresses, torch.tensor(rows).to(entries[0].parameter.device)
         return self.rows
 
@@ -64,9 +68,11 @@ def update(
     eps: float,
     weight_decay: float,
     scale: Tensor | None,
+    squares: Tensor | None = None,
 ) -> None:
     """Update number `count` (from 1) of parameters of one type, in place, from their `.grad`; scale: what gradients are
-    multiplied by, a number in fp32 on the device, or None. All of it may still be under way on return.
+    multiplied by, a number in fp32 on the device, or None. squares (table.blocks,): receives sums of their squares.
+    What of a gradient is not finite changes nothing. All of it may still be under way on return.
     """
     (beta1, beta2), parameters = betas, [entry.parameter for entry in entries]
     device, dtype, state = parameters[0].device, parameters[0].dtype, entries[0].exp_avg.dtype
@@ -74,12 +80,17 @@ def update(
     assert scale is None or (scale.dtype, scale.numel()) == (torch.float32, 1)
     rows = table.fill(entries)
     gradients = [p.grad.contiguous() for p in parameters if p.grad is not None]
-    addresses = torch.tensor([g.data_ptr() for g in gradients]).to(device, non_blocking=True)
+    addresses = only = None
+    if len(gradients) == 1:
+        only = gradients[0]
+    else:
+        addresses = torch.tensor([g.data_ptr() for g in gradients]).to(device, non_blocking=True)
     kernel = cuda.kernel("adamw.cu", "adamw", device, P=cuda.TYPES[dtype], S=cuda.TYPES[state])
     if table.blocks:
         numbers = (1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay)
         step, over_root = lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
         scalars = (float(x) for x in (*numbers, step, over_root, eps))
-        kernel(table.blocks, THREADS, rows, addresses, scale, len(entries), count, *scalars)
+        many = (len(entries), count, table.chunk)
+        kernel(table.blocks, THREADS, rows, addresses, only, scale, squares, *many, *scalars)
     # The kernel wrote behind autograd's back.
     torch.autograd.graph.increment_version(parameters)

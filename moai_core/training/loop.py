@@ -24,7 +24,6 @@ from signal import SIGINT, SIGTERM, Signals
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moai_core import checkpoint
 from moai_core.errors import Interrupted, NonFiniteError, StorageError, UsageError
@@ -150,6 +149,7 @@ class Loop(Run):
         labels, real = self._agree_to_go_on(now.labels, now.real)
         # Data parallelism averages gradients over the ranks: the count is divided as well, and the sum comes out.
         items = max(1.0, labels) / ranks.world
+        lr = self._set_learning_rate(progress.step + 1)
         total = torch.zeros((), device=ranks.device)
         for index, batch in enumerate(now.batches):
             if ranks.world == 1:
@@ -160,16 +160,15 @@ class Loop(Run):
                 loss = self.parallel(**inputs, num_items=items, seq_idx_in_order=now.in_order).loss
                 loss.backward()
             total += loss.detach()
-        norm = optim.grad_norm(self.parameters)
+        norm = optim.grad_norm(self.parameters) if self.early is None else self.early.norm(self.parameters)
         if progress.step + 1 < self.steps:
             # While a GPU still computes; on a CPU it makes no difference.
             self.ahead = self._fetch()
         local, size = torch.stack([total, norm]).tolist()
         loss_value = ranks.sum(local)[0] / ranks.world
         finite = math.isfinite(loss_value) and math.isfinite(size)
-        lr = self._learning_rate(progress.step + 1)
         if finite:
-            self._update(lr, norm)
+            optim.clip_and_step(self.optimizer, self.parameters, norm, self.recipe.optim.clip)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.tokens += int(labels)
@@ -188,9 +187,9 @@ class Loop(Run):
             raise Interrupted(SIGTERM if terms else SIGINT)
         return labels_all, real_all
 
-    def _learning_rate(self, step: int) -> float:
+    def _set_learning_rate(self, step: int) -> float:
         o = self.recipe.optim
-        return optim.learning_rate(
+        lr = optim.learning_rate(
             step,
             total=self.steps,
             peak=self.peak_lr,
@@ -199,11 +198,9 @@ class Loop(Run):
             min_ratio=o.min_lr_ratio,
             decay_fraction=o.decay_fraction,
         )
-
-    def _update(self, lr: float, norm: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        optim.clip_and_step(self.optimizer, self.parameters, norm, self.recipe.optim.clip)
+        return lr
 
     def _record(
         self, loss: float, lr: float, norm: float, finite: bool, real: float, seconds: float, epoch: int
@@ -241,7 +238,8 @@ class Loop(Run):
         progress.skipped += 1
         what = "the gradient" if math.isfinite(loss) else "the loss"
         count = f"{progress.nonfinite} in a row, {limit} stop the run"
-        message = f"step {progress.step}: {what} is not finite; the step is skipped ({count})"
+        skipped = "the step is skipped" if self.early is None else "what of it wasn't changed nothing"
+        message = f"step {progress.step}: {what} is not finite; {skipped} ({count})"
         self.on_event({"event": "warning", "message": message})
         if progress.nonfinite >= limit:
             raise NonFiniteError(

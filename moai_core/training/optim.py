@@ -117,7 +117,7 @@ class AdamWBF16(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed, self.masters = seed, masters
         self._keys: dict[str, int] = {}
-        self._tables: dict[tuple[int, torch.device, torch.dtype], adamw_cuda.Table] = {}
+        self._tables: dict[str | tuple[int, torch.device, torch.dtype], adamw_cuda.Table] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None, *, scale: Tensor | None = None) -> None:  # type: ignore[override]
@@ -131,21 +131,45 @@ class AdamWBF16(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.grad is None:
                     continue
-                assert parameter.is_contiguous(), name
-                state = self.state[parameter]
-                if not state:
-                    state.update(self._start(parameter))
-                state["step"] = count = int(state["step"]) + 1
+                state = self._advance(name, parameter)
                 if cuda.why_not(parameter.device) is None:
-                    weight = state.get("master", parameter)
-                    entry = adamw_cuda.Entry(self._key(name), parameter, state["exp_avg"], state["exp_avg_sq"], weight)
-                    fused.setdefault((parameter.device, parameter.dtype, count), []).append(entry)
+                    entry = self._entry(name, parameter, state)
+                    fused.setdefault((parameter.device, parameter.dtype, state["step"]), []).append(entry)
                 else:
                     self._update(name, parameter, state, group, scale)
             for (device, dtype, count), entries in fused.items():
                 table = self._tables.setdefault((index, device, dtype), adamw_cuda.Table())
-                values = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-                adamw_cuda.update(table, entries, count=count, scale=scale, **values)
+                adamw_cuda.update(table, entries, count=count, scale=scale, **_values(group))
+
+    @torch.no_grad()
+    def step_one(self, group: dict[str, Any], name: str, parameter: Tensor, squares: Tensor) -> None:
+        """The update of one parameter that has a gradient, as `step` does it, with the same bits.
+
+        squares: fp32 (blocks(parameter),), on its device, receives numbers that add up to the sum of the gradient's
+        squares. What of the gradient is not finite changes nothing.
+        """
+        state = self._advance(name, parameter)
+        if cuda.why_not(parameter.device) is None:
+            table = self._tables.setdefault(name, adamw_cuda.Table(adamw_cuda.CHUNK_OF_ONE))
+            entries = [self._entry(name, parameter, state)]
+            adamw_cuda.update(table, entries, count=state["step"], scale=None, squares=squares, **_values(group))
+        else:
+            assert parameter.grad is not None
+            squares.copy_(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square())
+            self._update(name, parameter, state, group, None, guarded=not math.isfinite(float(squares)))
+
+    def _advance(self, name: str, parameter: Tensor) -> dict[str, Any]:
+        """The parameter's state, one update later by its count."""
+        assert parameter.is_contiguous(), name
+        state = self.state[parameter]
+        if not state:
+            state.update(self._start(parameter))
+        state["step"] = int(state["step"]) + 1
+        return state
+
+    def _entry(self, name: str, parameter: Tensor, state: dict[str, Any]) -> adamw_cuda.Entry:
+        weight = state.get("master", parameter)
+        return adamw_cuda.Entry(self._key(name), parameter, state["exp_avg"], state["exp_avg_sq"], weight)
 
     def _start(self, parameter: Tensor) -> dict[str, Any]:
         dtype = torch.float32 if self.masters else parameter.dtype
@@ -161,8 +185,15 @@ class AdamWBF16(torch.optim.Optimizer):
         return self._keys[name]
 
     def _update(
-        self, name: str, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], scale: Tensor | None
+        self,
+        name: str,
+        parameter: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        scale: Tensor | None,
+        guarded: bool = False,
     ) -> None:
+        """guarded: leave what belongs to gradients that are not finite."""
         assert parameter.grad is not None
         count = state["step"]
         noise = torch.Generator(parameter.device)
@@ -177,9 +208,19 @@ class AdamWBF16(torch.optim.Optimizer):
             w32 = w.float().mul_(1 - lr * group["weight_decay"])
             w32.addcdiv_(m32, v32.sqrt().div_(root).add_(group["eps"]), value=-step)
             for target, value in ((w, w32), (m, m32), (v, v32)):
-                target.copy_(round_stochastic(value, noise) if target.dtype == torch.bfloat16 else value)
+                rounded = round_stochastic(value, noise) if target.dtype == torch.bfloat16 else value
+                target.copy_(torch.where(g.isfinite(), rounded, target) if guarded else rounded)
             if "master" in state:
-                p.copy_(w32)
+                p.copy_(w)
+
+
+def _values(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+
+
+def blocks(parameter: Tensor) -> int:
+    """How many numbers `AdamWBF16.step_one` leaves of a parameter's gradient."""
+    return -(-parameter.numel() // adamw_cuda.CHUNK_OF_ONE) if cuda.why_not(parameter.device) is None else 1
 
 
 def round_stochastic(value: Tensor, noise: torch.Generator) -> Tensor:

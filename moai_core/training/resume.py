@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "train.epochs", "train.save_every", "train.keep_last", "train.keep_best", "train.eval_every",
     "train.eval_batches", "train.log_every", "train.sample_every",
     "train.sample_prompts", "train.sample_tokens", "train.max_nonfinite", "train.threads", "train.checkpointing",
+    "train.checkpointing_layers", "optim.in_backward",
     "train.batch_size", "train.accumulation", "train.effective_batch",
 )  # fmt: skip
 # Keys that must agree even where the user names the checkpoint: weights, optimizer state and the loader's place in the

@@ -18,7 +18,7 @@ from moai_core import checkpoint, storage
 from moai_core.data.loader import make_loader
 from moai_core.errors import UsageError
 from moai_core.recipe import Recipe
-from moai_core.training import metrics, optim, setup, track
+from moai_core.training import in_backward, metrics, optim, setup, track
 from moai_core.training import resume as resuming
 from moai_core.training.parallel import Ranks
 from moai_core.training.stop import StopFlag
@@ -130,6 +130,8 @@ class Run:
         )
         if saved is not None:
             ranks.main_first(lambda: self._restore(*saved))
+        count = {"accumulation": self.accumulation, "ranks": ranks.world}
+        self.early = ranks.main_first(lambda: in_backward.begin(recipe, self.optimizer, **count, stack=self.stack))
         self.consumed = self.loader.state_dict()
         batches = iter(self.loader)
         self.batches = map(_pinned, batches) if ranks.device.type == "cuda" else batches

@@ -164,7 +164,7 @@ def make_ready(model: MoaiMambaForCausalLM, recipe: Recipe, dtype: torch.dtype) 
     """Type, scan backend and checkpointing of the recipe; training mode."""
     model.to(dtype=dtype)  # type: ignore[call-arg]
     model.set_scan_backend(recipe.model.scan if recipe.model.use_fast_scan is not False else "reference")
-    model.set_checkpointing(recipe.train.checkpointing)
+    model.set_checkpointing(recipe.train.checkpointing, recipe.train.checkpointing_layers)
     model.train()
 
 

@@ -185,14 +185,14 @@ def test_out_of_memory_is_a_row(monkeypatch):
 def test_recorded_figures_stand_beside_the_rows_they_belong_to():
     results = [{"model": "moai", "batch": b, "length": n, "checkpointing": "none", "out_of_memory": True} for b, n in ((4, 2048), (8, 2048), (4, 4096))]  # fmt: skip
     reading = [{"model": "moai", "length": 32768, "chunk": None, "out_of_memory": True}]
-    train.attach(results, reading)
+    steps.attach(results, reading)
     assert (
         results[0]["recorded"]["mamba_ssm"]["tokens_per_s"] == 31205
         and results[0]["recorded"]["goal"]["tokens_per_s"] == 47000
     )
     assert results[1]["recorded"]["mamba_ssm"] == {"out_of_memory": True} and results[2]["recorded"] is None
     assert reading[0]["recorded"]["goal"]["ms"] == 190
-    assert train._is_preset(config.fields("2b"), "2b") and not train._is_preset(
+    assert steps.is_preset(config.fields("2b"), "2b") and not steps.is_preset(
         config.fields("2b", num_hidden_layers=2), "2b"
     )
     found = {"product": {"n": 1, "dtype": "bf16", "flops_per_s": 1.0}, "clip": None, "model": "2b", "parameters": 1}
