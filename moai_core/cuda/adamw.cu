@@ -119,13 +119,13 @@ DEVICE float advance(const Row& row, const P* gradient, const Step& s, int64 i, 
     const float first = to_float(m.at[n]) + s.gain1 * (d - to_float(m.at[n]));
     const float second = s.beta2 * to_float(v.at[n]) + s.gain2 * (d * d);
     const float length = first * reciprocal_approx(sqrt_approx(second) * s.over_root + s.eps);
-    const float value = s.keep * to_float(w.at[n]) - s.step * length;
-    if (finite(d)) {
-      round_to(m.at[n], first, of_m[n]);
-      round_to(v.at[n], second, of_v[n]);
-      round_to(w.at[n], value, of_w[n]);
-    }
-    if (MASTERS) p.at[n] = from_float<P>(to_float(w.at[n]));
+    const float updated = s.keep * to_float(w.at[n]) - s.step * length;
+    const bool real = finite(d);  // what is rounded already stays as it is under any noise
+    const float value = real ? updated : to_float(w.at[n]);
+    round_to(m.at[n], real ? first : to_float(m.at[n]), of_m[n]);
+    round_to(v.at[n], real ? second : to_float(v.at[n]), of_v[n]);
+    round_to(w.at[n], value, of_w[n]);
+    if (MASTERS) p.at[n] = from_float<P>(value);
     squares += d * d;
   }
   store<whole>(row.m + i, m, left);

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moai_core.model import fused
+from moai_core.model import fused, products
 from moai_core.tracing import untraced
 
 IGNORED = -100
@@ -30,6 +30,7 @@ _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27, "fused": 1 << 30}
 # Up to so many chunks a 16-bit head's gradients are summed in their own dtype: each sum rounds once more, as adding to
 # `.grad` does over micro-batches. fp32 sums would read and write twice the bytes and hold a copy of the head.
 _FEW = 4
+PIECES = 0
 
 
 def shift_labels(labels: Tensor, seq_idx: Tensor | None) -> Tensor:
@@ -89,6 +90,8 @@ def _chunks(hidden: Tensor, targets: Tensor, head: nn.Module) -> Iterator[tuple[
         # More than one chunk: a few. They need a second gradient of the head, and the activations of so many tokens
         # leave the less room for logits.
         pieces = pieces if pieces == 1 else max(pieces, _FEW)
+        if PIECES:
+            pieces = PIECES
         size = -(-len(hidden) // (pieces * tile)) * tile
     return zip(hidden.split(size), targets.split(size), strict=True)
 
@@ -110,7 +113,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_parameters: list[Tensor] = []
         chunks = list(_chunks(hidden.detach(), targets, head))
         few = fused.usable(hidden) and len(chunks) <= _FEW
+        matrix = few and _is_matrix(head, hidden)
         for rows, labels in chunks:
+            if matrix:
+                loss, d_rows, d_weight = _gradients_of_matrix(rows, labels, parameters[0], scale, *d_parameters)
+                total, d_parameters = total + loss, [d_weight]
+                d_hidden.append(d_rows)
+                continue
             loss, d_rows, *d_chunk = _gradients(rows, labels, head, scale, parameters)
             total = total + loss
             d_hidden.append(d_rows)
@@ -141,6 +150,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             saved = tuple(g * factor.to(g.dtype) for g in saved)
         d_hidden, *d_parameters = saved
         return d_hidden, None, None, None, *d_parameters
+
+
+def _is_matrix(head: nn.Module, hidden: Tensor) -> bool:
+    """Whether the head is nothing but a trained matrix, of the type that it multiplies in."""
+    if not products.plain(head) or not isinstance(head.weight, Tensor):
+        return False
+    return head.weight.requires_grad and head.weight.dtype == hidden.dtype == _logits_dtype(hidden)
+
+
+def _gradients_of_matrix(
+    rows: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None, gradient: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_gradients`; what earlier chunks gave for the matrix is added inside of the product."""
+    logits = F.linear(rows, weight)
+    loss = fused.cross_entropy_gradient(logits, labels, scale).sum()
+    d_rows = logits @ weight
+    gradient = logits.T @ rows if gradient is None else gradient.addmm_(logits.T, rows)
+    return loss if scale is None else loss * scale, d_rows, gradient
 
 
 def _gradients(

@@ -64,7 +64,7 @@ def add_norm(
 def fusable(x: Tensor, *linears: nn.Module, norm: RMSNorm | None = None) -> bool:
     """Whether the functions here can take these layers' work on x: a gradient may be asked for, nothing wants to see
     the calls, and the numbers are of types that moai's kernels know."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_plain, linears)):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(plain, linears)):
         return False
     weights = [_weight(linear) for linear in linears]
     dtype = _product_dtype(x, weights[0])
@@ -110,7 +110,7 @@ def product_beside(u: Tensor | Recomputed, linear: nn.Module) -> tuple[Tensor, T
 def onto(total: Tensor, own: bool, linear: nn.Module) -> Tensor | None:
     """`total`, if `add_product` can add this layer's results to it, else None: it is nobody else's (`own`), no gradient
     is asked for, nothing wants to see the call, and all numbers are of one type that moai's kernels know."""
-    if not own or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(linear):
+    if not own or torch.is_grad_enabled() or torch.compiler.is_compiling() or not plain(linear):
         return None
     weight = _weight(linear)
     one_type = weight.dtype == total.dtype == _product_dtype(total, weight)
@@ -220,7 +220,8 @@ def _gradient(needed: bool, d: Tensor | None, x: Tensor) -> Tensor | None:
     return d.T @ x if needed and d is not None else None
 
 
-def _plain(linear: nn.Module) -> bool:
+def plain(linear: nn.Module) -> bool:
+    """Whether a layer is nothing but a matrix, and nothing wants to see its calls."""
     return (
         type(linear) is nn.Linear
         and linear.bias is None
