@@ -167,6 +167,33 @@ def test_the_2b_step_meets_its_memory():
         assert p.peak - p.memory["overhead"] <= most
 
 
+def test_layers_that_keep_everything_stand_between():
+    def planned(mode, layers=None):
+        some = [] if layers is None else [f"train.checkpointing_layers={layers}"]
+        return plan.plan(recipes.load("h100-2b", [*FOUR_ROWS, f"train.checkpointing={mode}", *some]))
+
+    for mode in ("selective", "full"):
+        every, none = planned(mode), planned("none")
+        peaks = [planned(mode, layers).peak for layers in (24, 16, 8, 1)]
+        assert peaks[0] == every.peak == planned(mode, 99).peak and peaks == sorted(peaks) and peaks[-1] < none.peak
+        again = planned(mode, 16).flops["recompute"]
+        assert again == pytest.approx(every.flops["recompute"] * 2 / 3) and again > 0
+    kept = (planned("none").peak - planned("selective").peak) / 24
+    assert planned("selective", 16).peak == pytest.approx(planned("selective").peak + 8 * kept, rel=1e-3)
+
+
+def test_updates_inside_of_the_backward_pass_take_the_gradients_away():
+    """Of a small batch they are a quarter of all; of a large one the activations at the loss are the peak."""
+    one = ["train.batch_size=1", "train.effective_batch=1", "train.checkpointing=full"]
+    one += ["train.precision=bf16", "optim.name=adamw_bf16", "optim.clip=null"]
+    plain, inside = (plan.plan(recipes.load("h100-2b", [*one, f"optim.in_backward={on}"])) for on in ("false", "true"))
+    gradients = footprint.weights_gradients_optimizer(
+        plan.numbers(plain_recipe := recipes.load("h100-2b", one)), plain_recipe, "bf16"
+    )["gradients"]
+    assert plain.phase == "update" and inside.phase == "loss"
+    assert 0.6 * gradients < plain.peak - inside.peak < gradients
+
+
 # (recipe, overrides, torch.cuda.max_memory_allocated of a step in GiB on an H100 80GB; docs/LOG.md says how). With
 # checkpointing, so that little of it was the stand-ins' for scan and convolution; tests/gpu/test_memory.py measures all.
 FOUR_ROWS = ["train.batch_size=4", "train.effective_batch=4", "train.precision=bf16", "optim.name=adamw_bf16"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from moai_core.training import adamw_cuda, optim
+from moai_core.training import adamw_cuda, in_backward, optim
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -207,6 +207,75 @@ def test_parameters_without_gradient_stay(device):
     trained(device, 4, model=model, own=own, first=3)  # its count of updates is now another than the others'
     assert not torch.equal(model.matrix, before)
     assert int(own.state[model.matrix]["step"]) == 3 and int(own.state[model.one]["step"]) == 4
+
+
+@pytest.mark.parametrize("name", ["adamw_bf16", "adamw"])
+def test_one_parameter_alone_has_the_same_bits(device, name):
+    """As in the backward pass, with the sum of its gradient's squares."""
+    whole, parts = Odd(device), Odd(device)
+    own, other = (optim.make_optimizer(m, settings(name), lr=1e-2, seed=5) for m in (whole, parts))
+    for step in range(3):
+        give_gradients(whole, step)
+        own.step()
+        give_gradients(parts, step)
+        for group in other.param_groups:
+            for key, p in zip(group["param_names"], group["params"], strict=True):
+                if not p.numel():
+                    continue
+                squares = torch.full((optim.blocks(p),), math.nan, device=device)
+                exact = float((p.grad.double() ** 2).sum())
+                other.step_one(group, key, p, squares)
+                assert float(squares.double().sum()) == pytest.approx(exact, rel=1e-5), key
+    for (key, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(p, q), key
+        for which, value in own.state[p].items() if p.numel() else ():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[q][which])), (key, which)
+
+
+@pytest.mark.parametrize("name", ["adamw_bf16", "adamw"])
+def test_what_is_not_finite_changes_nothing(device, name):
+    model, _ = trained(device, 2)
+    own = optim.make_optimizer(model, settings(name), lr=1e-2, seed=5)
+    give_gradients(model, 2)
+    own.step()
+    p = model.matrix
+    before, state = p.detach().clone(), {k: torch.as_tensor(v).clone() for k, v in own.state[p].items()}
+    give_gradients(model, 3)
+    wrong = torch.zeros_like(p, dtype=torch.bool)
+    wrong.view(-1)[::7] = True
+    p.grad[wrong] = (
+        torch.tensor([math.nan, math.inf, -math.inf], device=device).repeat(1 << 16)[: int(wrong.sum())].to(BF16)
+    )
+    own.step()
+    assert torch.equal(p[wrong], before[wrong]) and p.isfinite().all()
+    for key, old in state.items():
+        if key != "step":
+            assert torch.equal(own.state[p][key][wrong], old[wrong]) and own.state[p][key].isfinite().all()
+            assert not torch.equal(own.state[p][key][~wrong], old[~wrong])
+
+
+@pytest.mark.parametrize("aside", [False, True], ids=["same stream", "own stream"])
+def test_inside_of_the_backward_pass(device, monkeypatch, aside):
+    """Gradients of a chain of products, each of which still needs its weights: the same bits as after it."""
+    monkeypatch.setattr(in_backward, "UPDATED_ALONE", 1000)
+    ends = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(256, 256), nn.SiLU()))).to(device, BF16)
+        own = optim.make_optimizer(model, settings(), lr=1e-3, seed=5)
+        early = in_backward.InBackward(own, aside=aside) if inside else None
+        norms = []
+        for step in range(4):
+            noise = torch.Generator().manual_seed(step)
+            x = torch.randn(64, 256, generator=noise).to(device, BF16)
+            (model(x).float() ** 2).mean().backward()
+            parameters = list(model.parameters())
+            norms.append(optim.grad_norm(parameters) if early is None else early.norm(parameters))
+            own.step()
+            own.zero_grad(set_to_none=True)
+        ends.append((list(model.parameters()), [float(norm) for norm in norms]))
+    assert all(torch.equal(p, q) for p, q in zip(ends[0][0], ends[1][0], strict=True))
+    assert ends[1][1] == pytest.approx(ends[0][1], rel=1e-4)
 
 
 def test_small_updates_survive(device):

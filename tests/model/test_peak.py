@@ -20,6 +20,8 @@ from moai_core.model import loss as losses
 pytestmark = pytest.mark.slow
 
 BF16 = ["train.precision=bf16", "optim.name=adamw_bf16"]
+FOUR = ["train.batch_size=4", "train.effective_batch=4", *BF16]
+INSIDE = [*BF16, "optim.in_backward=true", "optim.clip=null"]
 
 
 class Peak(TorchDispatchMode):
@@ -64,6 +66,11 @@ def as_on_a_gpu(monkeypatch):
         ["train.batch_size=8", "train.effective_batch=8", "train.checkpointing=full", *BF16],
         ["train.batch_size=4", "train.checkpointing=none"],
         [],
+        [*FOUR, "train.checkpointing=selective", "train.checkpointing_layers=16"],
+        [*FOUR, "train.checkpointing=full", "train.checkpointing_layers=12"],
+        ["train.batch_size=1", "train.effective_batch=1", "train.checkpointing=full", *INSIDE],
+        ["train.batch_size=1", "train.effective_batch=1", "train.checkpointing=selective", *INSIDE],
+        [*FOUR, "train.checkpointing=full", *INSIDE, "model.tie_word_embeddings=true"],
     ],
     ids=str,
 )
@@ -74,10 +81,16 @@ def test_the_planned_peak_is_that_of_the_operators(as_on_a_gpu, overrides):
         model = MoaiMambaForCausalLM(MoaiMambaConfig(**recipe.model.numbers())).train()
     model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     model.set_scan_backend("cuda")
-    model.set_checkpointing(recipe.train.checkpointing)
+    model.set_checkpointing(recipe.train.checkpointing, recipe.train.checkpointing_layers)
     shape = (recipe.train.batch_size, recipe.data.max_length)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
+        if recipe.model.tie_word_embeddings:
+            model.tie_weights()
+        if recipe.optim.in_backward:
+            for parameter in model.parameters():
+                if parameter.numel() >= footprint.UPDATED_ALONE:
+                    parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
         with Peak() as peak:
             for tensor in (*model.parameters(), *moments):

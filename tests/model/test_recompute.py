@@ -124,10 +124,10 @@ class Live(TorchDispatchMode):
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
-def held(mode, precision, layers, length=LENGTH, **fields):
+def held(mode, precision, layers, length=LENGTH, often=None, **fields):
     """Bytes that a forward pass of the stack leaves behind for the backward pass."""
     model = make(precision, num_hidden_layers=layers, **fields)
-    model.set_checkpointing(mode)
+    model.set_checkpointing(mode, often)
     ids = torch.zeros(BATCH, length, dtype=torch.long)
     gc.disable()  # what only a garbage collection frees is held
     try:
@@ -355,6 +355,27 @@ def test_norms_again_are_the_sums_norm():
         weight = torch.randn(64, dtype=type_)
         total, y = fused.add_rms_norm(residual, x, weight, 1e-5)
         assert torch.equal(y, fused.rms_norm(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_some_layers_keep_everything(mode):
+    """The layers in front are checkpointed; gradients are the same bits, memory is between."""
+    model = make(num_hidden_layers=3)
+    loss, gradients = step(model, "fp32", "none")
+    none, all_of_them = (held(one, "fp32", 3) for one in ("none", mode))
+    kept = []
+    for layers in (1, 2, 3, 9):
+        model.zero_grad(set_to_none=True)
+        model.set_checkpointing(mode, layers)
+        again = model(**batch(model)).loss
+        again.backward()
+        assert torch.equal(again.detach(), loss)
+        assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+        kept.append(held(mode, "fp32", 3, often=layers))
+    assert none > kept[0] > kept[1] > kept[2] == kept[3] == all_of_them
+    assert kept[0] - kept[1] == held_by_a_layer("none", "fp32") * BATCH * LENGTH - held_by_a_layer(mode, "fp32") * (
+        BATCH * LENGTH
+    )
 
 
 def test_modes_have_names():

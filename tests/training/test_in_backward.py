@@ -181,7 +181,7 @@ def test_runs_that_cannot_have_it(tiny, tmp_path):
     with pytest.raises(RecipeError, match=r"one micro-batch \(a step has 4\)"):
         train(tiny("train.steps=2", *ON, "train.batch_size=2", "train.effective_batch=8"), output=tmp_path / "run")
     plain = [*ON, "optim.name=adamw", "train.precision=fp32"]
-    with pytest.raises(RecipeError, match="needs bf16 weights or optim.name=adamw_bf16 .got adamw on fp32"):
+    with pytest.raises(RecipeError, match=r"needs bf16 weights or optim\.name=adamw_bf16"):
         train(tiny("train.steps=2", *plain), output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     model, optimizer = settings("adamw_bf16")
