@@ -13,6 +13,7 @@
 
 constexpr int THREADS = 256;
 constexpr int N = 8;               // elements a thread takes at once
+constexpr int64 CHUNK = 8192;      // elements of a block: the host counts blocks with it
 constexpr bool MASTERS = sizeof(P) < sizeof(S);
 constexpr bool NOISY = sizeof(S) == 2;
 
@@ -137,11 +138,10 @@ DEVICE float advance(const Row& row, const P* gradient, const Step& s, int64 i, 
 
 // rows: (count), by `first`; gradients: (count) addresses, in that order, or null where there is one parameter with the
 // gradient `only`; scale: one number or null for 1; squares: (blocks) or null, sums of the scaled gradients' squares.
-// chunk: elements of a block, a multiple of N.
 extern "C" __global__ void __launch_bounds__(THREADS)
     adamw(const Row* __restrict__ rows, const int64* __restrict__ gradients, const P* only,
-          const float* __restrict__ scale, float* squares, int64 count, int64 update, int64 chunk, float gain1,
-          float beta2, float gain2, float keep, float step, float over_root, float eps) {
+          const float* __restrict__ scale, float* squares, int64 count, int64 update, float gain1, float beta2,
+          float gain2, float keep, float step, float over_root, float eps) {
   const int64 block = blockIdx.x;
   int64 low = 0, high = count;  // the row is the last whose first block is not behind this one
   while (high - low > 1) {
@@ -154,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const P* gradient = in_global(gradients ? reinterpret_cast<const P*>(gradients[low]) : only);
   const bool wide = row.wide && (unsigned long long)gradient % 16 == 0;
   const Step s = {update, scale ? *scale : 1.0f, gain1, beta2, gain2, keep, step, over_root, eps};
-  const int64 begin = (block - row.first) * chunk, end = row.size < begin + chunk ? row.size : begin + chunk;
+  const int64 begin = (block - row.first) * CHUNK, end = row.size < begin + CHUNK ? row.size : begin + CHUNK;
   float sum = 0.0f;
   for (int64 i = begin + threadIdx.x * N; i < end; i += THREADS * N) {
     if (wide && end - i >= N) sum += advance<true>(row, gradient, s, i, end - i);

@@ -30,7 +30,10 @@ _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27, "fused": 1 << 30}
 # Up to so many chunks a 16-bit head's gradients are summed in their own dtype: each sum rounds once more, as adding to
 # `.grad` does over micro-batches. fp32 sums would read and write twice the bytes and hold a copy of the head.
 _FEW = 4
-PIECES = 0
+
+# Where the head is a plain matrix, its gradients are summed inside of the product that makes them: chunks cost nothing
+# but those roundings, and are a few as soon as so many bytes of logits exist at once.
+_SMALL = 1 << 29
 
 
 def shift_labels(labels: Tensor, seq_idx: Tensor | None) -> Tensor:
@@ -90,8 +93,8 @@ def _chunks(hidden: Tensor, targets: Tensor, head: nn.Module) -> Iterator[tuple[
         # More than one chunk: a few. They need a second gradient of the head, and the activations of so many tokens
         # leave the less room for logits.
         pieces = pieces if pieces == 1 else max(pieces, _FEW)
-        if PIECES:
-            pieces = PIECES
+        if pieces == 1 and _is_matrix(head, hidden):
+            pieces = min(_FEW, -(-len(hidden) * vocabulary * hidden.itemsize // _SMALL))
         size = -(-len(hidden) // (pieces * tile)) * tile
     return zip(hidden.split(size), targets.split(size), strict=True)
 

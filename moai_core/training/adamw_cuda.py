@@ -15,10 +15,7 @@ from torch import Tensor
 
 from moai_core import cuda
 
-THREADS = 256  # as in the kernel
-# Elements of a block, when all parameters of a group are updated at once and when one is: then there must be enough of
-# them to keep the memory busy.
-CHUNK, CHUNK_OF_ONE = 65536, 8192
+THREADS, CHUNK = 256, 8192  # as in the kernel
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,7 @@ class Entry:
 class Table:
     """What the kernel knows of a list of parameters, on the GPU; made anew when a tensor has moved."""
 
-    def __init__(self, chunk: int = CHUNK) -> None:
-        self.chunk = chunk
+    def __init__(self) -> None:
         self._addresses: list[int] = []
         self.blocks = 0
         self.rows: Tensor | None = None
@@ -53,7 +49,7 @@ class Table:
                 four = addresses[4 * i : 4 * i + 4]
                 size = entry.parameter.numel()
                 rows.append([self.blocks, size, *four, entry.key, int(all(a % 16 == 0 for a in four))])
-                self.blocks += -(-size // self.chunk)
+                self.blocks += -(-size // CHUNK)
             self._addresses, self.rows = addresses, torch.tensor(rows).to(entries[0].parameter.device)
         return self.rows
 
@@ -90,7 +86,6 @@ def update(
         numbers = (1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay)
         step, over_root = lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
         scalars = (float(x) for x in (*numbers, step, over_root, eps))
-        many = (len(entries), count, table.chunk)
-        kernel(table.blocks, THREADS, rows, addresses, only, scale, squares, *many, *scalars)
+        kernel(table.blocks, THREADS, rows, addresses, only, scale, squares, len(entries), count, *scalars)
     # The kernel wrote behind autograd's back.
     torch.autograd.graph.increment_version(parameters)

@@ -150,7 +150,7 @@ class AdamWBF16(torch.optim.Optimizer):
         """
         state = self._advance(name, parameter)
         if cuda.why_not(parameter.device) is None:
-            table = self._tables.setdefault(name, adamw_cuda.Table(adamw_cuda.CHUNK_OF_ONE))
+            table = self._tables.setdefault(name, adamw_cuda.Table())
             entries = [self._entry(name, parameter, state)]
             adamw_cuda.update(table, entries, count=state["step"], scale=None, squares=squares, **_values(group))
         else:
@@ -220,7 +220,7 @@ def _values(group: dict[str, Any]) -> dict[str, Any]:
 
 def blocks(parameter: Tensor) -> int:
     """How many numbers `AdamWBF16.step_one` leaves of a parameter's gradient."""
-    return -(-parameter.numel() // adamw_cuda.CHUNK_OF_ONE) if cuda.why_not(parameter.device) is None else 1
+    return -(-parameter.numel() // adamw_cuda.CHUNK) if cuda.why_not(parameter.device) is None else 1
 
 
 def round_stochastic(value: Tensor, noise: torch.Generator) -> Tensor:
