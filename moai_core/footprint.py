@@ -23,6 +23,7 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "scan states", "log
 # Logits that exist at once (moai_core/model/loss.py: on a GPU counted as if they had 16 bits) and elements that
 # adamw_bf16 updates at once on a CPU (moai_core/training/optim.py).
 LOSS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 30}
+LOSS_SMALL = 1 << 29
 LOSS_FEW = 4
 BF16_CHUNK = 1 << 24
 # Elements from which on a parameter is updated by itself in the backward pass (moai_core/training/in_backward.py).
@@ -295,9 +296,12 @@ def _loss(T: int, V: int, H: int, b: Bytes, device: str) -> int:
         rows = min(T, max(16, LOSS_CHUNK[device] // V))
         return rows * V * ((b.a if b.a < 4 else 0) + 3 * 4) + V * H * (4 + b.w + b.cast) + T * H * b.w
     # The kernel leaves the gradient in the logits' place. Chunks are of one size, a multiple of 256 rows; a few add
-    # their parts of the head's gradient in its own dtype, more of them in fp32.
+    # their parts of the head's gradient in its own dtype, more of them in fp32. Without autocast the head is a plain
+    # matrix to the product that makes its gradient: that adds to what is there, and chunks can be smaller.
     pieces = -(-T // max(256, LOSS_CHUNK[device] * 2 // (b.a * V) // 256 * 256))
     pieces = pieces if pieces == 1 else max(pieces, LOSS_FEW)
+    if pieces == 1 and not b.cast:
+        pieces = min(LOSS_FEW, -(-T * V * b.a // LOSS_SMALL))
     rows = -(-T // (pieces * 256)) * 256
-    total = 0 if pieces == 1 else b.w if pieces <= LOSS_FEW else 4
+    total = 0 if pieces == 1 or (pieces <= LOSS_FEW and not b.cast) else b.w if pieces <= LOSS_FEW else 4
     return min(T, rows) * V * b.a + V * H * (b.w + b.cast + total) + T * H * b.w * min(2, pieces)

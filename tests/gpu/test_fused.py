@@ -5,6 +5,7 @@ machine with one: `pytest -m gpu tests/gpu/test_fused.py`.
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -198,11 +199,19 @@ class Adapted(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-@pytest.mark.parametrize("head", [nn.Linear, SoftCap, Adapted])
+matrix = functools.partial(nn.Linear, bias=False)
+
+
+@pytest.mark.parametrize("head", [matrix, nn.Linear, SoftCap, Adapted], ids=["matrix", "bias", "cap", "adapted"])
 @pytest.mark.parametrize("dtype", [S, B])
-@pytest.mark.parametrize("rows", [1 << 20, 48, 16], ids=["one chunk", "few chunks", "many chunks"])
+@pytest.mark.parametrize("rows", [1 << 20, 200, 48, 16], ids=["one chunk", "small", "few chunks", "many chunks"])
 def test_loss_through_a_head(device, poisoned, monkeypatch, head, dtype, rows):
     monkeypatch.setattr(losses, "_CHUNK", {"cuda": 1, "fused": rows * 200 * dtype.itemsize // 2})
+    monkeypatch.setattr(losses, "_SMALL", 33 * 200 * dtype.itemsize)
+    calls = []
+    monkeypatch.setattr(
+        losses, "_gradients_of_matrix", lambda *a, f=losses._gradients_of_matrix: calls.append(0) or f(*a)
+    )
     torch.manual_seed(0)
     head = head(24, 200).to(device, dtype)
     head64, hidden = copy.deepcopy(head).double(), leaf(random(device, 130, 24, dtype=dtype))
@@ -212,6 +221,9 @@ def test_loss_through_a_head(device, poisoned, monkeypatch, head, dtype, rows):
     want = F.cross_entropy(head64(hidden64), targets, ignore_index=losses.IGNORED)
     with poisoned():
         got = losses.chunked_cross_entropy(hidden, targets, head)
+    assert len(calls) == (
+        {1 << 20: 1, 200: 3, 48: 3}.get(rows, 0) if type(head) is nn.Linear and head.bias is None else 0
+    )
     limit = 3e-6 if dtype == S else 1.2e-2
     assert float((got - want).detach().abs() / want.detach()) < limit
     parameters, parameters64 = ([p for p in h.parameters() if p.requires_grad] for h in (head, head64))
