@@ -243,7 +243,8 @@ def options(
     wanted += [f"model.scan={backend}"] if backend else []
     wanted += [f"optim.clip={'null' if clip == 0 else clip}"] if clip is not None else []
     wanted += [f"optim.name={optimizer}"] if optimizer not in ("recipe", "torch") else []
-    wanted += ["optim.in_backward=true"] if in_backward else []
+    if in_backward:  # a step is one micro-batch here in any case
+        wanted += ["optim.in_backward=true", "train.effective_batch=null", "train.accumulation=1"]
     source = recipe or f"base/{preset}"
     kinds = [kind.strip() for text in checkpointing or () for kind in text.split(",")]
     found = [recipes.load(source, [*wanted, *overrides, f"train.checkpointing={kind}"]) for kind in kinds]
@@ -316,7 +317,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 
 def _training(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    some = f", {row['layers']} layers" if row.get("layers") else ""
+    some = f" of {row['layers']}" if row.get("layers") else ""  # so many layers
     head = (row["model"], row["checkpointing"] + some, f"{row['batch']} x {row['length']}")
     if row.get("out_of_memory"):
         return (*head, "out of memory", *[""] * (4 + len(PHASES)))

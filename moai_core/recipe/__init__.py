@@ -350,8 +350,13 @@ def _not_in_backward(recipe: Recipe) -> Iterator[RecipeError]:
     if recipe.optim.clip is not None:
         why = "updates before the norm of all gradients is known, which optim.clip needs"
         yield recipe.error("optim.in_backward", why, hint="optim.clip=null")
-    if recipe.train.accumulation > 1:
-        why = f"updates from the gradients of one micro-batch (train.accumulation is {recipe.train.accumulation})"
-        yield recipe.error("optim.in_backward", why, hint="raise train.batch_size instead")
+    t, count = recipe.train, recipe.hardware.count
+    micro = max(t.accumulation, (t.effective_batch or 0) // (t.batch_size * count))
+    if micro > 1:
+        why = f"updates from the gradients of one micro-batch (a step has {micro})"
+        yield recipe.error("optim.in_backward", why, hint="raise train.batch_size")
+    if count > 1:
+        why = f"updates from the gradients of one device (hardware.count is {count})"
+        yield recipe.error("optim.in_backward", why)
     if recipe.optim.name == "adamw_8bit":
         yield recipe.error("optim.in_backward", "doesn't go with optim.name=adamw_8bit", hint="optim.name=adamw_bf16")

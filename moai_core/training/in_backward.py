@@ -39,7 +39,7 @@ def begin(
         raise recipe.error(key, f"updates from the gradients of one process (there are {ranks})", hint=f"{key}=false")
     if accumulation > 1:
         why = f"updates from the gradients of one micro-batch (a step has {accumulation})"
-        raise recipe.error(key, why, hint=f"raise train.batch_size, or {key}=false")
+        raise recipe.error(key, why, hint=f"{key}=false")
     if not isinstance(optimizer, optim.AdamWBF16):
         why = f"needs bf16 weights or optim.name=adamw_bf16 (got {recipe.optim.name} on fp32 weights)"
         raise recipe.error(key, why, hint="optim.name=adamw_bf16, or train.precision=bf16")

@@ -16,7 +16,7 @@ from moai_core import config, plan
 from moai_core import recipe as recipes
 from moai_core.bench import models, steps, timing, train
 from moai_core.errors import MoaiError, UsageError
-from moai_core.training import optim
+from moai_core.training import in_backward, optim
 
 CPU = torch.device("cpu")
 TINY = [
@@ -171,6 +171,22 @@ def test_the_report(capsys):
     assert all(len(row) == len(t.columns) for t in tables for row in t.rows)
 
 
+def test_updates_inside_of_the_backward_pass_and_some_layers(monkeypatch):
+    monkeypatch.setattr(in_backward, "UPDATED_ALONE", 200)
+    made = []
+    monkeypatch.setattr(in_backward, "InBackward", lambda *a, f=in_backward.InBackward: made.append(f(*a)) or made[-1])
+    found = train.run(
+        device="cpu", recipe="cpu-tiny", overrides=[*TINY, "train.checkpointing_layers=1"], layers=2, batches=["1"],
+        lengths=["8"], steps=1, checkpointing=["none,selective"], precision="bf16", optimizer="adamw_bf16", clip=0.0,
+        in_backward=True,
+    )  # fmt: skip
+    assert found["in_backward"] and len(made) == 2, "once a row"
+    assert [(r["checkpointing"], r["layers"]) for r in found["results"]] == [("none", None), ("selective", 1)]
+    table = train.tables(found)[0]
+    assert "updated inside of the backward pass" in table.title
+    assert [row[1] for row in table.rows] == ["none", "selective of 1"]
+
+
 def test_out_of_memory_is_a_row(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("no")
@@ -250,6 +266,9 @@ def test_presets_measure_bf16_with_torchs_optimizer_and_recipes_their_own():
         ({"overrides": ["optim.lrr=1"]}, "optim.lrr"),
         ({"preset": "16b", "batches": ["64"]}, "GiB by its plan; this machine has"),
         ({"backend": "nope"}, "nope"),
+        ({"in_backward": True}, "which optim.clip needs"),
+        ({"in_backward": True, "clip": 0.0}, "needs bf16 weights or optim.name=adamw_bf16"),
+        ({"in_backward": True, "clip": 0.0, "preset": "2b"}, "--in-backward needs moai's own optimizer"),
     ],
 )
 def test_refusals(flags, words):

@@ -168,7 +168,9 @@ def test_a_gradient_that_is_not_finite_is_told(tiny, tmp_path, monkeypatch):
     ("override", "why"),
     [
         ("optim.clip=1.0", "the norm of all gradients is known, which optim.clip needs"),
-        ("train.accumulation=2", r"the gradients of one micro-batch \(train.accumulation is 2\)"),
+        ("train.accumulation=2", r"the gradients of one micro-batch \(a step has 2\)"),
+        ("train.effective_batch=64", r"the gradients of one micro-batch \(a step has 8\)"),
+        ("hardware.count=2", r"the gradients of one device \(hardware.count is 2\)"),
         ("optim.name=adamw_8bit", "doesn't go with optim.name=adamw_8bit"),
     ],
 )
@@ -178,16 +180,15 @@ def test_recipes_that_contradict_themselves(override, why):
 
 
 def test_runs_that_cannot_have_it(tiny, tmp_path):
-    with pytest.raises(RecipeError, match=r"one micro-batch \(a step has 4\)"):
-        train(tiny("train.steps=2", *ON, "train.batch_size=2", "train.effective_batch=8"), output=tmp_path / "run")
     plain = [*ON, "optim.name=adamw", "train.precision=fp32"]
     with pytest.raises(RecipeError, match=r"needs bf16 weights or optim\.name=adamw_bf16"):
         train(tiny("train.steps=2", *plain), output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     model, optimizer = settings("adamw_bf16")
     recipe = recipes.load("cpu-tiny", ON)
-    with ExitStack() as stack, pytest.raises(RecipeError, match=r"one process \(there are 2\)"):
-        in_backward.begin(recipe, optimizer, accumulation=1, ranks=2, stack=stack)
+    for count, ranks, why in ((1, 2, r"one process \(there are 2\)"), (4, 1, r"one micro-batch \(a step has 4\)")):
+        with ExitStack() as stack, pytest.raises(RecipeError, match=why):
+            in_backward.begin(recipe, optimizer, accumulation=count, ranks=ranks, stack=stack)
     with ExitStack() as stack:
         assert in_backward.begin(recipes.load("cpu-tiny"), optimizer, accumulation=4, ranks=2, stack=stack) is None
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters() if p._post_accumulate_grad_hooks)
