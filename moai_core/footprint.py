@@ -27,7 +27,9 @@ LOSS_SMALL = 1 << 29
 LOSS_FEW = 4
 BF16_CHUNK = 1 << 24
 # Elements from which on a parameter is updated by itself in the backward pass (moai_core/training/in_backward.py).
+# Bytes of gradients that may wait there for their updates on a GPU.
 UPDATED_ALONE = 1 << 20
+UPDATES_WAITING = 1 << 28
 # Channels whose gradients of B and C are one partial sum of the scan (W of moai_core/cpu/tiles.py; scan/cuda.py).
 SCAN_WIDTH = {"cpu": 128, "cuda": 32}
 # Parts of a layer that autocast copies.
@@ -274,6 +276,8 @@ def _backward(
         kinds: dict[str, float] = {"gradients": gradients + head * begins if many else head + layers}
         if recipe.optim.in_backward:
             kinds["gradients"] = 2 * H * max(c["F"], c["I"]) * b.w + _small_gradients(config, b) + head * tied
+            # Where the backward pass has come some way; at its beginning there is none yet.
+            kinds["gradients"] += UPDATES_WAITING if recipe.hardware.gpu != "cpu" and not begins else 0
         kinds |= {"activations": held.kept + held.flight + held.copies, "scan states": held.states}
         moments.append(kinds | {"logits": T * H * b.w * begins})
     if recipe.optim.in_backward:

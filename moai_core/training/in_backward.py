@@ -18,12 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moai_core.footprint import UPDATED_ALONE
+from moai_core.footprint import UPDATED_ALONE, UPDATES_WAITING
 from moai_core.recipe import Recipe
 from moai_core.training import optim
-
-# Bytes of gradients that may wait for their updates on a stream of their own.
-_WAITING = 1 << 28
 
 
 def begin(
@@ -51,10 +48,11 @@ def begin(
 class InBackward:
     """Hooks that update the large parameters of an optimizer during `backward()`; `optimizer.step()` does the rest.
 
-    aside: on a stream of their own, beside what is left of the backward pass.
+    On a GPU the updates run on a stream of their own, beside what is left of the backward pass: one waits for memory
+    while the other computes. `join` is what comes after them.
     """
 
-    def __init__(self, optimizer: optim.AdamWBF16, *, aside: bool = False) -> None:
+    def __init__(self, optimizer: optim.AdamWBF16) -> None:
         self._optimizer, self._handles = optimizer, list[Any]()
         self._waiting: deque[tuple[Any, Tensor]] = deque()
         self._bytes = 0
@@ -67,7 +65,7 @@ class InBackward:
         sizes = [optim.blocks(parameter) for _, _, parameter in named]
         device = named[0][2].device if named else torch.device("cpu")
         self._squares = torch.zeros(sum(sizes), device=device)
-        self._stream = torch.cuda.Stream(device) if aside and device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for (index, name, parameter), squares in zip(named, self._squares.split(sizes), strict=True):
             hook = partial(self._update, index, name, squares)
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
@@ -110,7 +108,7 @@ class InBackward:
         self._waiting.append((done, parameter.grad))
         self._bytes += parameter.grad.nbytes
         parameter.grad = None
-        while self._bytes > _WAITING:
+        while self._bytes > UPDATES_WAITING:
             event, gradient = self._waiting.popleft()
             here.wait_event(event)
             self._bytes -= gradient.nbytes

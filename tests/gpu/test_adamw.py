@@ -254,8 +254,7 @@ def test_what_is_not_finite_changes_nothing(device, name):
             assert not torch.equal(own.state[p][key][~wrong], old[~wrong])
 
 
-@pytest.mark.parametrize("aside", [False, True], ids=["same stream", "own stream"])
-def test_inside_of_the_backward_pass(device, monkeypatch, aside):
+def test_inside_of_the_backward_pass(device, monkeypatch):
     """Gradients of a chain of products, each of which still needs its weights: the same bits as after it."""
     monkeypatch.setattr(in_backward, "UPDATED_ALONE", 1000)
     ends = []
@@ -263,7 +262,7 @@ def test_inside_of_the_backward_pass(device, monkeypatch, aside):
         torch.manual_seed(0)
         model = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(256, 256), nn.SiLU()))).to(device, BF16)
         own = optim.make_optimizer(model, settings(), lr=1e-3, seed=5)
-        early = in_backward.InBackward(own, aside=aside) if inside else None
+        early = in_backward.InBackward(own) if inside else None
         norms = []
         for step in range(4):
             noise = torch.Generator().manual_seed(step)

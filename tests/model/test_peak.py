@@ -4,6 +4,7 @@ fake implementations say what they allocate, and a count of the live bytes at ev
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -58,6 +59,14 @@ def as_on_a_gpu(monkeypatch):
     scan.pick.cache_clear()
 
 
+def _wait(waiting, parameter):
+    """A gradient on its way to an update, as in training/in_backward.py."""
+    waiting.append(parameter.grad)
+    parameter.grad = None
+    while sum(gradient.nbytes for gradient in waiting) > footprint.UPDATES_WAITING:
+        waiting.pop(0)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -88,9 +97,10 @@ def test_the_planned_peak_is_that_of_the_operators(as_on_a_gpu, overrides):
         if recipe.model.tie_word_embeddings:
             model.tie_weights()
         if recipe.optim.in_backward:
+            waiting: list[torch.Tensor] = []
             for parameter in model.parameters():
                 if parameter.numel() >= footprint.UPDATED_ALONE:
-                    parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+                    parameter.register_post_accumulate_grad_hook(functools.partial(_wait, waiting))
         moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
         with Peak() as peak:
             for tensor in (*model.parameters(), *moments):
