@@ -1,39 +1,37 @@
 // moai: kernels decode_whole
-// moai: macros T=bf16 R=bf16 N=16 RANK=128 NORMS=1 KC=4 FFN=1 DEPTH=10 W_IN=Plain,float,0 W_X=Plain,float,0 W_OUT=Plain,float,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
-// moai: macros T=bf16 R=float N=16 RANK=128 NORMS=1 KC=4 FFN=1 DEPTH=8 W_IN=Int4,fp16,128 W_X=Plain,float,0 W_OUT=Int4,fp16,128 W_UP=Int4,fp16,128 W_DOWN=Int4,fp16,128 W_HEAD=Int8,fp16,0 W_EMBED=Int8,fp16,0
-// moai: macros T=fp16 R=fp16 N=8 RANK=20 NORMS=0 KC=3 FFN=0 DEPTH=8 W_IN=Fp8,float,0 W_X=Plain,float,0 W_OUT=Int8,fp16,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
+// moai: macros T=bf16 R=bf16 N=16 RANK=128 NORMS=1 KC=4 FFN=1 DEPTH=10 FLIGHT=3 SPAN=16 GROUPS=0 W_IN=Plain,float,0 W_X=Plain,float,0 W_OUT=Plain,float,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
+// moai: macros T=bf16 R=float N=16 RANK=128 NORMS=1 KC=4 FFN=1 DEPTH=10 FLIGHT=3 SPAN=16 GROUPS=44 W_IN=Int4,fp16,128 W_X=Plain,float,0 W_OUT=Int4,fp16,128 W_UP=Int4,fp16,128 W_DOWN=Int4,fp16,128 W_HEAD=Int8,fp16,0 W_EMBED=Int8,fp16,0
+// moai: macros T=fp16 R=fp16 N=8 RANK=20 NORMS=0 KC=3 FFN=0 DEPTH=7 FLIGHT=3 SPAN=8 GROUPS=0 W_IN=Fp8,float,0 W_X=Plain,float,0 W_OUT=Int8,fp16,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
 //
 // A whole step of generation for one row in one launch: all layers and the head, from the token to its logits.
 //
 // A kernel for each product would wait for the one before it, and memory with it. Here every multiprocessor holds one
 // block from the first layer to the last, and which tiles of which weights it multiplies is known beforehand: so weights
-// are read ahead, through rings in shared memory, across the places where a block waits for numbers of others. Blocks
+// are read ahead, through a ring in shared memory, across the places where a block waits for numbers of others. Blocks
 // give each other numbers as words of 4 bytes: one that hasn't come yet is VOID, and who needs it looks until it isn't.
 // No barrier of the grid is needed, for every exchanged vector of every layer has its own place, and there are two sets
 // of places: while a step uses one, it makes the other one void for the next step.
 //
 // 8 warps multiply: they share K of a tile of 16 rows of W as in decode_linear.cu, and everything is summed and rounded
-// in the same order as in the kernels for more rows, so that a row has the same bits there. 4 warps feed the rings, and
-// do what the next numbers don't wait for. What a layer runs is small on purpose, each part compiled once for all kinds
-// of products that can share it: the caches of instructions are.
+// in the same order as in the kernels for more rows, so that a row has the same bits there. 2 warps have the copy engine
+// bring weights into a ring (before sm_90 they copy themselves), and one does what the next numbers don't wait for. What a
+// layer runs is small on purpose, each part compiled once for all kinds of products that can share it: a warp takes about
+// 5 cycles an instruction whatever the others do, and the caches of instructions are small.
 //
 // All blocks must run at once: launch it as a cooperative kernel, one block a multiprocessor.
 //
 //   T, R    types of the arithmetic (16 bits) and of the residual stream     N, RANK, NORMS, KC  as in decode_step.cu
-//   FFN     1: layers have gate, up and down                                 DEPTH  stages of a warp's ring
+//   FFN     1: layers have gate, up and down                                 DEPTH  stages of the ring, of which
+//   FLIGHT  are on their way at most     SPAN  chunks of 64 bytes of each row in a stage     GROUPS  scales of a row at most
 //   W_...   a weight's format, type of scales, columns that share a scale (0: a row): in_proj, x_proj, out_proj, gate
 //           and up, down, head, embedding
 #include "decode.cuh"
 
-#ifndef FLIGHT
-#define FLIGHT 4  // stages of a feeder that may be on their way
-#endif
-
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int FED = 2, FEEDERS = WARPS / FED;  // warps that one warp reads weights for
-constexpr int ALL_THREADS = THREADS + 32 * FEEDERS;
+constexpr int FEEDERS = 2;                     // warps that each bring half of a stage's rows
+constexpr int ALL_THREADS = THREADS + 32 * (FEEDERS + 1);
 constexpr int PIECE = 16 / sizeof(T);          // numbers of 16 bytes
-constexpr int SLOTS = 8;                       // tiles, or slices of a tile, whose sums wait for each other
+constexpr int SLOTS = 8;                       // tiles, or slices of a tile, that are finished together
 static_assert(sizeof(T) == 2, "16-bit arithmetic");
 
 template <template <class> class FORMAT, class S, int G>
@@ -50,8 +48,10 @@ using Up = Weight<W_UP>;
 using Down = Weight<W_DOWN>;
 using Head = Weight<W_HEAD>;
 using Embedding = Weight<W_EMBED>;
-constexpr bool SCALED = In::GROUP || MixIn::GROUP || Out::GROUP || Up::GROUP || Down::GROUP || Head::GROUP;
-constexpr int STAGE = SCALED ? 68 : 64;  // words of 16 bytes: rows g of each lane, rows g + 8, scales of 16 rows
+
+// Of a stage, in words of 16 bytes: a row, a multiple of 128 bytes and 64 more, so that rows beside each other don't share
+// banks; 16 rows and the scales of the tile.
+constexpr int ROW = SPAN * 4 + 4, STAGE = 16 * ROW + 2 * GROUPS;
 
 // ---- What the host knows and writes into `table`: a record for each layer and one for the head, then the shapes.
 
@@ -64,12 +64,12 @@ enum { SECOND = 10, NORM = 12, CONV_WEIGHT, CONV_BIAS, CONV_SCALE, NORM_DT, NORM
 struct Shape {
   int64 row_bytes;
   int rows, chunks;     // 64-byte chunks of a row
-  int slice, parts;     // chunks of a slice; slices that are units of their own
-  int inner, steps;     // slices that one unit adds; steps of a warp in a slice
-  int units, groups;    // groups: scales of a row
-  int shift, before;    // 2^shift chunks share a scale, negative: none; units of the layer's kinds before
+  int slice, parts;     // chunks of a slice; slices, each a unit: one but of x_proj
+  int each, rest;       // units of a block; the first `rest` blocks have one more
+  int groups, shift;    // groups: scales of a row; 2^shift chunks share a scale, negative: none
+  int pieces;           // stages of a slice
 };
-constexpr int SHAPE = 12;  // numbers of a shape in `table`
+constexpr int SHAPE = 10;  // numbers of a shape in `table`
 
 using Units = Vec<float, 2>;  // of a chunk of x (Codes)
 
@@ -101,7 +101,7 @@ void host_barrier(int id, int threads);
 void host_yield();
 #endif
 
-// All threads but the feeders.
+// All threads that multiply.
 DEVICE void block_barrier() {
 #ifdef MOAI_HOST
   host_barrier(1, THREADS);
@@ -119,36 +119,121 @@ DEVICE int count_one(int* counter) {
 #endif
 }
 
-// Counters in shared memory, from warp to warp: what was read and written there before `tell` is done after `told`. Shared
-// memory serves a warp in order, and a fence would wait for copies under way, so there is none.
-DEVICE void tell(int* counter, int value) {
+// A number in shared memory that one warp tells another; nothing else is meant by it.
+DEVICE void tell(int* to, int value) {
 #ifdef MOAI_HOST
-  *(volatile int*)counter = value;
+  *(volatile int*)to = value;
 #else
-  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"((uint32)__cvta_generic_to_shared(counter)), "r"(value) : "memory");
+  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"((uint32)__cvta_generic_to_shared(to)), "r"(value) : "memory");
 #endif
 }
-DEVICE int told(const int* counter) {
+DEVICE int told(const int* from) {
 #ifdef MOAI_HOST
-  return *(const volatile int*)counter;
+  return *(const volatile int*)from;
 #else
   int value;
-  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(value) : "r"((uint32)__cvta_generic_to_shared(counter)) : "memory");
+  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(value) : "r"((uint32)__cvta_generic_to_shared(from)) : "memory");
   return value;
 #endif
 }
 
-// What `told` has told of: volatile too, or the assembler reads it before it waits.
-DEVICE Words told_words(const Words* from) {
-#ifdef MOAI_HOST
-  return *from;
+// ---- A stage's barriers (mbarrier): a phase ends when all that should have arrived has, bytes on their way included.
+
+#if defined(MOAI_HOST)
+#define ENGINE 1
+struct Gate {
+  unsigned char phase, all;
+  short missing;
+  int bytes;
+  void look() {
+    if (missing == 0 && bytes == 0) phase ^= 1, missing = all;
+  }
+};
 #else
-  Words w;
-  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w.at[0]), "=r"(w.at[1]), "=r"(w.at[2]), "=r"(w.at[3])
-               : "r"((uint32)__cvta_generic_to_shared(from))
+#define ENGINE (__CUDA_ARCH__ >= 900)  // the copy engine: bulk copies
+struct alignas(8) Gate {
+  int64 state;
+};
+DEVICE uint32 address(const void* shared) { return (uint32)__cvta_generic_to_shared(shared); }
+#endif
+
+DEVICE void begin(Gate* gate, int all) {
+#ifdef MOAI_HOST
+  *gate = {0, (unsigned char)all, (short)all, 0};
+#else
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(gate)), "r"(all) : "memory");
+#endif
+}
+
+// What other threads have begun is seen by all, the copy engine too, behind this and a barrier.
+DEVICE void begun() {
+#if !defined(MOAI_HOST) && ENGINE
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+DEVICE void arrive(Gate* gate) {
+#ifdef MOAI_HOST
+  gate->missing--, gate->look();
+#else
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(address(gate)) : "memory");
+#endif
+}
+
+// Until the phase of this parity has ended: a gate has just ended one of parity 1 when it begins.
+DEVICE void wait(Gate* gate, uint32 parity) {
+#if defined(MOAI_HOST)
+  while (gate->phase == parity) host_yield();
+#else
+  uint32 done = 0;
+  for (int looks = 0; !done; looks++) {
+    if (looks > 1 << 22) asm volatile("trap;");
+#if ENGINE
+    asm volatile("{.reg .pred done; mbarrier.try_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
+#else
+    asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
+#endif
+                 : "=r"(done)
+                 : "r"(address(gate)), "r"(parity)
+                 : "memory");
+  }
+#endif
+}
+
+// What a warp brings to shared memory: a gate is told how many bytes to expect, and each copy of 16 and more bytes tells it
+// what has come. The copy engine does it for one lane; where there is none, all lanes copy and arrive themselves.
+constexpr int ARRIVALS = ENGINE ? 1 : 32;
+
+DEVICE bool elected() {
+#if defined(MOAI_HOST) || !ENGINE
+  return threadIdx.x % 32 == 0;
+#else
+  uint32 one;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(one));
+  return one;
+#endif
+}
+DEVICE void bring_one(Gate* gate, unsigned char* to, const unsigned char* from, int bytes) {
+#ifdef MOAI_HOST
+  __builtin_memcpy(to, from, bytes), gate->bytes -= bytes, gate->look();
+#elif ENGINE
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)),
+               "l"(from), "r"(bytes), "r"(address(gate))
                : "memory");
-  return w;
+#else
+  for (int at = threadIdx.x % 32 * 16; at < bytes; at += 512) copy_async_16(to + at, from + at, true);
+#endif
+}
+DEVICE void expect(Gate* gate, int bytes) {
+#ifdef MOAI_HOST
+  gate->bytes += bytes, gate->missing--, gate->look();
+#elif ENGINE
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(gate)), "r"(bytes) : "memory");
+#endif
+}
+DEVICE void all_brought(Gate* gate) {
+#if !ENGINE
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(gate)) : "memory");
 #endif
 }
 
@@ -207,19 +292,12 @@ DEVICE const uint32* kept(const uint32* from) {
   return from;
 }
 
-DEVICE void breathe() {
-#ifdef MOAI_HOST
-  host_yield();
-#endif
-}
-
-// Of a feeder whose rings are full: a tenth of a microsecond is a small part of what they hold, and looking costs the
-// warps that multiply their turns.
+// Of the warp that works beside.
 DEVICE void rest() {
 #ifdef MOAI_HOST
   host_yield();
 #else
-  asm volatile("nanosleep.u32 100;");
+  asm volatile("nanosleep.u32 500;");
 #endif
 }
 
@@ -232,6 +310,10 @@ DEVICE void receive(const uint32* from, int first, int apart, int end, F f) {
   for (; first - lane < end; first += MOST * apart) {
     Words w[MOST] = {};
     const uint32* const own = kept(from + first * 4);
+    // The last one first: most looks in vain are at one word a warp, and hold up less of what is being sent.
+    const int most = first - lane + (MOST - 1) * apart + 31, last = most < end ? most : first - lane + 31 < end ? first - lane + 31 : end - 1;
+    const uint32* const one = kept(from + last * 4 + 3);
+    for (int looks = 0; look(one) == VOID;) pause(looks);
     bool missing = first < end;
     for (int looks = 0; missing; missing ? pause(looks) : void()) {
 #pragma unroll
@@ -274,13 +356,7 @@ struct Block {
   const int64* records;
   const Shape* shapes;
   int layers, blocks, block, warp, lane;
-  int per_layer;  // units of a layer's kinds
 
-  // The block's first unit of a product: units go round the blocks without a break from product to product.
-  DEVICE int first(int layer, int kind) const {
-    const int at = (int)((uint32)(layer * per_layer + (kind == HEAD ? 0 : shapes[kind].before)) % (uint32)blocks);
-    return block >= at ? block - at : block - at + blocks;
-  }
   DEVICE const unsigned char* pointer(int layer, int place) const { return numbers<unsigned char>(layer, place); }
   template <class X>
   DEVICE const X* numbers(int layer, int place) const {
@@ -292,173 +368,155 @@ struct Block {
   }
 };
 
-// What a feeder reads next, for FED warps beside each other.
-struct Fetch {
-  int layer, kind, unit, slice, step;
-  int chunk, upper_end, lower_end;
-  const unsigned char *upper, *lower;
-  const fp16* scales;  // of row `lane` of the tile, for 16 lanes
-  int parity, shift, group_end;
+// The block's units of a product, one behind the other. Who has more than others goes round the blocks from product to
+// product: each role counts along.
+struct Run {
+  int first, count;
+};
+struct Turns {
+  int at;
+  DEVICE Run next(const Block& b, const Shape& s) {
+    const int rank = b.block >= at ? b.block - at : b.block - at + b.blocks;
+    at = at + s.rest < b.blocks ? at + s.rest : at + s.rest - b.blocks;
+    return {rank * s.each + (rank < s.rest ? rank : s.rest), s.each + (rank < s.rest)};
+  }
+};
 
-  // `entered` is told of each kind of each layer.
-  template <class Entered>
-  DEVICE void begin(const Block& b, Entered entered) {
-    while (layer <= b.layers && unit >= b.shapes[kind].units) {
-      if (layer == b.layers || ++kind == LAYER_KINDS) layer++, kind = layer == b.layers ? HEAD : IN;
-      if (layer > b.layers) break;
-      unit = b.first(layer, kind);
-      entered(layer, kind);
-    }
-    if (layer > b.layers) {
-      upper_end = lower_end = 0, step = 0;
-      return;
-    }
-    const Shape& s = b.shapes[kind];
-    const int g = b.lane / 4, tile = s.parts > 1 ? unit / s.parts : unit, own = (unit - tile * s.parts) * s.slice;
+// Where in the ring something is that goes on stage by stage, and which way round.
+struct Place {
+  int at;
+  uint32 parity;
+  DEVICE void skip(int stages) {
+    for (at += stages; at >= DEPTH; at -= DEPTH) parity ^= 1;
+  }
+};
+
+// A warp that feeds: it brings its half of the stages' rows as far as there is room, but has few stages on their way at a
+// time: memory is busy with those, and words would wait behind more. `entered` is told of each kind of each layer.
+struct Feeder {
+  const Block& b;
+  int half;
+  unsigned char* ring;
+  Gate *full, *empty;
+  Place next, landing;
+  int stages;
+
+  // What a stage brings: rows of `bytes`, `apart` bytes from each other, and scales.
+  struct Half {
+    const unsigned char *from, *scales;
+    int rows, chunks, scale_bytes, scales_at;
+  };
+
+  DEVICE Half half_of(const Shape& s, int layer, int kind, int unit) const {
     const bool paired = kind == UP;
-    const int row = paired ? tile * 8 + g : tile * 16 + g, below = paired ? row : row + 8;
-    const int end = own + s.slice < s.chunks ? own + s.slice : s.chunks;
-    chunk = own + b.warp, step = s.steps;
-    upper_end = row < s.rows ? end : 0, lower_end = below < s.rows ? end : 0;
-    const int64 byte = (int64)chunk * 64 + b.lane % 4 * 16;
-    upper = b.pointer(layer, 2 * kind) + row * s.row_bytes + byte;
-    lower = b.pointer(layer, paired ? SECOND : 2 * kind) + below * s.row_bytes + byte;
-    if constexpr (SCALED) {
-      const int own_row = paired ? tile * 8 + b.lane % 8 : tile * 16 + b.lane % 16;
-      shift = s.shift;
-      group_end = b.lane < 16 && own_row < s.rows && shift >= 0 ? end : 0;
-      const int64 index = (int64)own_row * s.groups;
-      scales = (const fp16*)b.pointer(layer, (paired && b.lane >= 8 ? SECOND : 2 * kind) + 1) + (index & ~1ll);
-      parity = (int)(index & 1);
-    }
+    const int tile = s.parts > 1 ? unit / s.parts : unit, begin = (unit - tile * s.parts) * s.slice;
+    const int row = paired ? tile * 8 : tile * 16 + half * 8, place = paired && half ? SECOND : 2 * kind, left = s.rows - row;
+    Half h;
+    h.rows = left < 0 ? 0 : left < 8 ? left : 8, h.chunks = s.chunks - begin < s.slice ? s.chunks - begin : s.slice;
+    h.from = b.pointer(layer, place) + row * s.row_bytes + (int64)begin * 64;
+    h.scale_bytes = GROUPS > 0 && s.shift >= 0 ? h.rows * s.groups * 2 : 0, h.scales_at = half * 8 * s.groups * 2;
+    h.scales = b.pointer(layer, place + 1) + (int64)row * s.groups * 2;
+    return h;
   }
 
-  // Starts a stage of each of the rings, `apart` words from each other, and moves on.
-  template <class Entered>
-  DEVICE void stage(const Block& b, Words* to, int apart, Entered entered) {
+  DEVICE void stage(Half& h, int64 apart) {
+    wait(empty + next.at, next.parity ^ 1);
+    if (stages >= FLIGHT) wait(full + landing.at, landing.parity), landing.skip(1);
+    Gate* const gate = full + next.at;
+    unsigned char *const stage = ring + next.at * (STAGE * 16), *const to = stage + half * 8 * ROW * 16;
+    const int bytes = h.chunks <= 0 ? 0 : h.chunks < SPAN ? h.chunks * 64 : SPAN * 64;
+    if (!ENGINE || elected()) {
+      expect(gate, bytes > 0 ? h.rows * bytes + h.scale_bytes : 0);
+      if (bytes > 0) {
 #pragma unroll
-    for (int fed = 0; fed < FED; fed++, to += apart) {
-      copy_async_16(to + b.lane, upper + fed * 64, chunk + fed < upper_end);
-      copy_async_16(to + 32 + b.lane, lower + fed * 64, chunk + fed < lower_end);
-      if constexpr (SCALED)
-        if (chunk + fed < group_end) copy_async_4((uint32*)(to + 64) + b.lane, scales + ((parity + ((chunk + fed) >> shift)) & ~1));
+        for (int row = 0; row < 8; row++)
+          if (row < h.rows) bring_one(gate, to + row * (ROW * 16), h.from + row * apart, bytes);
+        if (h.scale_bytes > 0) bring_one(gate, stage + 16 * ROW * 16 + h.scales_at, h.scales, h.scale_bytes);
+      }
     }
-    copy_async_commit();
-    upper += WARPS * 64, lower += WARPS * 64, chunk += WARPS;
-    if (--step > 0 || layer > b.layers) return;
-    const Shape& s = b.shapes[kind];
-    if (++slice < s.inner) {  // the next one of the same rows
-      const int own = slice * s.slice, skip = own + b.warp - chunk, end = own + s.slice < s.chunks ? own + s.slice : s.chunks;
-      upper += skip * 64, lower += skip * 64, chunk += skip, step = s.steps;
-      upper_end = upper_end ? end : 0, lower_end = lower_end ? end : 0;
-      if constexpr (SCALED) group_end = group_end ? end : 0;
-      return;
-    }
-    slice = 0, unit += b.blocks;
-    begin(b, entered);
-  }
-};
-
-// A feeder: it fills the rings of FED warps as far as there is room, but has few stages on their way at a time: memory is
-// busy with those, and packets would wait behind more.
-template <class Entered>
-DEVICE void feed(const Block& b, Words* rings, int* landed, const int* taken, Entered entered) {
-  Fetch fetch{};
-  fetch.unit = b.first(0, IN);
-  entered(0, IN);
-  fetch.begin(b, entered);
-  int step = 0, place = 0, known = 0;
-  while (fetch.layer <= b.layers) {
-    if (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) {
-      copy_async_wait<0>();
-      __syncwarp();
-      if (b.lane == 0) tell(landed, known = step);
-      while (__any_sync(0xffffffffu, told(taken + b.lane % FED) <= step - DEPTH)) rest();
-    }
-    fetch.stage(b, rings + place * STAGE, DEPTH * STAGE, entered);
-    step++, place = place + 1 == DEPTH ? 0 : place + 1;
-    copy_async_wait<FLIGHT>();
+    all_brought(gate);
     __syncwarp();
-    if (b.lane == 0 && step - FLIGHT > known) tell(landed, known = step - FLIGHT);
+    h.from += SPAN * 64, h.chunks -= SPAN;
+    next.skip(1), stages++;
   }
-  copy_async_wait<0>();
-  __syncwarp();
-  if (b.lane == 0) tell(landed, step);
-}
 
-// A stage as a lane holds it: 16 bytes of rows g and g + 8, 4 bytes that hold the scale of each.
-struct Stage {
-  Words upper, lower;
-  uint32 scales[2];
+  DEVICE void run(int* entered) {
+    Turns turns{0};
+#pragma unroll 1
+    for (int layer = 0; layer <= b.layers; layer++) {
+      const bool last = layer == b.layers;
+#pragma unroll 1
+      for (int kind = last ? HEAD : IN; kind < (last ? KINDS : LAYER_KINDS); kind++) {
+        if (half == 0 && b.lane == 0) tell(entered, layer * KINDS + kind + 1);
+        const Shape& s = b.shapes[kind];
+        const Run run = turns.next(b, s);
+#pragma unroll 1
+        for (int unit = run.first; unit < run.first + run.count; unit++) {
+          Half h = half_of(s, layer, kind, unit);
+#pragma unroll 1
+          for (int piece = 0; piece < s.pieces; piece++) stage(h, s.row_bytes);
+        }
+      }
+    }
+  }
 };
 
-// A warp's own side of its ring.
+// The ring from a warp's side.
 struct Ring {
   const Words* stages;
-  const int* landed;
-  int* taken;
-  int step, place, known, lane;  // place: of the next stage, in words; known: stages that have landed
+  Gate *full, *empty;
+  Place place;
+  int lane;
 
-  // The stage that comes next. What was read is given back.
-  DEVICE Stage take() {
-    while (known <= step) {
-      known = told(landed);
-      if (known <= step) breathe();
-    }
-    const Words* const from = stages + place;
-    Stage found;
-    found.upper = told_words(from + lane), found.lower = told_words(from + 32 + lane);
-    if constexpr (SCALED) {
-      const int* const scales = (const int*)(from + 64) + lane / 4;
-      found.scales[0] = (uint32)told(scales), found.scales[1] = (uint32)told(scales + 8);
-    }
-    step++, place = place == (DEPTH - 1) * STAGE ? 0 : place + STAGE;
+  DEVICE const Words* take() const {
+    wait(full + place.at, place.parity);
+    return stages + place.at * STAGE;
+  }
+  DEVICE void give_back() {
     __syncwarp();
-    if (lane == 0) tell(taken, step);
-    return found;
+    if (lane == 0) arrive(empty + place.at);
+    place.skip(1);
   }
 };
 
 // ---- Products
 
+// A chunk. stage: 16 bytes of row g, those of row g + 8 lie behind 8 rows; scales: of row g, those of row g + 8 are 8 rows
+// behind; xs: of the chunk.
 template <class W>
-DEVICE void multiply(float (&sum)[4], int lane, const Stage& stage, const Words* xs, const Units* units, int chunk, int groups, int shift) {
+DEVICE void multiply(float (&sum)[4], const Words* stage, const fp16* scales, const Words* xs, const Units* units, int chunk, int groups, int shift) {
   using F = typename W::Format;
   constexpr int STEPS = F::COLUMNS / 4;
+  const Words upper = stage[0], lower = stage[8 * ROW];
   Words x[F::XV];
 #pragma unroll
-  for (int j = 0; j < F::XV; j++) x[j] = xs[(chunk * F::XV + j) * 4 + lane % 4];  // of all 8 vectors: they are the same
+  for (int j = 0; j < F::XV; j++) x[j] = xs[j * 4];  // of all 8 vectors: they are the same
   float fresh[2][4] = {};
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
     uint32 w[4], v[2];
-    F::weights(w[0], w[2], stage.upper, s);
-    F::weights(w[1], w[3], stage.lower, s);
+    F::weights(w[0], w[2], upper, s);
+    F::weights(w[1], w[3], lower, s);
     F::vectors(v, x, s);
     if constexpr (W::GROUP == 0) mma_16<T>(sum, w, v);
     else mma_of<F, T>(fresh[s % 2], w, v);
   }
-  if constexpr (W::GROUP > 0) {
-    // 4 bytes hold the scales of two groups; rows g and g + 8 lie a multiple of 8 rows apart. The other sums are copies.
-    const int high = 16 * ((lane / 4 * groups + (chunk >> shift)) & 1);
+  if constexpr (W::GROUP > 0) {  // the other sums are copies
     const Units u = units[chunk];
+    const fp16* const own = scales + (chunk >> shift);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const float both = fresh[0][2 * i] + fresh[1][2 * i], scale = to_float(fp16{(uint16)(stage.scales[i] >> high)});
-      sum[2 * i] += scale * (both * u.at[0] - u.at[1]);
-    }
+    for (int i = 0; i < 2; i++)
+      sum[2 * i] += to_float(own[i * 8 * groups]) * ((fresh[0][2 * i] + fresh[1][2 * i]) * u.at[0] - u.at[1]);
   }
 }
 
-DEVICE int tile_of(const Shape& s, int unit) { return s.parts > 1 ? unit / s.parts : unit; }
-
-// The sums of the block's units from `first` on, up to SLOTS tiles or slices of a tile, each warp's for itself.
+// The sums of the block's units from `first` on, `slots` tiles or slices of a tile, each warp's for itself.
 struct AddUp {
   const Block& b;
   Ring& ring;
   float* sums;
   const Shape& s;
-  int first;
+  int first, slots;
   const Words* xs;
   const Units* units;
   template <class W>
@@ -466,24 +524,26 @@ struct AddUp {
 };
 template <class W>
 DEVICE void AddUp::operator()(W) const {
-  const int lane = ring.lane, inner = s.inner, steps = s.steps, size = s.slice, chunks = s.chunks, groups = s.groups, shift = s.shift;
+  constexpr int X = W::Format::XV * 4;  // words of x of a chunk
+  const int lane = b.lane, parts = s.parts, pieces = s.pieces, size = s.slice, chunks = s.chunks, groups = s.groups, shift = s.shift;
+  const int part = lane / 4 * ROW + b.warp * 4 + lane % 4;
   float* to = sums + b.warp * 16 + lane / 4;
-  int slot = 0;
 #pragma unroll 1
-  for (int unit = first; unit < s.units && slot < SLOTS; unit += b.blocks) {
-    int own = s.parts > 1 ? unit % s.parts * size : 0;
+  for (int slot = 0; slot < slots; slot++, to += WARPS * 16) {
+    const int begin = parts > 1 ? (first + slot) % parts * size : 0, end = begin + size < chunks ? begin + size : chunks;
+    int chunk = begin + b.warp;
+    const Words* x = xs + chunk * X + lane % 4;
+    float sum[4] = {};
 #pragma unroll 1
-    for (int slice = 0; slice < inner; slice++, slot++, own += size, to += WARPS * 16) {
-      const int end = own + size < chunks ? own + size : chunks;
-      float sum[4] = {};
-      int chunk = own + b.warp;
-#pragma unroll 1
-      for (int step = 0; step < steps; step++, chunk += WARPS) {
-        const Stage stage = ring.take();
-        if (chunk < end) multiply<W>(sum, lane, stage, xs, units, chunk, groups, shift);
-      }
-      if (lane % 4 == 0) to[0] = sum[0], to[8] = sum[2];
+    for (int piece = 0; piece < pieces; piece++) {
+      const Words* const stage = ring.take();
+      const fp16* const scales = (const fp16*)(stage + 16 * ROW) + lane / 4 * groups;
+#pragma unroll
+      for (int step = 0; step < SPAN / WARPS; step++, chunk += WARPS, x += WARPS * X)
+        if (chunk < end) multiply<W>(sum, stage + part + step * WARPS * 4, scales, x, units, chunk, groups, shift);
+      ring.give_back();
     }
+    if (lane % 4 == 0) to[0] = sum[0], to[8] = sum[2];
   }
 }
 
@@ -723,21 +783,42 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, co
   }
 }
 
-// ---- What becomes of a product's results: lane r and r + 16 of a warp have row r of a tile
+// ---- What becomes of a product's results: a warp finishes 32 of them, rows beside each other of the block's tiles, so that
+// few and long writes reach the lines that others look at. A lane has one, where there are two weights one of each.
 
-// Of the row of a tile that a lane finishes, asked for while the product is made.
+// Asked for while the product is made, and kept as it comes: who converts a number waits for it.
 struct Prepared {
-  float scale, weight[KC], bias, factor;
-  T past[KC - 1];
+  uint32 scale, second;  // bits of a row's scale
+  T weight[KC], past[KC - 1], bias, factor;
 };
 
+template <class Scale>
+DEVICE uint32 bits_at(const Scale* from) {
+  if constexpr (sizeof(Scale) == 2) return *(const uint16*)from;
+  else return *(const uint32*)from;
+}
 struct RowScale {
   const Block& b;
-  float& scale;
-  int layer, place, row;
+  Prepared& p;
+  int layer, kind, row;
   template <class W>
   DEVICE void operator()(W) const {
-    if constexpr (W::ROW_SCALED) scale = row < 0 ? 0.0f : to_float(b.numbers<typename W::Scale>(layer, place)[row]);
+    if constexpr (W::ROW_SCALED) {
+      p.scale = bits_at(b.numbers<typename W::Scale>(layer, 2 * kind + 1) + row);
+      if (kind == UP) p.second = bits_at(b.numbers<typename W::Scale>(layer, SECOND + 1) + row);
+    }
+  }
+};
+struct Scaled {
+  float &value, &second;
+  const Prepared& p;
+  template <class W>
+  DEVICE void operator()(W) const {
+    if constexpr (W::ROW_SCALED) {
+      constexpr bool half = sizeof(typename W::Scale) == 2;
+      value *= half ? to_float(fp16{(uint16)p.scale}) : bits_float(p.scale);
+      second *= half ? to_float(fp16{(uint16)p.second}) : bits_float(p.second);
+    }
   }
 };
 
@@ -749,125 +830,141 @@ struct Finish {
   T *next_window, *logits;
   const R* stream;
 
-  // Rows of W that the lane finishes, where of two weights; rows of each.
-  DEVICE int row(int tile) const { return kind == UP ? tile * 8 + b.lane % 8 : tile * 16 + b.lane % 16; }
-
-  DEVICE void prepare(Prepared& p, int tile, int rows) const {
-    const int r = row(tile);
-    p.scale = 1.0f;
-    with_weight(kind, RowScale{b, p.scale, layer, (kind == UP && b.lane % 16 >= 8 ? SECOND : 2 * kind) + 1, r < rows ? r : -1});
+  DEVICE void prepare(Prepared& p, int r, int rows) const {
+    if (r < rows) with_weight(kind, RowScale{b, p, layer, kind, r});
     if (kind != IN || r >= I) return;
     const T *w = b.numbers<T>(layer, CONV_WEIGHT), *add = b.numbers<T>(layer, CONV_BIAS), *times = b.numbers<T>(layer, CONV_SCALE);
 #pragma unroll
-    for (int k = 0; k < KC; k++) p.weight[k] = to_float(w[r * KC + k]);
+    for (int k = 0; k < KC; k++) p.weight[k] = w[r * KC + k];
 #pragma unroll
     for (int k = 0; k < KC - 1; k++) p.past[k] = window[r * (KC - 1) + k];
-    p.bias = add ? to_float(add[r]) : 0.0f;
-    p.factor = times ? to_float(times[r]) : 1.0f;
+    if (add) p.bias = add[r];
+    if (times) p.factor = times[r];
   }
 
   // in_proj: u goes through a step of the convolution, whose window of the last KC - 1 inputs moves on; z as it is.
   DEVICE T convolved(const Prepared& p, int r, float value) const {
-    float sum = p.bias;
+    float sum = to_float(p.bias);
 #pragma unroll
-    for (int k = 0; k < KC - 1; k++) sum += p.weight[k] * to_float(p.past[k]);
-    sum += p.weight[KC - 1] * value;
+    for (int k = 0; k < KC - 1; k++) sum += to_float(p.weight[k]) * to_float(p.past[k]);
+    sum += to_float(p.weight[KC - 1]) * value;
     const float y = sum * sigmoid(sum);
-    if (b.lane < 16) {
 #pragma unroll
-      for (int k = 1; k < KC - 1; k++) next_window[r * (KC - 1) + k - 1] = p.past[k];
-      next_window[r * (KC - 1) + KC - 2] = from_float<T>(value);
-    }
-    return from_float<T>(b.numbers<T>(layer, CONV_SCALE) ? rounded<T>(y) * p.factor : y);
+    for (int k = 1; k < KC - 1; k++) next_window[r * (KC - 1) + k - 1] = p.past[k];
+    next_window[r * (KC - 1) + KC - 2] = from_float<T>(value);
+    return from_float<T>(b.numbers<T>(layer, CONV_SCALE) ? rounded<T>(y) * to_float(p.factor) : y);
   }
 
-  DEVICE void put(const Prepared& p, int tile, int part, float value) const {
-    const int r = row(tile);
-    value *= p.scale;
+  // value of row r, second: of the other weight; part: of x_proj. r is negative where there is none; pairs of lanes have
+  // rows 2n and 2n + 1.
+  DEVICE void put(const Prepared& p, int r, int part, float value, float second) const {
+    with_weight(kind, Scaled{value, second, p});
     if (kind == MIX_IN) {  // the slices' sums as they are
-      if (b.lane < 16 && r < MIX) send(at.sums() + part * MIX + r, float_bits(value));
+      if (r >= 0 && r < MIX) send(at.sums() + part * MIX + r, float_bits(value));
       return;
     }
     if (kind == HEAD) {
-      if (b.lane < 16 && r < V) logits[r] = from_float<T>(value);
+      if (r >= 0 && r < V) logits[r] = from_float<T>(value);
       return;
     }
     value = rounded<T>(value);
     if (sizeof(R) == 4 && (kind == OUT || kind == DOWN)) {
-      if (b.lane < 16 && r < H) send((kind == OUT ? at.middle() : at.end()) + r, float_bits(to_float(stream[r]) + value));
+      if (r >= 0 && r < H) send((kind == OUT ? at.middle() : at.end()) + r, float_bits(to_float(stream[r]) + value));
       return;
     }
     // The others are pairs of 16 bits.
     uint32 bits;
     uint32* to;
-    int rows = H, lanes = 16;
+    int rows = H;
     if (kind == IN) {
-      bits = bits_of(r < I ? convolved(p, r, value) : from_float<T>(value));
+      bits = bits_of(r >= 0 && r < I ? convolved(p, r, value) : from_float<T>(value));
       to = at.u() + (r < I ? r / 2 : at.n + (r - I) / 2), rows = 2 * I;
     } else if (kind == UP) {  // silu(gate) up
-      const float up = __shfl_down_sync(0xffffffffu, value, 8);
-      bits = bits_of(from_float<T>(value * sigmoid(value) * up));
-      to = at.product() + r / 2, rows = F, lanes = 8;
+      bits = bits_of(from_float<T>(value * sigmoid(value) * rounded<T>(second)));
+      to = at.product() + r / 2, rows = F;
     } else {  // added to the residual stream
-      const R sum = from_float<R>((r < H ? to_float(stream[r]) : 0.0f) + value);
+      const R sum = from_float<R>((r >= 0 && r < H ? to_float(stream[r]) : 0.0f) + value);
       bits = *reinterpret_cast<const uint16*>(&sum);
       to = (kind == OUT ? at.middle() : at.end()) + r / 2;
     }
     const uint32 other = __shfl_xor_sync(0xffffffffu, bits, 1);
-    if (b.lane < lanes && r % 2 == 0 && r < rows) send(to, bits | other << 16);
+    if (r >= 0 && r % 2 == 0 && r < rows) send(to, bits | other << 16);
   }
 };
 
-// ---- What feeders do beside: numbers that a layer reads beside its large weights come into the L2 cache before they are
+// The sum of the warps' shares of a row.
+DEVICE float added(const float* from) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int other = 0; other < WARPS; other++) sum += from[other * 16];
+  return sum;
+}
+
+// ---- What a warp does beside: numbers that a layer reads beside its large weights come into the L2 cache before they are
 // waited for, and the other set of words becomes void.
 
-DEVICE void bring(const void* from, int bytes, int thread, int threads) {
+DEVICE void fetch(const void* from, int bytes, int lane) {
 #pragma unroll 1
-  for (int at = thread * 128; at < bytes; at += threads * 128) prefetch_line((const char*)from + at);
+  for (int at = lane * 128; at < bytes; at += 32 * 128) prefetch_line((const char*)from + at);
 }
 
 struct Beside {
   const Block& b;
   const T* window;
   const float* state;
-  uint32* other;  // set of words
-  int layer_words, H, I, feeder;
+  uint32 *own, *other;  // sets of words
+  int layer_words, H, I;
   int64 apart;    // channels from layer to layer of a state
 
-  DEVICE void operator()(int layer, int kind) const {
-    const int thread = feeder * 32 + b.lane, threads = FEEDERS * 32;
+  DEVICE void operator()(int layer, int kind, const Run& run) const {
     const int first = b.block * CHANNELS, count = I - first < CHANNELS ? I - first : CHANNELS;
     if (layer == b.layers) return;
     if (kind == IN) {
       Words* const words = (Words*)(other + (int64)layer * layer_words);
 #pragma unroll 1
-      for (int i = b.block * threads + thread; i < layer_words / 4; i += b.blocks * threads) words[i] = {{VOID, VOID, VOID, VOID}};
+      for (int i = b.block * 32 + b.lane; i < layer_words / 4; i += b.blocks * 32) words[i] = {{VOID, VOID, VOID, VOID}};
+      const uint32* const lines = own + (int64)layer * layer_words;
+#pragma unroll 1
+      for (int i = (b.block * 32 + b.lane) * 32; i < layer_words; i += b.blocks * 1024) prefetch_line(lines + i);
       const T* const inputs = window + layer * apart * (KC - 1);
 #pragma unroll 1
-      for (int unit = b.first(layer, IN) + feeder * b.blocks; unit * 16 < I; unit += FEEDERS * b.blocks) {
+      for (int unit = run.first; unit < run.first + run.count && unit * 16 < I; unit++) {
         const int row = unit * 16, rows = I - row < 16 ? I - row : 16;
-        bring(b.numbers<T>(layer, CONV_WEIGHT) + row * KC, rows * KC * (int)sizeof(T), b.lane, 32);
-        bring(inputs + row * (KC - 1), rows * (KC - 1) * (int)sizeof(T), b.lane, 32);
+        fetch(b.numbers<T>(layer, CONV_WEIGHT) + row * KC, rows * KC * (int)sizeof(T), b.lane);
+        fetch(inputs + row * (KC - 1), rows * (KC - 1) * (int)sizeof(T), b.lane);
         if (b.lane) continue;
         prefetch_line(inputs + (row + rows) * (KC - 1) - 1);
         if (const T* bias = b.numbers<T>(layer, CONV_BIAS)) prefetch_line(bias + row);
       }
-      if (FFN) bring(b.numbers<T>(layer, NORM_FFN), H * (int)sizeof(T), thread, threads);
+      if (FFN) fetch(b.numbers<T>(layer, NORM_FFN), H * (int)sizeof(T), b.lane);
     } else if (kind == MIX_IN && count > 0) {
-      bring(b.numbers<T>(layer, DT_WEIGHT) + (int64)first * RANK, count * RANK * (int)sizeof(T), thread, threads);
-      bring(b.numbers<float>(layer, A_LOG2) + (int64)first * N, count * N * 4, thread, threads);
-      bring(state + (layer * apart + first) * N, count * N * 4, thread, threads);
-      if (feeder == 0 && b.lane < (NORMS ? 3 : 0)) prefetch_line(b.numbers<T>(layer, NORM_DT + b.lane));
-      if (feeder == 1 && b.lane < 2) prefetch_line(b.numbers<float>(layer, b.lane ? SKIP : DT_BIAS) + first);
+      fetch(b.numbers<T>(layer, DT_WEIGHT) + (int64)first * RANK, count * RANK * (int)sizeof(T), b.lane);
+      fetch(b.numbers<float>(layer, A_LOG2) + (int64)first * N, count * N * 4, b.lane);
+      fetch(state + (layer * apart + first) * N, count * N * 4, b.lane);
+      if (b.lane < (NORMS ? 3 : 0)) prefetch_line(b.numbers<T>(layer, NORM_DT + b.lane));
+      if (b.lane < 2) prefetch_line(b.numbers<float>(layer, b.lane ? SKIP : DT_BIAS) + first);
     } else if (kind == LAYER_KINDS - 1) {
-      bring(b.numbers<T>(layer + 1, NORM), H * (int)sizeof(T), thread, threads);
+      fetch(b.numbers<T>(layer + 1, NORM), H * (int)sizeof(T), b.lane);
     }
+  }
+
+  // As the feeding warp comes to each kind of each layer.
+  DEVICE void follow(const int* entered) const {
+    Turns turns{0};
+#pragma unroll 1
+    for (int layer = 0; layer < b.layers; layer++)
+#pragma unroll 1
+      for (int kind = IN; kind < LAYER_KINDS; kind++) {
+        const Run run = turns.next(b, b.shapes[kind]);
+        while (told(entered) <= layer * KINDS + kind) rest();
+        (*this)(layer, kind, run);
+      }
   }
 };
 
 // ---- The step. Grid: a block a multiprocessor. table: (layers + 1) RECORD pointers, KINDS SHAPE numbers. exchange: two
 // sets of words of all layers, VOID before the first step. clock: steps so far, blocks that have ended this one. windows
-// (layers, I, KC - 1) and states (layers, I, N), rows `capacity` apart. Shared memory: 8 rings of DEPTH stages; `room`
+// (layers, I, KC - 1) and states (layers, I, N), rows `capacity` apart. Shared memory: a ring of DEPTH stages; `room`
 // bytes for x, a multiple of 512, and its units; the stream, H numbers of 16 bytes' multiple; the table.
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
 decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* token, const unsigned char* embedding,
@@ -877,44 +974,45 @@ decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* to
   extern __shared__ Words shared[];
   __shared__ float red[2][SLOTS * WARPS * 16], scratch[WARPS], mixed[MIX];
   __shared__ Shape shapes[KINDS];
-  __shared__ int landed[FEEDERS], taken[WARPS];
-  const Vector x{shared + WARPS * DEPTH * STAGE, (Units*)(shared + WARPS * DEPTH * STAGE + room / 16)};
+  __shared__ Gate full[DEPTH], empty[DEPTH];
+  __shared__ int entered;
+  const Vector x{shared + DEPTH * STAGE, (Units*)(shared + DEPTH * STAGE + room / 16)};
   R* const stream = (R*)(x.units + room / 256);  // a chunk of 256 bytes has units
   int64* const records = (int64*)(stream + (H + 7) / 8 * 8);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  if (threadIdx.x < FEEDERS) landed[threadIdx.x] = 0;
-  if (threadIdx.x < WARPS) taken[threadIdx.x] = 0;
+  if (threadIdx.x == 0) entered = 0;
+  if (threadIdx.x < DEPTH) begin(full + threadIdx.x, FEEDERS * ARRIVALS), begin(empty + threadIdx.x, WARPS), begun();
   const int turns = (int)(*(const volatile int64*)clock & 1);
   for (int i = threadIdx.x; i < (layers + 1) * RECORD; i += ALL_THREADS) records[i] = table[i];
   if (threadIdx.x < KINDS) {
     const int64* n = table + (layers + 1) * RECORD + threadIdx.x * SHAPE;
-    shapes[threadIdx.x] = {n[0], (int)n[1], (int)n[2], (int)n[3], (int)n[4], (int)n[5], (int)n[6], (int)n[7], (int)n[8], (int)n[9], (int)n[10]};
+    shapes[threadIdx.x] = {n[0], (int)n[1], (int)n[2], (int)n[3], (int)n[4], (int)n[5], (int)n[6], (int)n[7], (int)n[8], (int)n[9]};
   }
   __syncthreads();
 
-  const bool feeder = warp >= WARPS;
-  const Block b{records, shapes, (int)layers, (int)gridDim.x, (int)blockIdx.x, feeder ? (warp - WARPS) * FED : warp, lane,
-                shapes[LAYER_KINDS - 1].before + shapes[LAYER_KINDS - 1].units};
-  const int slices = shapes[MIX_IN].parts * shapes[MIX_IN].inner;
+  const Block b{records, shapes, (int)layers, (int)gridDim.x, (int)blockIdx.x, warp, lane};
+  const int slices = shapes[MIX_IN].parts;
   const auto whole = [](int64 count) { return (int)(count + 3) / 4 * 4; };
   Exchange at{exchange, whole(I / 2), whole(slices * MIX), whole(sizeof(R) == 4 ? H : H / 2), FFN ? whole(F / 2) : 0};
   const int layer_words = at.words();
   const int64 set = layers * layer_words;
-  if (feeder) {
-    const int group = warp - WARPS;
-    const Beside beside{b, window, state, exchange + (1 - turns) * set, layer_words, (int)H, (int)I, group, capacity * I};
-    feed(b, shared + group * FED * DEPTH * STAGE, landed + group, taken + group * FED, beside);
-    return;
+  if (warp >= WARPS) {
+    const int helper = warp - WARPS;
+    uint32* const sets[2] = {exchange + turns * set, exchange + (1 - turns) * set};
+    if (helper == FEEDERS) return Beside{b, window, state, sets[0], sets[1], layer_words, (int)H, (int)I, capacity * I}.follow(&entered);
+    Feeder feeder{b, helper, (unsigned char*)shared, full, empty, {0, 0}, {0, 0}, 0};
+    return feeder.run(&entered);
   }
 
-  Ring ring{shared + warp * DEPTH * STAGE, landed + warp / FED, taken + warp, 0, 0, 0, lane};
+  Ring ring{shared, full, empty, {0, 0}, lane};
   const int64 id = *token < 0 ? 0 : *token;
   for (int c = threadIdx.x; c < H; c += THREADS)
     stream[c] = from_float<R>(embedded<Embedding::Format, T>(embedding + id * row_bytes, embedding_scales, embedding_zeros, id * groups, c, group));
   block_barrier();
 
   int turn = 0;
+  Turns units{0};
   const uint32* before = nullptr;  // the stream behind the last layer
   at.base += turns * set;
 #pragma unroll 1
@@ -924,44 +1022,42 @@ decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* to
 #pragma unroll 1
     for (int kind = last ? HEAD : IN; kind < (last ? KINDS : LAYER_KINDS); kind++) {
       const Shape& s = shapes[kind];
-      const int first = b.first(layer, kind);
+      const Run run = units.next(b, s);
+      // Of a lane that finishes: its row of tile `mine`, which has 2^size.
+      const int size = kind == UP ? 3 : 4, row = lane & ((1 << size) - 1), mine = (warp * 32 + lane) >> size;
+      const Finish finish{b, at, layer, kind, (int)H, (int)I, (int)F, (int)V, window + rows * (KC - 1), next_window + rows * (KC - 1), logits, stream};
       if (kind == IN || kind == UP || kind == HEAD) {
         norm_stream(x, kind, stream, scratch, kind == UP ? at.middle() : before, b.numbers<T>(layer, kind == UP ? NORM_FFN : NORM), (int)H, eps);
       } else if (kind == MIX_IN) {  // the slices of the block's units
         const int pieces = s.slice * 4 * MixIn::Format::XV, all = s.chunks * 4 * MixIn::Format::XV;
-        for (int unit = first + warp * b.blocks; unit < s.units; unit += WARPS * b.blocks) {
-          const int begin = s.parts > 1 ? unit % s.parts * pieces : 0, end = s.parts > 1 && begin + pieces < all ? begin + pieces : all;
+        for (int i = warp; i < run.count; i += WARPS) {
+          const int begin = s.parts > 1 ? (run.first + i) % s.parts * pieces : 0, end = s.parts > 1 && begin + pieces < all ? begin + pieces : all;
           receive<1>(at.u(), begin + lane, 32, end, [&](int i, const Words& w, bool there) { put(x, MIX_IN, i, w, there); });
         }
       } else {
         if (kind == OUT) scan(b, layer, at, mixed, state + rows * N, next_state + rows * N, (int)I, slices, mix_eps);
-        if (first < s.units)
+        if (run.count)
           receive<3>(kind == OUT ? at.y() : at.product(), threadIdx.x, THREADS, (int)(kind == OUT ? I : F) / PIECE,
                      [&](int i, const Words& w, bool there) { put(x, kind, i, w, there); });
       }
       block_barrier();
 
-      const Finish finish{b, at, layer, kind, (int)H, (int)I, (int)F, (int)V, window + rows * (KC - 1), next_window + rows * (KC - 1), logits, stream};
-      const int most = SLOTS / s.inner;
 #pragma unroll 1
-      for (int unit = first; unit < s.units; unit += most * b.blocks, turn ^= 1) {
-        const int own = unit + warp * b.blocks, tile = tile_of(s, own);
-        const bool finishes = warp < most && own < s.units;
+      for (int done = 0; done < run.count; done += SLOTS, turn ^= 1) {
+        const int left = run.count - done, tiles = left < SLOTS ? left : SLOTS, unit = run.first + done;
+        const bool finishes = warp * 32 < tiles << size;
+        int r = -1, part = 0;
         Prepared prepared{};
-        if (finishes) finish.prepare(prepared, tile, s.rows);
-        with_weight(kind, AddUp{b, ring, red[turn], s, unit, x.words, x.units});
+        if (finishes && mine < tiles) {
+          const int tile = kind == MIX_IN ? (unit + mine) / s.parts : unit + mine;
+          r = (tile << size) + row, part = unit + mine - tile * s.parts;
+          finish.prepare(prepared, r, s.rows);
+        }
+        with_weight(kind, AddUp{b, ring, red[turn], s, unit, tiles, x.words, x.units});
         block_barrier();
         if (!finishes) continue;
-        const float* from = red[turn] + warp * s.inner * WARPS * 16 + lane % 16;
-        float total = 0.0f;
-#pragma unroll 1
-        for (int slice = 0; slice < s.inner; slice++, from += WARPS * 16) {
-          float sum = 0.0f;
-#pragma unroll
-          for (int other = 0; other < WARPS; other++) sum += from[other * 16];
-          total += sum;
-        }
-        finish.put(prepared, tile, own - tile * s.parts, total);
+        const float* const from = red[turn] + (mine < tiles ? mine : 0) * WARPS * 16 + row;
+        finish.put(prepared, r, part, added(from), kind == UP ? added(from + 8) : 0.0f);
       }
     }
     before = at.end();

@@ -9,7 +9,6 @@ whole number of 64 bytes: there the other kernels take a single row too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,16 +20,24 @@ from moai_core.generation.decode_kernels import Launch, Matrix
 from moai_core.generation.decode_weights import Layer
 
 # As decode_whole.cu has them.
-_THREADS, _KINDS, _SHAPE, _RECORD = 384, 6, 12, 24
+_THREADS, _KINDS, _SHAPE, _RECORD = 352, 6, 10, 24
 _STATIC = 12 << 10
-# Stages of a ring: what still hides a wait; more than the most are never needed.
-LEAST_DEPTH, MOST_DEPTH = 4, 24
+# Chunks of 64 bytes of each of 16 rows in a stage: the copy engine is slow with less than 1 KB at once, but a small
+# ring holds more stages of half of it. Stages of the ring: what still hides a wait. Of these on their way at most:
+# memory is busy with them, and what blocks send each other would wait behind more.
+SPANS, WISHED_DEPTH, LEAST_DEPTH = (16, 8), 8, 4
 FLIGHT = 3
 
 
 def _how(m: Matrix) -> tuple[str, int, torch.dtype]:
     """How a weight is stored: format, columns that share a scale, type of the scales."""
     return m.format, m.group, torch.float32 if m.scales is None else m.scales.dtype
+
+
+def _copied(m: Matrix) -> bool:
+    """Whether the copy engine, which takes 16 bytes at least, can bring rows and the scales of 8 rows."""
+    scales = m.scales if m.group else None
+    return m.weight.data_ptr() % 16 == 0 and (scales is None or (m.rows % 8 == 0 and scales.data_ptr() % 16 == 0))
 
 
 class Whole:
@@ -49,13 +56,15 @@ class Whole:
         self.slices = [0 if m is None else slices(m, r, few=True) for m, r in zip(self.kinds, results, strict=True)]
         self.mix = config.time_step_rank + 2 * config.state_size
         self.room = -(-max(m.columns for m in self.kinds if m is not None) // 256) * 512
-        self.scaled = any(m is not None and m.group > 0 for m in self.kinds)
-        self.depth = self._depth()
+        self.groups = max(0 if m is None or not m.group or m.scales is None else m.scales.shape[1] for m in self.kinds)
+        free = kernels.shared_memory(self.device) - _STATIC - self._fixed()
+        depths = [(free // self._stage(span), span) for span in SPANS]
+        self.depth, self.span = next((d for d in depths if d[0] >= WISHED_DEPTH), depths[-1])
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
         self._macros: dict[str, str | int] = {
             "T": cuda.TYPES[dtype], "R": cuda.TYPES[self.stream], "N": config.state_size, "RANK": config.time_step_rank,
             "NORMS": int(config.dt_bc_norm), "KC": config.conv_kernel_size, "FFN": int(one.gate is not None),
-            "DEPTH": self.depth, "FLIGHT": FLIGHT,
+            "DEPTH": self.depth, "FLIGHT": min(FLIGHT, self.depth), "SPAN": self.span, "GROUPS": self.groups,
         }  # fmt: skip
         for name, m in zip(("IN", "X", "OUT", "UP", "DOWN", "HEAD", "EMBED"), (*self.kinds, embedding), strict=True):
             how = ("Plain", 0, torch.float32) if m is None else _how(m)
@@ -65,7 +74,7 @@ class Whole:
     def of(cls, layers: Sequence[Layer], head: Matrix, final: Tensor, embedding: Matrix, config: Any) -> Whole | None:
         """The kernel for these weights, or None where it can't take them."""
         dtype = final.dtype
-        if not kernels.in_whole_chunks(head, dtype) or embedding.format == "Fp8":
+        if not (kernels.in_whole_chunks(head, dtype) and _copied(head)) or embedding.format == "Fp8":
             return None
         if config.state_size > 64 or config.hidden_size % 8:
             return None
@@ -77,25 +86,23 @@ class Whole:
                 m, first = getattr(one, name), getattr(layers[0], name)
                 if (m is None) != (first is None):
                     return None
-                if m is not None and (_how(m) != _how(first) or not kernels.in_whole_chunks(m, dtype)):
+                if m is None:
+                    continue
+                if _how(m) != _how(first) or not (kernels.in_whole_chunks(m, dtype) and _copied(m)):
                     return None
         made = cls(layers, head, final, embedding, config, dtype)
         return made if made.depth >= LEAST_DEPTH else None
 
     # ---- sizes ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _stage(self) -> int:
-        return 16 * (68 if self.scaled else 64)
+    def _stage(self, span: int) -> int:
+        """Bytes of a stage: 16 rows of so many chunks, each with 64 bytes behind it, and the tile's scales."""
+        return 16 * (span * kernels.CHUNK_BYTES + 64) + 32 * self.groups
 
     def _fixed(self) -> int:
-        """Bytes of shared memory beside the rings."""
+        """Bytes of shared memory beside the ring."""
         stream = -(-self.config.hidden_size // 8) * 8 * self.stream.itemsize
         return self.room + self.room // 32 + stream + (len(self.layers) + 1) * _RECORD * 8
-
-    def _depth(self) -> int:
-        free = kernels.shared_memory(self.device) - _STATIC - self._fixed()
-        return min(MOST_DEPTH, free // (kernels.WARPS * self._stage))
 
     def _words(self) -> int:
         """Words of 4 bytes that blocks give each other, of all layers."""
@@ -112,7 +119,7 @@ class Whole:
         parts = [s if kind == 1 else 1 for kind, s in enumerate(self.slices)]
         tiles = [0 if m is None else -(-m.rows // (8 if kind == 3 else 16)) for kind, m in enumerate(self.kinds)]
         units = [t * p for t, p in zip(tiles, parts, strict=True)]
-        before = [0, *accumulate(units)]
+        blocks = kernels.multiprocessors(self.device)
         found: list[int] = []
         for kind, m in enumerate(self.kinds):
             if m is None:
@@ -121,9 +128,8 @@ class Whole:
             slice_ = -(-m.chunks // self.slices[kind])
             groups = 1 if m.scales is None else m.scales.shape[1]
             shift = (m.group // 128).bit_length() - 1 if m.group else -1
-            inner = self.slices[kind] // parts[kind]
-            found += [m.row_bytes, m.rows, m.chunks, slice_, parts[kind], inner, -(-slice_ // kernels.WARPS)]
-            found += [units[kind], groups, shift, before[kind], 0]
+            found += [m.row_bytes, m.rows, m.chunks, slice_, parts[kind], *divmod(units[kind], blocks), groups, shift]
+            found += [-(-slice_ // self.span)]
         return found
 
     def _record(self, one: Layer) -> list[Tensor | None]:
@@ -158,5 +164,5 @@ class Whole:
             float(c.dt_bc_norm_eps or c.rms_norm_eps),
         )  # fmt: skip
         kernel = cuda.kernel("decode_whole.cu", "decode_whole", self.device, **self._macros)
-        shared = self._fixed() + self.depth * kernels.WARPS * self._stage
+        shared = self._fixed() + self.depth * self._stage(self.span)
         return Launch(kernel, kernels.multiprocessors(self.device), _THREADS, args, shared, cooperative=True)

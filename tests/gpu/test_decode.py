@@ -58,6 +58,11 @@ WHOLE = {
     "fp16": {"dtype": torch.float16, "residual_in_fp32": True},
     "mamba": SHAPES["mamba"],
     "int4": {"quantization": QUANTIZED["int4"]},
+    # A stage of the ring holds a whole tile of in_proj, gate and up.
+    "tiles of a stage": {
+        "quantization": QUANTIZED["int4"],
+        **{"hidden_size": 2048, "expand_factor": 1, "intermediate_size": 256, "num_hidden_layers": 1},
+    },
     "bytes": {
         "quantization": {
             **{"in_proj": INT8, "x_proj": FP8, "dt_proj": INT8, "out_proj": FP8, "gate_proj": INT8, "up_proj": INT8},
