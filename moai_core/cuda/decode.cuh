@@ -17,6 +17,74 @@ DEVICE void load_piece(float (&to)[PIECE], const Number* from) {
   }
 }
 
+// ---- The convolution's step: `some` channels beside each other of a row, `width` taps.
+
+template <class Number, int some, int width>
+struct Taps {
+  alignas(16) Number w[some * width];
+  Vec<Number, some> add{}, times{};
+  bool biased, scaled;
+
+  // Of the channels from c on.
+  DEVICE void load(const Number* weight, const Number* bias, const Number* scale, int64 c) {
+#pragma unroll
+    for (int i = 0; i < width; i++) *(Vec<Number, some>*)(w + i * some) = load_vec<Number, some>(weight + c * width + i * some);
+    biased = bias, scaled = scale;
+    if (bias) add = load_vec<Number, some>(bias + c);
+    if (scale) times = load_vec<Number, some>(scale + c);
+  }
+};
+
+// What the channels have read before.
+template <class Number, int some, int width>
+struct Window {
+  alignas(16) Number past[some * (width - 1)];
+
+  DEVICE void load(const Number* from) {
+#pragma unroll
+    for (int i = 0; i < width - 1; i++) *(Vec<Number, some>*)(past + i * some) = load_vec<Number, some>(from + i * some);
+  }
+  // What becomes of x; the window moves on, to `next`.
+  DEVICE Vec<Number, some> step(const Taps<Number, some, width>& taps, const float (&x)[some], Number* next) {
+    Vec<Number, some> y;
+#pragma unroll
+    for (int i = 0; i < some; i++) {
+      float sum = taps.biased ? to_float(taps.add.at[i]) : 0.0f;
+#pragma unroll
+      for (int k = 0; k < width - 1; k++) {
+        const Number before = past[i * (width - 1) + k];
+        sum += to_float(taps.w[i * width + k]) * to_float(before);
+        if (k > 0) past[i * (width - 1) + k - 1] = before;
+      }
+      past[i * (width - 1) + width - 2] = from_float<Number>(x[i]);
+      sum += to_float(taps.w[i * width + width - 1]) * x[i];
+      const float value = sum * sigmoid(sum);
+      y.at[i] = from_float<Number>(taps.scaled ? rounded<Number>(value) * to_float(taps.times.at[i]) : value);
+    }
+#pragma unroll
+    for (int i = 0; i < width - 1; i++) store_vec<Number, some>(next + i * some, *(Vec<Number, some>*)(past + i * some));
+    return y;
+  }
+};
+
+// ---- x (rows, K) of a wide batch as decode_stream.cu's tensor cores want it: of each 16 columns, in the order of k in which
+// a weight of 16, 8 or 4 bits (`vectors` 1, 2, 4) meets them, for both halves and each 8 of 8 `tiles` rows 128 bytes.
+
+// 8 numbers of 16 bits, which are piece `piece` of a row.
+DEVICE void store_arranged(char* x, const Words& v, int64 row, int piece, int tiles, int vectors) {
+  Words y = v;
+  if (vectors == 2) {
+    transpose(y.at[0], y.at[1], v.at[0], v.at[1]), transpose(y.at[2], y.at[3], v.at[2], v.at[3]);
+  } else if (vectors == 4) {
+    transpose(y.at[0], y.at[1], v.at[0], v.at[2]), transpose(y.at[2], y.at[3], v.at[1], v.at[3]);
+  }
+  const int half = tiles * 128, p = piece % (4 * vectors);
+  const int64 product = piece / (4 * vectors) * 2 * vectors + 2 * (p % vectors);
+  char* const to = x + product * 2 * half + row / 8 * 128 + row % 8 * 16 + p / vectors * 4;
+#pragma unroll
+  for (int word = 0; word < 4; word++) *(uint32*)(to + word * half) = y.at[word];
+}
+
 // This thread's share of the sum of squares of a row of K numbers; its first PIECE numbers stay in `first`.
 template <class Number, int PIECE>
 DEVICE float squares(const Number* row, int64 K, float (&first)[PIECE]) {

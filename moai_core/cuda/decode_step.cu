@@ -56,9 +56,10 @@ DEVICE void whole_sums(float (&to)[PIECE], const float* sums, int64 stride, int6
   for (int i = 0; i < PIECE; i++) to[i] = rounded<T>(to[i]);
 }
 
-// Grid: a block a row. partial (slices, batch, H) fp32, or null. H is a multiple of PIECE.
+// Grid: a block a row. partial (slices, batch, H) fp32, or null. y: rows, or with `tiles` arranged for a weight of `vectors`
+// times fewer bits than 16. H is a multiple of PIECE.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-decode_norm(R* residual, const float* partial, const T* weight, T* y, int64 H, int64 slices, float eps) {
+decode_norm(R* residual, const float* partial, const T* weight, T* y, int64 H, int64 slices, int64 tiles, int64 vectors, float eps) {
   __shared__ float scratch[WARPS];
   let_next_begin();
   const int64 own = (int64)threadIdx.x * PIECE;
@@ -100,47 +101,15 @@ decode_norm(R* residual, const float* partial, const T* weight, T* y, int64 H, i
     Vec<T, PIECE> found;
 #pragma unroll
     for (int i = 0; i < PIECE; i++) found.at[i] = from_float<T>(first[i] * rstd * to_float(times.at[i]));
+    if constexpr (sizeof(T) == 2) {
+      if (tiles > 0) {
+        store_arranged((char*)y, *(const Words*)&found, blockIdx.x, (int)(at / 8), (int)tiles, (int)vectors);
+        continue;
+      }
+    }
     store_vec<T, PIECE>(y + blockIdx.x * H + at, found);
   }
 }
-
-// PIECE channels of the convolution, from c on, and a row's window before them, from `at` on.
-struct Convolution {
-  alignas(16) T past[PIECE * (KC - 1)], w[PIECE * KC];
-  Vec<T, PIECE> add{}, times{};
-  bool biased, scaled;
-
-  DEVICE void load(const T* weight, const T* bias, const T* scale, const T* window, int64 c, int64 at) {
-#pragma unroll
-    for (int i = 0; i < KC - 1; i++) *(Vec<T, PIECE>*)(past + i * PIECE) = load_vec<T, PIECE>(window + at + i * PIECE);
-#pragma unroll
-    for (int i = 0; i < KC; i++) *(Vec<T, PIECE>*)(w + i * PIECE) = load_vec<T, PIECE>(weight + c * KC + i * PIECE);
-    biased = bias, scaled = scale;
-    if (bias) add = load_vec<T, PIECE>(bias + c);
-    if (scale) times = load_vec<T, PIECE>(scale + c);
-  }
-  // What becomes of x; the window moves on.
-  DEVICE Vec<T, PIECE> step(const float (&x)[PIECE], T* next_window, int64 at) {
-    Vec<T, PIECE> y;
-#pragma unroll
-    for (int i = 0; i < PIECE; i++) {
-      float sum = biased ? to_float(add.at[i]) : 0.0f;
-#pragma unroll
-      for (int k = 0; k < KC - 1; k++) {
-        const T before = past[i * (KC - 1) + k];
-        sum += to_float(w[i * KC + k]) * to_float(before);
-        if (k > 0) past[i * (KC - 1) + k - 1] = before;
-      }
-      past[i * (KC - 1) + KC - 2] = from_float<T>(x[i]);
-      sum += to_float(w[i * KC + KC - 1]) * x[i];
-      const float value = sum * sigmoid(sum);
-      y.at[i] = from_float<T>(scaled ? rounded<T>(value) * to_float(times.at[i]) : value);
-    }
-#pragma unroll
-    for (int i = 0; i < KC - 1; i++) store_vec<T, PIECE>(next_window + at + i * PIECE, *(Vec<T, PIECE>*)(past + i * PIECE));
-    return y;
-  }
-};
 
 // Grid: x 256 PIECE numbers each, y a row each. sums (slices, rows, 2 I): u and z.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -149,14 +118,15 @@ decode_conv(const float* sums, const T* weight, const T* bias, const T* scale, c
   let_next_begin();
   const int64 c = ((int64)blockIdx.x * THREADS + threadIdx.x) * PIECE, row = blockIdx.y, at = (row * I + c) * (KC - 1);
   const bool convolved = c < I;
-  Convolution convolution;
-  if (convolved) convolution.load(weight, bias, scale, window, c, at);
+  Taps<T, PIECE, KC> taps;
+  Window<T, PIECE, KC> before;
+  if (convolved) taps.load(weight, bias, scale, c), before.load(window + at);
   wait_for_previous();
   if (c >= 2 * I) return;
   float x[PIECE];
   whole_sums(x, sums + row * 2 * I + c, gridDim.y * 2 * I, slices);
   if (convolved) {
-    store_vec<T, PIECE>(u + row * I + c, convolution.step(x, next_window, at));
+    store_vec<T, PIECE>(u + row * I + c, before.step(taps, x, next_window + at));
     return;
   }
   Vec<T, PIECE> y;
@@ -191,8 +161,9 @@ decode_conv_x(const float* sums, const T* weight, const T* bias, const T* scale,
       store_vec<T, PIECE>(z + row * I + c - I, stored);
       return;
     }
-    Convolution convolution;
-    if (mine) convolution.load(weight, bias, scale, window, c, at);
+    Taps<T, PIECE, KC> taps;
+    Window<T, PIECE, KC> before;
+    if (mine) taps.load(weight, bias, scale, c), before.load(window + at);
     constexpr int OWN = (MIX_TILES + WARPS - 1) / WARPS;
     Words w[OWN][2];
 #pragma unroll
@@ -207,7 +178,7 @@ decode_conv_x(const float* sums, const T* weight, const T* bias, const T* scale,
     if (mine) {
       float x[PIECE];
       whole_sums(x, sums + row * 2 * I + c, batch * 2 * I, slices);
-      y = convolution.step(x, next_window, at);
+      y = before.step(taps, x, next_window + at);
       store_vec<T, PIECE>(u + row * I + c, y);
     }
     xs[threadIdx.x] = y;

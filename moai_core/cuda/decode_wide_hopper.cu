@@ -20,11 +20,7 @@
 //   WEIGHT  format, type of scales, columns that share one (0: a row, or none)
 //   STORE   0: sums of slices; 1: W x itself, for the head, whose sums would be more than its weight: a block then has
 //           all of K and brings one part of x after the other, while W goes on coming
-#include "decode.cuh"
-
-#if defined(MOAI_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define HAS_WGMMA 1
-#endif
+#include "decode_hopper.cuh"
 
 template <template <class> class FORMAT, class S, int G>
 struct Stored {
@@ -36,109 +32,15 @@ using W = Stored<WEIGHT>;
 using F = W::Format;
 constexpr int WARPS = 8, THREADS = 256, TEAMS = 2, XV = F::XV, STEPS = F::COLUMNS / 4;
 constexpr int AT_ONCE = F::BITS == 16 ? UNIT : F::BITS == 8 ? 2 : 1;  // chunks whose products are under way together
-constexpr int HALF = NT * 128, PRODUCT = 2 * HALF;                    // bytes of x: 8 columns, 16 columns
 constexpr int STAGE = UNIT * (W::GROUP ? 68 : 64);                    // words of 16 bytes: chunks, then 16 rows' scales of each
 constexpr int LINES = UNIT * 64 / 16;                                 // lanes that copy a row's part of a unit
 constexpr int ROWS = 32 / LINES;                                      // rows of W that a warp copies at once
 static_assert(UNIT % AT_ONCE == 0 && ROWS * LINES == 32, "a unit's rows");
 
-// ---- Tensor cores of four warps: d (64, 8 NT) += a (64, 16) b, a warp's a and d as in mma_16, b as described above.
-
-#ifndef MOAI_HOST
-// Where b is: address, bytes from the first 8 columns to the second and from 8 rows to the next, no swizzle.
-DEVICE unsigned long long described(const void* x) {
-  const unsigned long long at = (unsigned long long)__cvta_generic_to_shared(x);
-  return (at & 0x3ffff) >> 4 | (unsigned long long)(HALF >> 4) << 16 | (unsigned long long)(128 >> 4) << 32;
-}
-#endif
-
-#define PRODUCT_16(TYPE, SIZE, D, A, B, P, ...)                                                                     \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                       \
-               "wgmma.mma_async.sync.aligned.m64n" SIZE "k16.f32." TYPE "." TYPE " {" D "}, {" A "}, " B ", p, 1, 1, 0;\n}" \
-               : __VA_ARGS__)
-#define OUT4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define IN "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(described(x)), "r"(add)
-#define D8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define D16 D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define D32 D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PRODUCT_OF(TYPE)                                                                                            \
-  if constexpr (NT == 2)                                                                                            \
-    PRODUCT_16(TYPE, "16", D8, "%8, %9, %10, %11", "%12", "%13", OUT4(0), OUT4(1) : IN);                            \
-  else if constexpr (NT == 4)                                                                                       \
-    PRODUCT_16(TYPE, "32", D16, "%16, %17, %18, %19", "%20", "%21", OUT4(0), OUT4(1), OUT4(2), OUT4(3) : IN);       \
-  else                                                                                                              \
-    PRODUCT_16(TYPE, "64", D32, "%32, %33, %34, %35", "%36", "%37", OUT4(0), OUT4(1), OUT4(2), OUT4(3), OUT4(4),    \
-               OUT4(5), OUT4(6), OUT4(7) : IN)
-
-// Adds to d, or with `add` 0 overwrites it. All of a, d and x are out of bounds until `finish`.
-template <int TILES>
-DEVICE void product_16(float (&d)[TILES][4], const uint32 (&a)[4], const void* x, int add) {
-#if defined(MOAI_HOST)
-  const int lane = threadIdx.x % 32;
-  for (int n = 0; n < NT; n++) {
-    uint32 b[2];
-    for (int half = 0; half < 2; half++) __builtin_memcpy(&b[half], (const char*)x + half * HALF + n * 128 + lane * 4, 4);
-    if (!add) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0.0f;
-    mma_16<T>(d[n], a, b);
-  }
-#elif defined(HAS_WGMMA)
-  if constexpr (is_bf16<T>) {
-    PRODUCT_OF("bf16");
-  } else {
-    PRODUCT_OF("f16");
-  }
-#endif
-}
-
-// Before products: their registers, a's too, are complete.
-template <int COUNT>
-DEVICE void start(uint32 (&a)[COUNT][4]) {
-#if !defined(MOAI_HOST) && defined(HAS_WGMMA)
-#pragma unroll
-  for (int q = 0; q < COUNT; q++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[q][i])::"memory");
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
-
-template <int TILES>
-DEVICE void finish(float (&d)[TILES][4]) {
-#if !defined(MOAI_HOST) && defined(HAS_WGMMA)
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (int n = 0; n < TILES; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[n][i])::"memory");  // nothing reads it before
-#endif
-}
-
 // What this thread has stored in shared memory may be read by the tensor cores, after a barrier.
 DEVICE void show_tensor_cores() {
 #if !defined(MOAI_HOST) && defined(HAS_WGMMA)
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// 16 bytes of a weight, which no one reads a second time: it is the first to leave the L2 cache, so that sums and states
-// stay; the line that it begins comes along.
-DEVICE unsigned long long passing() {
-#ifdef MOAI_HOST
-  return 0;
-#else
-  unsigned long long policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-#endif
-}
-DEVICE void copy_weight(void* shared, const void* global, bool valid, unsigned long long policy) {
-#ifdef MOAI_HOST
-  copy_async_16(shared, global, valid);
-#else
-  const uint32 to = (uint32)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(global),
-               "r"(valid ? 16 : 0), "l"(policy)
-               : "memory");
 #endif
 }
 
@@ -211,6 +113,7 @@ DEVICE void multiply(float (&sums)[NT][4], const Words* stage, int first, const 
       const bool here = chunk + q / STEPS < a.end;  // W is zero behind the end, x is not there
       product_16(sums, w[q], here ? x + q * PRODUCT : x, 1);
     }
+    end_of_group();
     finish(sums);
   } else {
     float fresh[NT][4];
@@ -220,6 +123,7 @@ DEVICE void multiply(float (&sums)[NT][4], const Words* stage, int first, const 
     const int high = (g * a.groups + (chunk >> a.shift)) & 1;  // 4 bytes hold two groups' scales
     const uint32* scales = (const uint32*)(stage + UNIT * 64) + first * 16;
     const float up = to_float(fp16{(uint16)(scales[g] >> (16 * high))}), down = to_float(fp16{(uint16)(scales[g + 8] >> (16 * high))});
+    end_of_group();
     finish(fresh);
 #pragma unroll
     for (int n = 0; n < NT; n++)

@@ -7,7 +7,8 @@ each weight once at nearly the memory's rate:
     1 row         one kernel for the whole step (decode_whole.py), where it takes the model
     to 8 rows     embedding | norm, in_proj, convolution | x_proj | norms, dt_proj, scan, gate | out_proj, + residual
                   | norm, gate and up, silu | down, + residual | ... | norm, head
-    to 64 rows    the same, but products leave sums (decode_wide.py) that a small kernel takes in behind each
+    to 64 rows    the same, but products leave sums (decode_wide.py) that a small kernel takes in behind each; on Hopper
+                  in_proj, gate and up end in the convolution and in silu instead (decode_stream.py)
 
 Where kernels may overlap (compute capability 9.0) the next one's weights are on their way before the last one ends. A
 row has the same bits whatever stands beside it, at any width to 8 and at any from 9 on: sums over K are divided by the
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 from moai_core import cuda
+from moai_core.generation import decode_choice, decode_stream, decode_wide
 from moai_core.generation import decode_kernels as kernels
-from moai_core.generation import decode_wide
 from moai_core.generation.decode_kernels import Launch, Matrix, Product, linear, matrix
 from moai_core.generation.decode_weights import Layer, Rotation, layer_of, why_not
 from moai_core.generation.decode_whole import Whole
@@ -40,8 +41,6 @@ from moai_core.model.state import MoaiState
 __all__ = ["Decoder", "decoder", "run", "why_not"]
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
-# As decode_sample.cu has them.
-_SLICE, _BINS, _LIST, _WORK = 4096, 1312, 4096, 40 << 10
 
 Step = list[Launch | Product]
 
@@ -128,10 +127,7 @@ class Decoder:
         self.dt = make(rows, c.time_step_rank, dtype=self.dtype)
         self.mixed, self.mixes, self.sums = make(rows, width), make(rows * mixes), make(rows * max(sums))
         self.logits = make(padded, c.vocab_size, dtype=self.dtype)
-        slices = -(-self.known // _SLICE)
-        self.best, self.best_id = make(rows, slices), make(rows, slices, dtype=torch.int32)
-        self.bins, self.masses = make(rows, _BINS, dtype=torch.int32), make(rows, _BINS, dtype=torch.int64)
-        self.keys, self.listed = make(rows, _LIST, dtype=torch.int64), make(rows, 8, dtype=torch.int32)
+        self.found = decode_choice.Found.make(make, rows, self.known)
 
     def put(self, place: int, state: MoaiState, token: int, settings: Settings, seed: int, draws: int) -> None:
         """A row that goes on from `state` (of one row) by reading `token`."""
@@ -179,7 +175,7 @@ class Decoder:
         if width == 1 and self.whole is not None:
             states = [(kept[turn], kept[1 - turn]) for kept in (self.conv, self.ssm)]
             one = self.whole.launch(self.counts[0], states[0], states[1], self.logits)
-            return [one, *(self._sample(1) if sample else [])]
+            return [one, *(decode_choice.launches(self, 1) if sample else [])]
         steps: Step = [self._embed(width)]
         pending: Tensor | None = None
         for index, layer in enumerate(self.layers):
@@ -198,19 +194,22 @@ class Decoder:
                 **self._stream_of(self.final, width),
             )  # fmt: skip
         if sample:
-            steps += self._sample(width)
+            steps += decode_choice.launches(self, width)
         return steps
 
     def _stream_of(self, norm: Tensor, width: int) -> dict[str, Any]:
         return {"residual": self.residual[:width], "norm": norm, "eps": self.config.rms_norm_eps}
 
-    def _norm(self, steps: Step, norm: Tensor, width: int, pending: Tensor | None) -> Tensor | None:
+    def _norm(
+        self, steps: Step, norm: Tensor, width: int, pending: Tensor | None, behind: Matrix | None = None
+    ) -> Tensor | None:
         """The norm of the stream for a wide batch, which also takes in what the product before left; None for a narrow
-        one, whose next product does it."""
+        one, whose next product does it. behind: the weight for which it is arranged (decode_stream.py)."""
         if width <= self.narrow:
             return None
         hidden, slices = self.config.hidden_size, 0 if pending is None else pending.shape[0]
-        args = (self.residual, pending, norm, self.x, hidden, slices, float(self.config.rms_norm_eps))
+        how = decode_stream.arrangement(behind, width)
+        args = (self.residual, pending, norm, self.x, hidden, slices, *how, float(self.config.rms_norm_eps))
         steps.append(Launch(self._kernel("decode_norm"), width, 256, args))
         return self.x[:width]
 
@@ -219,11 +218,15 @@ class Decoder:
     ) -> Tensor | None:
         wide, c = width > self.narrow, self.config
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": wide}
-        x = self._norm(steps, layer.norm, width, pending)
+        streams = wide and decode_stream.takes_convolution(layer.in_proj, layer.x_proj, c, self.dtype)
+        x = self._norm(steps, layer.norm, width, pending, layer.in_proj if streams else None)
         u, z, y = self.u[:width], self.z[:width], self.y[:width]
         windows = (self.conv[turn, index, :width], self.conv[1 - turn, index, :width])
         mixes: Tensor | None = None
-        if x is not None and decode_wide.fits(layer.in_proj, self.dtype):
+        if x is not None and streams:
+            mixes = self.mixes[: c.inner_size // 64 * width * layer.x_proj.rows].view(-1, width, layer.x_proj.rows)
+            steps.append(decode_stream.convolution(layer.in_proj, x, layer.conv, layer.x_proj, windows, u, z, mixes, c))
+        elif x is not None and decode_wide.fits(layer.in_proj, self.dtype):
             sums = self._sums(steps, layer.in_proj, x)
             if decode_wide.takes_convolution(layer.x_proj, c, self.dtype):
                 mixes = self.mixes[: c.inner_size // 32 * width * layer.x_proj.rows].view(-1, width, layer.x_proj.rows)
@@ -271,8 +274,12 @@ class Decoder:
     def _ffn(self, steps: Step, layer: Layer, width: int, pending: Tensor | None) -> Tensor | None:
         assert layer.gate is not None and layer.down is not None and layer.ffn_norm is not None
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": width > self.narrow}
-        x, product = self._norm(steps, layer.ffn_norm, width, pending), self.product[:width]
-        if x is not None and decode_wide.fits(layer.gate, self.dtype):
+        streams = common["wide"] and decode_stream.takes(layer.gate, self.dtype)
+        x = self._norm(steps, layer.ffn_norm, width, pending, layer.gate if streams else None)
+        product = self.product[:width]
+        if x is not None and layer.up is not None and streams:
+            steps.append(decode_stream.gates(layer.gate, layer.up, x, product))
+        elif x is not None and decode_wide.fits(layer.gate, self.dtype):
             sums, size = self._sums(steps, layer.gate, x, second=layer.up), self.config.intermediate_size
             grid = (-(-size // (256 * (16 // self.dtype.itemsize))), width, 1)
             steps.append(Launch(self._kernel("decode_gate"), grid, 256, (sums, product, len(sums), size)))
@@ -316,24 +323,6 @@ class Decoder:
         )  # fmt: skip
         kernel = self._kernel("decode_embed", FORMAT=m.format, S=cuda.TYPES[scale])
         return Launch(kernel, width, 256, args)
-
-    def _sample(self, width: int) -> list[Launch]:
-        def kernel(name: str) -> cuda.Kernel:
-            return cuda.kernel("decode_sample.cu", name, self.device, T=cuda.TYPES[self.dtype])
-
-        temperature, top_p, min_p, penalty = self.numbers
-        token, top_k, seed, draws = self.counts
-        slices, size = self.best.shape[1], self.config.vocab_size
-        first = (self.logits, self.seen, temperature, penalty, self.best, self.best_id)
-        found = (self.best, self.best_id, self.bins, self.masses)
-        filters = (temperature, top_p, min_p, penalty, top_k, seed, draws)
-        chosen = (self.logits, self.seen, *filters, *found, self.keys, self.listed)
-        return [
-            Launch(kernel("sample_best"), (slices, width, 1), 256, (*first, size, self.known)),
-            Launch(kernel("sample_masses"), (slices, width, 1), 256, (*first, *found[2:], size, self.known)),
-            Launch(kernel("sample_gather"), (slices, width, 1), 256, (*chosen, size, self.known)),
-            Launch(kernel("sample_pick"), width, 1024, (*chosen, token, slices, size, self.known), _WORK),
-        ]  # fmt: skip
 
     def _kernel(self, name: str, **macros: str | int) -> cuda.Kernel:
         c = self.config

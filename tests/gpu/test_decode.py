@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from moai_core.generation import (
     Settings,
     decode,
     decode_batch,
+    decode_choice,
     decode_kernels,
     engine,
     generate,
@@ -210,7 +212,7 @@ WIDE = {
 @pytest.mark.parametrize("kind", WIDE)
 def test_a_wide_batch_is_as_exact_as_the_model(device, kind, width):
     """K of several slices; a vocabulary of no multiple of 16 beside it."""
-    fields = {"hidden_size": 1152, "intermediate_size": 1280, "num_hidden_layers": 1, "vocab_size": 401, **WIDE[kind]}
+    fields = {"hidden_size": 1152, "intermediate_size": 1280, "num_hidden_layers": 2, "vocab_size": 401, **WIDE[kind]}
     model = make(device, torch.bfloat16, **fields)
     exact = make(device, torch.bfloat16, **fields).float()
     ids = ids_of(model, width, 6)
@@ -223,10 +225,12 @@ def test_a_wide_batch_is_as_exact_as_the_model(device, kind, width):
 
 
 @pytest.mark.parametrize("width", [2, 8, 11, 40])
-@pytest.mark.parametrize("kind", ["bf16", "int4", "fp32"])
+@pytest.mark.parametrize("kind", ["bf16", "int4", "fp32", "stream"])
 def test_a_row_has_the_same_bits_at_every_width(device, kind, width):
-    """K is so long that its sums are cut into slices."""
+    """K is so long that its sums are cut into slices; of "stream" weights are so large that Hopper takes other products."""
     sizes = {"hidden_size": 256, "intermediate_size": 1088, "num_hidden_layers": 1}
+    if kind == "stream":
+        sizes = {"hidden_size": 1024, "intermediate_size": 1088, "num_hidden_layers": 2, "time_step_rank": 32}
     if kind == "int4":
         model = make(device, torch.bfloat16, quantization=QUANTIZED["int4"], **{**sizes, "intermediate_size": 4224})
     else:
@@ -293,15 +297,10 @@ def choose(logits, samplers, known):
     for row, s in enumerate(samplers):
         if s.seen is not None:
             made.seen[row, :known] = s.seen
-    slices = -(-known // 4096)
-    made.best = torch.full((rows, slices), float("nan"), device=device)
-    made.best_id = torch.full((rows, slices), -7, dtype=torch.int32, device=device)
-    made.bins = torch.zeros(rows, 1312, dtype=torch.int32, device=device)
-    made.masses = torch.zeros(rows, 1312, dtype=torch.int64, device=device)
-    made.keys = torch.zeros(rows, 4096, dtype=torch.int64, device=device)
-    made.listed = torch.zeros(rows, 8, dtype=torch.int32, device=device)
-    decode.run(made._sample(rows))
-    assert not made.listed[:, 0].any() and not made.bins.any() and not made.masses.any()
+    made.found = decode_choice.Found.make(partial(torch.zeros, device=device), rows, known)
+    made.found.best.fill_(float("nan")), made.found.best_id.fill_(-7)
+    decode.run(decode_choice.launches(made, rows))
+    assert not made.found.listed[:, 0].any() and not made.found.bins.any() and not made.found.masses.any()
     return made.counts[0].tolist(), made.counts[3].tolist(), made.seen
 
 
