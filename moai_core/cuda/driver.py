@@ -23,7 +23,7 @@ _STATIC_SHARED, _LOCAL, _REGISTERS = 1, 3, 4
 _CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 # CUlaunchConfig: grid and block (three numbers each), bytes of shared memory, stream, attributes and their count.
 _CONFIG = struct.Struct("7I4xQQI4x")
-_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory that every launch may have
+_WITHOUT_ASKING = 48 << 10  # bytes of shared memory, static and dynamic, that every launch may have
 # CUlaunchAttribute, of 72 bytes: programmatic stream serialization (6), allowed.
 _OVERLAP = ctypes.create_string_buffer(struct.pack("I4xi", 6, 1), 72)
 # The same for a cooperative launch (2).
@@ -114,7 +114,7 @@ class Kernel:
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
         self._config, self._here = ctypes.create_string_buffer(_CONFIG.size), ctypes.c_void_p()
         self._config_ref, self._here_ref = ctypes.byref(self._config), ctypes.byref(self._here)
-        self._shared, self._beside = _WITHOUT_ASKING, False
+        self._shared, self._beside = 0, False  # until the first launch
         self._sizes = self._parameter_sizes()
         self._values: struct.Struct | None = None
         self._lock = threading.Lock()
@@ -198,9 +198,10 @@ class Kernel:
         first = ctypes.addressof(self._slots)
         self._pointers = (ctypes.c_void_p * max(1, len(args)))(*(first + 8 * i for i in range(len(args))))
         self._values = layout
+        self._shared = _WITHOUT_ASKING - self.attributes()["shared"]
 
     def _allow(self, shared: int) -> None:
-        """More than 48 KB of dynamic shared memory has to be asked for, once a kernel."""
+        """More than 48 KB of shared memory, the static included, has to be asked for, once a kernel."""
         with _Current(self._context):
             what = f"{shared} bytes of shared memory for {self.name}"
             _check(_library().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared)), what)
