@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, config, device, footprint, plan
 from moai_core import recipe as recipes
-from moai_core.errors import UsageError
+from moai_core.errors import RecipeError, UsageError
 from moai_core.training.optim import make_optimizer
 
 SHAPES = [
@@ -175,9 +175,13 @@ def test_layers_that_keep_everything_stand_between():
     for mode in ("selective", "full"):
         every, none = planned(mode), planned("none")
         peaks = [planned(mode, layers).peak for layers in (24, 16, 8, 1)]
-        assert peaks[0] == every.peak == planned(mode, 99).peak and peaks == sorted(peaks) and peaks[-1] < none.peak
+        assert peaks[0] == every.peak and peaks == sorted(peaks) and peaks[-1] < none.peak
         again = planned(mode, 16).flops["recompute"]
         assert again == pytest.approx(every.flops["recompute"] * 2 / 3) and again > 0
+    with pytest.raises(
+        RecipeError, match=r"train\.checkpointing_layers can't be more than the model's 24 layers \(got 25\)"
+    ):
+        planned("selective", 25)
     kept = (planned("none").peak - planned("selective").peak) / 24
     assert planned("selective", 16).peak == pytest.approx(planned("selective").peak + 8 * kept, rel=1e-3)
 

@@ -331,7 +331,10 @@ def _contradictions(recipe: Recipe, places: list[Origin]) -> Iterator[RecipeErro
     if recipe.optim.in_backward:
         yield from _not_in_backward(recipe)
     try:
-        recipe.model.numbers()
+        layers = recipe.model.numbers()["num_hidden_layers"]
+        if (wanted := recipe.train.checkpointing_layers or 0) > layers:
+            why = f"can't be more than the model's {layers} layers (got {wanted})"
+            yield recipe.error("train.checkpointing_layers", why)
     except UsageError as exc:
         field = re.match(r"model field (\w+) (.*)", exc.message)
         yield (
@@ -354,7 +357,9 @@ def _not_in_backward(recipe: Recipe) -> Iterator[RecipeError]:
     micro = max(t.accumulation, (t.effective_batch or 0) // (t.batch_size * count))
     if micro > 1:
         why = f"updates from the gradients of one micro-batch (a step has {micro})"
-        yield recipe.error("optim.in_backward", why, hint="raise train.batch_size")
+        yield recipe.error(
+            "optim.in_backward", why, hint=f"train.effective_batch={t.batch_size * count}, or a larger train.batch_size"
+        )
     if count > 1:
         why = f"updates from the gradients of one device (hardware.count is {count})"
         yield recipe.error("optim.in_backward", why)
