@@ -1,6 +1,6 @@
 // moai: kernels decode_embed, decode_norm, decode_conv, decode_conv_x, decode_gate, decode_mix, decode_mix_wide, decode_scan, decode_scan_wide, decode_rotate
 // moai: macros T=bf16 R=bf16 FORMAT=Plain S=float N=16 RANK=128 NORMS=1 MIXED=0 KC=4
-// moai: macros T=bf16 R=float FORMAT=Int8 S=fp16 N=16 RANK=256 NORMS=1 MIXED=1 KC=4
+// moai: macros T=bf16 R=float FORMAT=Int8 S=fp16 N=16 RANK=256 NORMS=1 MIXED=1 KC=4; spills 160
 // moai: macros T=float R=float FORMAT=Plain S=float N=8 RANK=7 NORMS=0 MIXED=0 KC=3
 // moai: macros T=fp16 R=fp16 FORMAT=Int4 S=fp16 N=64 RANK=20 NORMS=1 MIXED=0 KC=2
 //
