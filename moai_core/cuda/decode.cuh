@@ -3,6 +3,18 @@
 #pragma once
 #include "gemv.cuh"
 
+#ifdef WEIGHT
+// The weight of the kernels for wide batches: format (gemv.cuh), type of scales, columns that share one (0: a row, or none).
+template <template <class> class FORMAT, class S, int G>
+struct Stored {
+  using Format = FORMAT<T>;
+  using Scale = S;
+  static constexpr int GROUP = G;
+};
+using W = Stored<WEIGHT>;
+using F = W::Format;
+#endif
+
 // PIECE numbers at once, 16 bytes of the narrower type's.
 template <class Number, int PIECE>
 DEVICE void load_piece(float (&to)[PIECE], const Number* from) {

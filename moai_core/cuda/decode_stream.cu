@@ -27,14 +27,6 @@
 #define GATE 1
 #define CONV 2
 
-template <template <class> class FORMAT, class S, int G>
-struct Stored {
-  using Format = FORMAT<T>;
-  using Scale = S;
-  static constexpr int GROUP = G;
-};
-using W = Stored<WEIGHT>;
-using F = W::Format;
 constexpr int WARPS = 4 * TEAMS, SIDE = END == CONV ? 8 : 1;  // warps that multiply; one that brings x and others behind it
 constexpr int THREADS = 32 * (WARPS + SIDE), STEPS = F::COLUMNS / 4;
 constexpr int AT_ONCE = 8 / STEPS;                         // chunks whose products are under way together

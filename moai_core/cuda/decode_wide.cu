@@ -14,14 +14,6 @@
 //   DEPTH   stages of a warp's ring, even   WEIGHT  format, type of scales, columns that share one (0: a row, or none)
 #include "decode.cuh"
 
-template <template <class> class FORMAT, class S, int G>
-struct Stored {
-  using Format = FORMAT<T>;
-  using Scale = S;
-  static constexpr int GROUP = G;
-};
-using W = Stored<WEIGHT>;
-using F = W::Format;
 constexpr int WARPS = 8, THREADS = 256, XV = F::XV, STEPS = F::COLUMNS / 4;
 constexpr int TOGETHER = F::BITS == 16 ? 2 : 1;  // chunks at a time: one alone leaves tensor cores waiting
 constexpr int STAGE = W::GROUP ? 68 : 64;  // words: rows g of each lane, rows g + 8, 16 rows' scales

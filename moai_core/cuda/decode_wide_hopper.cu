@@ -22,14 +22,6 @@
 //           all of K and brings one part of x after the other, while W goes on coming
 #include "decode_hopper.cuh"
 
-template <template <class> class FORMAT, class S, int G>
-struct Stored {
-  using Format = FORMAT<T>;
-  using Scale = S;
-  static constexpr int GROUP = G;
-};
-using W = Stored<WEIGHT>;
-using F = W::Format;
 constexpr int WARPS = 8, THREADS = 256, TEAMS = 2, XV = F::XV, STEPS = F::COLUMNS / 4;
 constexpr int AT_ONCE = F::BITS == 16 ? UNIT : F::BITS == 8 ? 2 : 1;  // chunks whose products are under way together
 constexpr int STAGE = UNIT * (W::GROUP ? 68 : 64);                    // words of 16 bytes: chunks, then 16 rows' scales of each
