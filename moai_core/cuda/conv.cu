@@ -186,18 +186,29 @@ DEVICE void store_state(T* at, const Row (&past)[P]) {
   for (int k = 0; k < P; ++k) store_words(at + k * C, flat[k].word);
 }
 
-// The window before the first step of a run: the inputs that `previous`, the number of the step before, can see. `u`
-// and `seq` stand at the run's first step. The first run of a call continues `state`, if there is one.
-DEVICE void load_window(Row (&past)[P], const T* u, int64 u_step, const int* seq, int previous, bool first_run,
-                        const T* state) {
+// Inputs that a run's first step can see, at most P: steps before it with the number `previous` of the last of them.
+DEVICE int age_before(const int* seq, int previous) {
+  if (!seq) return P;
+  int age = 0;
+#pragma unroll
+  for (int k = 1; k <= P; ++k) age += seq[-k] == previous;
+  return age;
+}
+
+// The window before a run, whose first step is at `u` and sees `age` inputs. All P are asked for: to wait for their
+// numbers before asking takes as long as the copy of the first rows. A call's first run continues `state`, if any.
+DEVICE void load_window(Row (&past)[P], const T* u, int64 u_step, int age, bool first_run, const T* state) {
   clear(past);
   if (first_run) {
     if (state) load_state(past, state);
     return;
   }
 #pragma unroll
-  for (int k = 0; k < P; ++k)
-    if (!seq || seq[k - P] == previous) past[k] = load_row(u + (k - P) * u_step);
+  for (int k = 0; k < P; ++k) {
+    const Row row = load_row(u + (k - P) * u_step);
+#pragma unroll
+    for (int j = 0; j < WORDS; ++j) past[k].word[j] = P - k <= age ? row.word[j] : 0;
+  }
 }
 
 // A run of the forward pass on its way through time.
@@ -262,7 +273,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   const int64 at = (b * I + c) * P;
   Forward now{Filter(weight, bias, c), y + (b * L + t0) * I + c, last + at, seq, I, t0 == 0, t0 + n == L, n};
   now.previous = seq ? seq[t0 > 0 ? -1 : 0] : 0;
-  load_window(now.past, u, u_step, seq, now.previous, t0 == 0, state ? state + at : nullptr);
+  const int age = t0 > 0 ? age_before(seq, now.previous) : P;
+  load_window(now.past, u, u_step, age, t0 == 0, state ? state + at : nullptr);
 
   int number = seq ? seq[n < S ? n - 1 : S - 1] : 0;  // of the last step of the coming stage, loaded a stage ahead
   for (int stage = 0, t = 0; t < n; ++stage, t += S) {
@@ -413,10 +425,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     now.d_last = d_last ? d_last + at : nullptr;
     now.seq = seq, now.first = t0 == 0, now.du_step = du_step, now.n = n, now.steps = steps;
     now.previous = seq ? seq[t0 > 0 ? -1 : 0] : 0;
-    now.age = P;
-    if (seq && t0 > 0)
-      for (now.age = 1; now.age < P && seq[-1 - now.age] == now.previous;) ++now.age;
-    load_window(now.past, u, u_step, seq, now.previous, t0 == 0, state ? state + at : nullptr);
+    now.age = t0 > 0 ? age_before(seq, now.previous) : P;
+    load_window(now.past, u, u_step, now.age, t0 == 0, state ? state + at : nullptr);
 #pragma unroll
     for (int k = 0; k < P; ++k)
 #pragma unroll
