@@ -32,8 +32,10 @@ UPDATED_ALONE = 1 << 20
 UPDATES_WAITING = 1 << 28
 # Channels whose gradients of B and C are one partial sum of the scan (W of moai_core/cpu/tiles.py; scan/cuda.py).
 SCAN_WIDTH = {"cpu": 128, "cuda": 32}
-# Parts of a layer that autocast copies.
+# Parts of a layer that autocast copies. On a GPU it keeps those of modules that are called until it ends; the others go
+# into products (moai_core/model/products.py) whose backward pass has them, or makes them again with its layer.
 _MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj", "feed-forward")
+_CALLED = ("dt_proj", "out_proj")
 
 
 def letters(config: Mapping[str, Any]) -> dict[str, int]:
@@ -198,7 +200,7 @@ def phases(config: Mapping[str, Any], recipe: Recipe, overhead: int = 0) -> dict
     c, t = letters(config), recipe.train
     device = "cpu" if recipe.hardware.gpu == "cpu" else "cuda"
     precision = resolved_precision(recipe)
-    b, p = element_bytes(config, precision), parameters(config)
+    b = element_bytes(config, precision)
     T, H, V = t.batch_size * recipe.data.max_length, c["H"], c["V"]
     held = weights_gradients_optimizer(config, recipe, precision)
     pieces = _stash(config, recipe, precision, device)
@@ -207,7 +209,7 @@ def phases(config: Mapping[str, Any], recipe: Recipe, overhead: int = 0) -> dict
     step = 5 * 4 * min(BF16_CHUNK, V * H) if device == "cpu" and (recipe.optim.name == "adamw_bf16" or b.w == 2) else 0
     base: dict[str, float] = {"weights": held["weights"], "optimizer": held["optimizer"], "overhead": overhead}
     first = pieces[0]
-    copies = b.cast * (sum(p[k] for k in _MATRICES) + V * H)  # autocast's, of every matrix it met
+    copies = first.copies + first.cached + b.cast * V * H
     loss = {"activations": first.kept + copies, "scan states": first.states}
     loss |= {"gradients": held["gradients"] if many else 0, "logits": _loss(T, V, H, b, device)}
     late = _small_gradients(config, b) + V * H * b.w  # the embedding's, which comes last
@@ -228,12 +230,14 @@ def phases(config: Mapping[str, Any], recipe: Recipe, overhead: int = 0) -> dict
 @dataclass(frozen=True)
 class _Held:
     """What waits for the backward pass of `layers` layers: bytes of activations, scan states and autocast's copies of
-    matrices, which layers that are computed again don't need; and what the pass through the last of them takes."""
+    matrices, which layers that are computed again don't need; those of the latter that autocast keeps all the same
+    until the loss is there; and what the pass through the last layer takes."""
 
     layers: int
     kept: float
     states: float
     copies: float
+    cached: float
     flight: float
 
 
@@ -242,7 +246,9 @@ def _stash(config: Mapping[str, Any], recipe: Recipe, precision: str, device: st
     c, t, b = letters(config), recipe.train, element_bytes(config, precision)
     T, n = t.batch_size * recipe.data.max_length, c["layers"]
     often = 0 if t.checkpointing == "none" else min(n, t.checkpointing_layers or n)
-    copies = b.cast * sum(parameters(config)[k] for k in _MATRICES) / c["layers"]
+    p = parameters(config)
+    copies = b.cast * sum(p[k] for k in _MATRICES) / n
+    called = b.cast * sum(p[k] for k in (_CALLED if device == "cuda" else _MATRICES)) / n
     kept = saved_per_token(config, precision, device)
     again = saved_per_token(config, precision, device, t.checkpointing)
     # The final norm keeps its input and, on a CPU, the scaled one; the loss has its result.
@@ -252,10 +258,10 @@ def _stash(config: Mapping[str, Any], recipe: Recipe, precision: str, device: st
         some, rest = min(left, often), max(0, left - often)
         bytes_of = {kind: T * (some * again[kind] + rest * kept[kind]) for kind in kept}
         mode = t.checkpointing if left <= often else "none"
-        own = copies * (rest if t.checkpointing == "full" else left)
+        own, cached = (copies * rest, called * some) if t.checkpointing == "full" else (copies * left, 0)
         flight = T * _flight_per_token(config, precision, device, mode)
         activations = bytes_of["activations"] + (ends if left == n else 0)
-        found.append(_Held(left, activations, bytes_of["scan states"], own, flight))
+        found.append(_Held(left, activations, bytes_of["scan states"], own, cached, flight))
     return found
 
 

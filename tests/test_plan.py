@@ -4,6 +4,8 @@ autograd keeps, FLOPs it counts."""
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,8 +205,8 @@ def test_updates_inside_of_the_backward_pass_take_the_gradients_away():
 FOUR_ROWS = ["train.batch_size=4", "train.effective_batch=4", "train.precision=bf16", "optim.name=adamw_bf16"]
 MEASURED = [
     ("h100-2b", [], 63.53),
-    ("a100-2b", [], 44.15),
-    ("a40-2b", [], 39.74),
+    ("a100-2b", [], 41.82),
+    ("a40-2b", [], 37.41),
     ("rtx4090-2b", [], 18.14),
     ("h100-2b", [*FOUR_ROWS, "train.checkpointing=none"], 32.00),
     ("h100-2b", [*FOUR_ROWS, "train.checkpointing=selective"], 25.44),
@@ -225,6 +227,16 @@ def test_every_packaged_recipe_fits_its_device():
     assert plan.plan(recipes.load("rtx4090-2b", ["optim.name=adamw", "train.precision=bf16-mixed"])).fits is False
     assert plan.plan(recipes.load("a100-2b", ["hardware.gpu=null"])).fits is None
     assert plan.plan(recipes.load("a100-2b", ["hardware.memory_gb=40"])).fits is False
+
+
+def test_readme_has_the_planned_peaks():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|.* \| ([\d.]+) GiB \|$", text, re.MULTILINE)
+    peaks = {name: float(gib) for cell, gib in rows for name in re.findall(r"`([\w-]+)`", cell)}
+    assert set(peaks) == set(recipes.names())
+    for cell, gib in rows:
+        largest = max(plan.plan(recipes.load(name)).peak for name in re.findall(r"`([\w-]+)`", cell))
+        assert float(gib) == pytest.approx(largest / plan.GIB, abs=0.06), cell
 
 
 def test_steps_tokens_and_words():
