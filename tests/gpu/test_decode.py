@@ -221,6 +221,31 @@ def test_a_wide_batch_is_as_exact_as_the_model(device, kind, width):
     assert relative(got, want) < 1.2 * relative(theirs, want) + 1e-4
 
 
+def every(spec):
+    return dict.fromkeys(("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"), spec)
+
+
+# Matrices of 2b's sizes, whose products begin and end in other kernels than small ones'.
+LARGE = {
+    "fp16": {"dtype": torch.float16},
+    "int8": {"quantization": every(INT8)},
+    "fp8": {"quantization": every(FP8)},
+    "int4 of 64": {"quantization": every({**INT4, "group_size": 64, "symmetric": False})},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_wide_batch_of_large_matrices(device, kind):
+    fields = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "time_step_rank": 128}
+    fields |= {"dtype": torch.bfloat16, "initializer_range": 0.02, **LARGE[kind]}
+    model, exact = make(device, **fields), make(device, **fields).float()
+    ids = ids_of(model, 40, 5)
+    want = plain(exact, ids, 3)[0]
+    got, theirs = follow(model, ids, 3, 40)[0], plain(model, ids, 3)[0]
+    assert relative(got, want) < 1.2 * relative(theirs, want) + 1e-4
+
+
 # ---- company ----------------------------------------------------------------------------------------------------------
 
 
