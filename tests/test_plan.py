@@ -184,6 +184,12 @@ def test_layers_that_keep_everything_stand_between():
         RecipeError, match=r"train\.checkpointing_layers can't be more than the model's 24 layers \(got 25\)"
     ):
         planned("selective", 25)
+    with pytest.raises(
+        RecipeError,
+        match=r"^override 'train\.checkpointing_layers=3': train\.checkpointing_layers changes nothing with "
+        r"train\.checkpointing=none$",
+    ):
+        planned("none", 3)
     kept = (planned("none").peak - planned("selective").peak) / 24
     assert planned("selective", 16).peak == pytest.approx(planned("selective").peak + 8 * kept, rel=1e-3)
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moai_core import scan as kernels
 from moai_core.bench.work import heads_of
+from moai_core.errors import UsageError
 from moai_core.recipe import Recipe
 from moai_core.training import setup
 
@@ -82,6 +84,14 @@ def llama(numbers: dict[str, Any], dtype: torch.dtype, mixed: bool, device: torc
             return model.model(input_ids=tokens, use_cache=False).last_hidden_state
 
     return Model("transformers", model, loss, read)
+
+
+def require_mamba_ssm(where: torch.device) -> None:
+    """UsageError where mamba_ssm's kernels can't run."""
+    for op in ("scan", "conv"):
+        why = dict(kernels.explain(where, torch.bfloat16, op=op))["mamba_ssm"]
+        if why is not None:
+            raise UsageError(f"--against mamba_ssm: {why}", hint="leave it out of --against")
 
 
 def mamba_ssm(numbers: dict[str, Any], dtype: torch.dtype, mixed: bool, device: torch.device) -> Model:

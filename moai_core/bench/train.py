@@ -44,13 +44,13 @@ OPTIMIZERS = ("recipe", "torch", "adamw", "adamw_bf16", "adamw_8bit")
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of a run, checked against the recipe; `recipe` has everything else."""
+    """What is asked of a run, checked against the recipe, which has everything else. checkpointing: kind -> layers."""
 
     recipe: Recipe
     preset: str | None
     batches: list[int]
     lengths: list[int]
-    checkpointing: list[str]
+    checkpointing: dict[str, int | None]
     steps: int
     optimizer: str
     packed: bool
@@ -140,11 +140,10 @@ class _Bench:
             self.reading.append(row | self.guarded(lambda n=length: self.read(model, n)))  # type: ignore[misc]
         if self.o.steps:
             optimizer = make_optimizer(model, self.o.recipe, self.o.optimizer)
-            kinds = self.o.checkpointing if model.name == "moai" else ["none"]
+            kinds = self.o.checkpointing if model.name == "moai" else {"none": None}
             for kind, length, batch in itertools.product(kinds, self.o.lengths, self.o.batches):
-                row = {"model": model.name, "batch": batch, "length": length, "checkpointing": kind}
-                some = self.o.recipe.train.checkpointing_layers
-                row["layers"] = some if model.name == "moai" and kind != "none" else None
+                row = {"model": model.name, "batch": batch, "length": length}
+                row |= {"checkpointing": kind, "layers": kinds[kind]}
                 found = self.guarded(lambda k=kind, b=batch, n=length: self.train(model, optimizer, k, b, n))  # type: ignore[misc]
                 optimizer.zero_grad(set_to_none=True)
                 self.results.append(row | found)
@@ -170,7 +169,7 @@ class _Bench:
     ) -> dict[str, Any]:
         """One row of `results`."""
         if model.name == "moai":
-            model.module.set_checkpointing(kind, self.o.recipe.train.checkpointing_layers)  # type: ignore[operator]
+            model.module.set_checkpointing(kind, self.o.checkpointing[kind])  # type: ignore[operator]
         device, vocabulary = self.clock.device, self.numbers["vocab_size"]
         inputs = [
             (
@@ -232,8 +231,7 @@ def options(
     gpu = where.type == "cuda"
     if recipe is None and preset is None:
         recipe, preset = (None, "2b") if gpu else ("cpu-tiny", None)
-    at_least(("--steps", steps, 0), ("--layers", layers, 1), ("--prefill-chunk", chunk, 1))
-    at_least(("--repeats", repeats, 1))
+    at_least(("--steps", steps, 0), ("--layers", layers, 1), ("--prefill-chunk", chunk, 1), ("--repeats", repeats, 1))
     optimizer = optimizer or ("torch" if preset else "recipe")
     report.among("--optimizer", optimizer, OPTIMIZERS)
     wanted = [f"hardware.gpu={'null' if gpu else 'cpu'}"]
@@ -247,29 +245,29 @@ def options(
         wanted += ["optim.in_backward=true", "train.effective_batch=null", "train.accumulation=1"]
     source = recipe or f"base/{preset}"
     kinds = [kind.strip() for text in checkpointing or () for kind in text.split(",")]
-    found = [recipes.load(source, [*wanted, *overrides, f"train.checkpointing={kind}"]) for kind in kinds]
-    one = found[0] if found else recipes.load(source, [*wanted, *overrides])
+    one, found = _with_kinds(source, [*wanted, *overrides], kinds)
     if one.optim.in_backward and optimizer == "torch":
         raise UsageError("--in-backward needs moai's own optimizer (got torch)", hint="add --optimizer adamw_bf16")
     rivals = report.among("--against", against, RIVALS) if against else []
     if "mamba_ssm" in rivals:
-        _require_mamba_ssm(where)
+        models.require_mamba_ssm(where)
     if steps == 0 and not prefill:
         raise UsageError("--steps 0 leaves nothing to measure", hint="add --prefill 32768, or train a few steps")
     return Options(
         recipe=one, preset=preset,
         batches=report.numbers("--batch", batches or (str(4 if preset else one.train.batch_size),)),
         lengths=report.numbers("--seq-len", lengths or (str(one.data.max_length),), least=2),
-        checkpointing=kinds or [one.train.checkpointing], steps=steps, optimizer=optimizer, packed=packed,
+        checkpointing=found, steps=steps, optimizer=optimizer, packed=packed,
         against=rivals, prefill=report.numbers("--prefill", prefill) if prefill else [], chunk=chunk, repeats=repeats,
     )  # fmt: skip
 
 
-def _require_mamba_ssm(where: torch.device) -> None:
-    for op in ("scan", "conv"):
-        why = dict(kernels.explain(where, torch.bfloat16, op=op))["mamba_ssm"]
-        if why is not None:
-            raise UsageError(f"--against mamba_ssm: {why}", hint="leave it out of --against")
+def _with_kinds(source: str, words: list[str], kinds: list[str]) -> tuple[Recipe, dict[str, int | None]]:
+    """The recipe with the first of the kinds of checkpointing, and the layers of each; without kinds its own."""
+    off = {"none": ["~train.checkpointing_layers"]}
+    each = [[*words, f"train.checkpointing={kind}", *off.get(kind, [])] for kind in kinds] or [words]
+    found = [recipes.load(source, one) for one in each]
+    return found[0], {one.train.checkpointing: one.train.checkpointing_layers for one in found}
 
 
 def run(
@@ -303,8 +301,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
     title += "; ms by phase; peak GB (reserved)" if found["environment"].get("gpu") else "; ms by phase"
     result = []
     if found["results"]:
-        columns: tuple[str, ...] = ("model", "checkpointing", "B x L", "tokens/s", "ms a step", "quartiles", *PHASES)
-        columns = (*columns, "peak GB", "MFU")
+        columns: tuple[str, ...] = ("model", "checkpointing", "B x L", "tokens/s", "ms a step", "quartiles")
+        columns = (*columns, *PHASES, "peak GB", "MFU")
         rows = [_training(row, found["results"]) for row in found["results"]]
         result.append(_recorded(Table(title, columns, rows, left=3), found["results"], _speed))
         title = ""

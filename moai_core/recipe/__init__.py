@@ -328,6 +328,9 @@ def _contradictions(recipe: Recipe, places: list[Origin]) -> Iterator[RecipeErro
         yield recipe.error("train.epochs", "and train.steps are both set; keep one")
     if recipe.train.effective_batch is not None and recipe.train.accumulation != 1:
         yield recipe.error("train.accumulation", "and train.effective_batch are both set; keep one")
+    if recipe.train.checkpointing_layers is not None and recipe.train.checkpointing == "none":
+        hint = "train.checkpointing=selective or full, or train.checkpointing_layers=null"
+        yield recipe.error("train.checkpointing_layers", "changes nothing with train.checkpointing=none", hint=hint)
     if recipe.optim.in_backward:
         yield from _not_in_backward(recipe)
     try:

@@ -230,8 +230,10 @@ def test_presets_measure_bf16_with_torchs_optimizer_and_recipes_their_own():
     )
     assert asked.recipe.train.precision == own.precision and asked.optimizer == "recipe"
     assert asked.batches == [own.batch_size]
-    assert asked.checkpointing == ["none", "selective", "full"]
-    assert train.options(gpu, recipe="h100-2b").checkpointing == [own.checkpointing]
+    assert asked.checkpointing == {"none": None, "selective": None, "full": None}
+    assert train.options(gpu, recipe="h100-2b").checkpointing == {own.checkpointing: None}
+    some = train.options(gpu, preset="2b", checkpointing=["none,full"], overrides=["train.checkpointing_layers=5"])
+    assert some.checkpointing == {"none": None, "full": 5} and some.recipe.train.checkpointing == "none"
     asked = train.options(
         gpu, preset="8b", optimizer="adamw_bf16", precision="bf16", layers=3, clip=0.0, backend="reference"
     )
