@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from moai_core import checkpoint, weights
 from moai_core import plan as memory_plan
 from moai_core.errors import CheckpointError, UsageError
+from moai_core.footprint import UPDATED_ALONE, UPDATES_WAITING
 from moai_core.model.loss import IGNORED
 from moai_core.quant import fake, linear, lora
 from moai_core.quant.formats import FORMATS
@@ -188,7 +189,8 @@ def _ready(model: Any, recipe: Recipe, dtype: torch.dtype, teacher: Teacher | No
 def memory(recipe: Recipe, options: Options) -> dict[str, int]:
     """Bytes of what stays over a whole step, {"weights", "gradients", "optimizer"}, counted matrix by matrix, for a
     model of the recipe's size; activations are as in `moai train`. The teacher of a distillation is not among them.
-    Raises UsageError where a matrix doesn't fit its format."""
+    With optim.in_backward gradients are what there is of them at once. Raises UsageError where a matrix doesn't fit its
+    format."""
     from moai_core.model import MoaiMambaConfig, MoaiMambaForCausalLM
 
     with torch.device("meta"):
@@ -199,45 +201,61 @@ def memory(recipe: Recipe, options: Options) -> dict[str, int]:
     modules = plan.modules(settings, shapes, tied=model.config.tie_word_embeddings)
     specs = linear.plan({"modules": modules}, list(linear.matrices(model)))
     matrices: dict[str, Any] = linear.matrices(model)
-    found = {"weights": 0, "gradients": 0, "optimizer": 0}
+    held, twice = 0, 0
+    trained: list[tuple[int, int]] = []
     for name, matrix in matrices.items():
         if name == "lm_head" and model.config.tie_word_embeddings:
             continue
-        plain, trained = _bytes(matrix.weight.shape, specs.get(name), options, dtype, name)
-        found["weights"] += plain
-        _add(found, trained, recipe.optim.name)
+        plain, more = _bytes(matrix.weight.shape, specs.get(name), options, dtype, name)
+        held += plain
+        trained += more
+        if "embed" in name and model.config.tie_word_embeddings:
+            twice = sum(width * numbers for width, numbers in more)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in matrices:
             width = 4 if name.rpartition(".")[2] in weights.KEEP_FP32 else dtype.itemsize
-            found["weights"] += parameter.numel() * width
-            _add(found, [(width, parameter.numel())] if options.mode == "full" else [], recipe.optim.name)
-    return found
+            held += parameter.numel() * width
+            trained += [(width, parameter.numel())] if options.mode == "full" else []
+    return {"weights": held, "gradients": _gradients(recipe, trained, twice), "optimizer": _moments(recipe, trained)}
 
 
 def _bytes(shape: Any, spec: Any, options: Options, dtype: torch.dtype, name: str) -> tuple[int, list[tuple[int, int]]]:
-    """One matrix: (bytes of its weights, [(bytes of a number, numbers that are trained)])."""
+    """One matrix: (bytes of its weights, [(bytes of a number, numbers) of each parameter that is trained])."""
     out, columns = shape
     stored = FORMATS[spec.format].tensors(spec, out, columns) if spec is not None else {}
-    scales = sum(torch.Size(size).numel() for part, (size, _) in stored.items() if part in ("scales", "zeros"))
+    parts = [(4, torch.Size(size).numel()) for part, (size, _) in stored.items() if part in ("scales", "zeros")]
+    scales = sum(numbers for _, numbers in parts)
     packed = sum(torch.Size(size).numel() * kind.itemsize for size, kind in stored.values())
     numbers = out * columns
     if options.mode == "full":
-        return numbers * dtype.itemsize + 4 * scales, [(dtype.itemsize, numbers), (4, scales)]
+        return numbers * dtype.itemsize + 4 * scales, [(dtype.itemsize, numbers), *parts]
     if options.mode == "scales":
         trained = spec is not None and spec.format == "int4" and "embed" not in name
-        return (packed + 2 * scales, [(4, scales)]) if trained else (packed or numbers * dtype.itemsize, [])
-    adapters = options.rank * (out + columns) if name.rpartition(".")[2] in lora.TARGETS else 0
-    width = dtype.itemsize
-    return (packed or numbers * width) + width * adapters, [(width, adapters)]
+        return (packed + 2 * scales, parts) if trained else (packed or numbers * dtype.itemsize, [])
+    sides = (out, columns) if name.rpartition(".")[2] in lora.TARGETS else ()
+    width, adapters = dtype.itemsize, [(dtype.itemsize, options.rank * side) for side in sides]
+    return (packed or numbers * width) + sum(width * size for _, size in adapters), adapters
 
 
-def _add(found: dict[str, int], trained: list[tuple[int, int]], optimizer: str) -> None:
-    """Gradients in the weights' type and two moments likewise, but for what keeps fp32 weights beside bf16 ones, and
-    moments of a byte."""
+def _gradients(recipe: Recipe, trained: list[tuple[int, int]], twice: int) -> int:
+    """Bytes, in the weights' types. Updated inside of the backward pass: of the small parameters, the largest of the
+    others and, on a GPU, those that wait for their updates; `twice` are of what has its gradient from the head until
+    the embedding's comes."""
+    every = sum(width * numbers for width, numbers in trained)
+    if not recipe.optim.in_backward:
+        return every
+    large = [width * numbers for width, numbers in trained if numbers >= UPDATED_ALONE]
+    waiting = UPDATES_WAITING if recipe.hardware.gpu != "cpu" else 0
+    return min(every, every - sum(large) + max(large, default=0) + twice + waiting)
+
+
+def _moments(recipe: Recipe, trained: list[tuple[int, int]]) -> int:
+    """Bytes: two moments in the weights' types, but for what keeps fp32 weights beside bf16 ones, and moments of a
+    byte."""
+    total = 0
     for width, numbers in trained:
-        found["gradients"] += width * numbers
-        moments = {"adamw_8bit": 2, "adamw": 12 if width == 2 else 8}.get(optimizer, 2 * width)
-        found["optimizer"] += moments * numbers
+        total += {"adamw_8bit": 2, "adamw": 12 if width == 2 else 8}.get(recipe.optim.name, 2 * width) * numbers
+    return total
 
 
 # ---- distillation ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from moai_core.model.loss import shift_labels
 from moai_core.quant import fake, linear, lora
 from moai_core.quantize import qat
 from moai_core.quantize.plan import Settings
-from moai_core.training import train
+from moai_core.training import in_backward, optim, train
 
 SETTINGS = Settings("int4", group_size=32)
 
@@ -208,6 +208,40 @@ def test_planned_memory_is_what_a_model_holds(start, tmp_path, mode, tied):
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     planned = qat.memory(wanted, options)
     assert planned == {"weights": sum(held.values()), "gradients": trained, "optimizer": 2 * trained}
+
+
+@pytest.mark.parametrize("mode", ["full", "scales", "qlora"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_planned_gradients_are_those_there_at_once(start, tmp_path, mode, tied, monkeypatch):
+    """With updates inside of the backward pass: added up whenever one is complete. What a tied head gives waits within
+    autograd for the embedding's, to be added to it."""
+    recipe, _ = start
+    for module in (in_backward, qat):
+        monkeypatch.setattr(module, "UPDATED_ALONE", 100)
+    words = ["model.hidden_size=64", "model.intermediate_size=4096", f"model.tie_word_embeddings={str(tied).lower()}"]
+    words += ["train.steps=1", "train.precision=bf16", "optim.name=adamw_bf16", "optim.clip=null"]
+    inside = recipe(*words, "optim.in_backward=true")
+    train(recipe(*words), output=tmp_path / "parent")
+    seen = []
+    update = optim.AdamWBF16.step_one
+
+    def watched(self, *rest):
+        everything = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        there = [p.grad for p in everything.values() if p.grad is not None]
+        if tied and mode == "full":
+            there += [p for n, p in everything.items() if "embed" in n]
+        seen.append(sum(g.numel() * g.element_size() for g in there))
+        return update(self, *rest)
+
+    monkeypatch.setattr(optim.AdamWBF16, "step_one", watched)
+    options = qat.Options(mode, SETTINGS, rank=4)
+    qat.qat(inside, options, model_path=tmp_path / "parent", output=tmp_path / "run")
+    planned, every = (qat.memory(recipe(*words, f"optim.in_backward={on}"), options) for on in ("true", "false"))
+    assert max(seen) <= planned["gradients"] <= 1.1 * max(seen)
+    assert planned["gradients"] < 0.8 * every["gradients"]
+    assert {**planned, "gradients": 0} == {**every, "gradients": 0}
+    on_a_gpu = qat.memory(recipe(*words, "optim.in_backward=true", "hardware.gpu=null"), options)
+    assert on_a_gpu == every, "the little that there is may wait there"
 
 
 @pytest.fixture(scope="module")
