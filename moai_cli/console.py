@@ -15,10 +15,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from moai_core.errors import MoaiError
 
@@ -119,13 +122,78 @@ def _strict(value: Any) -> Any:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, right: Sequence[int] = ()
 ) -> None:
-    """A table on stdout; `right` lists the columns to align right."""
-    grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, name in enumerate(columns):
-        grid.add_column(name, justify="right" if index in right else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(escape(clean(str(cell))) for cell in row))
+    """A table on stdout; `right` lists the columns to align right. No word is broken: where the terminal is too narrow
+    for that, each row becomes a list of its cells. A pipe or file gets whole lines.
+    """
+    cells = [[clean(str(cell)) for cell in row] for row in rows]
+    if title:
+        console.print(Text(clean(title), style="italic"), soft_wrap=False)
+    full, least = (
+        [max(map(width, column)) for column in zip(columns, *cells, strict=True)] for width in (_full, _least)
+    )
+    space = console.width - _GAP * (len(columns) - 1)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        space = sum(full)
+    if sum(least) > space:
+        return _lists(columns, cells)
+    widths = _share(space, least, full)
+    grid = Table(show_header=any(columns), header_style="bold", box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    grid.width = sum(widths) + _GAP * (len(columns) - 1)
+    for index, (name, width) in enumerate(zip(columns, widths, strict=True)):
+        grid.add_column(escape(name), justify="right" if index in right else "left", overflow="fold", width=width)
+    for row in cells:
+        grid.add_row(*map(escape, row))
     console.print(grid)
+
+
+# Columns between two cells; what a sentence in a cell needs to be read with ease; from where on a path may be folded.
+_GAP, _SENTENCE, _PATH = 2, 16, 24
+
+
+def _full(cell: str) -> int:
+    """Columns of the terminal that a cell takes in one line."""
+    return max(map(cell_len, cell.split("\n")))
+
+
+def _least(cell: str) -> int:
+    """Columns that it needs: its longest word's, but a path may be folded, and so may what has no spaces at all."""
+    words = max(
+        (min(cell_len(w), _PATH) if "/" in w or not w.isascii() else cell_len(w) for w in cell.split()), default=0
+    )
+    return max(words, min(_full(cell), _SENTENCE))
+
+
+def _share(space: int, least: list[int], full: list[int]) -> list[int]:
+    """The columns' widths: the least of each, and of what is left over as much as it needs, narrow ones first."""
+    widths, left = list(least), space - sum(least)
+    order = sorted(range(len(least)), key=lambda n: full[n] - least[n])
+    for place, index in enumerate(order):
+        more = min(full[index] - least[index], left // (len(order) - place))
+        widths[index] += more
+        left -= more
+    return widths
+
+
+def _lists(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Each row as its first cell and, below it, the others with their names; a cell without a name goes behind the one
+    before it."""
+    names = max(map(cell_len, columns[1:]), default=0)
+    for first, *rest in rows:
+        if first:
+            console.print(Text.assemble((f"{columns[0]} ".lstrip(), "dim"), (first, "bold")), soft_wrap=False)
+        lines: dict[str, list[str]] = {}
+        name = ""
+        for column, cell in zip(columns[1:], rest, strict=True):
+            name = column or name
+            lines.setdefault(name, []).extend([cell] * bool(cell))
+        grid = Table.grid(padding=(0, _GAP, 0, 0))
+        if names:
+            grid.add_column(width=names)
+        grid.add_column(overflow="fold")
+        for name, values in lines.items():
+            if values:
+                grid.add_row(*[escape(name)] * bool(names), escape("  ".join(values)))
+        console.print(Padding(grid, (0, 0, 0, 2)))
 
 
 def progress(*fields: str) -> Progress:

@@ -37,11 +37,7 @@ def _print(found: dict[str, Any], tables: Callable[[Any], list[Any]], markdown: 
     console.print(f"[dim]{escape(report.headline(found['environment']))}[/]")
     for one in tables(found):
         console.print()
-        lines = report.plain(one).split("\n")
-        if max(map(len, lines[bool(one.title) :])) <= console.width:
-            table(one.columns, one.rows, title=escape(one.title) or None, right=one.right)
-        else:  # cells folded to two letters a line are worse than a long line
-            typer.echo(clean("\n".join(lines)))
+        table(one.columns, one.rows, title=one.title or None, right=one.right)
     if found["notes"]:
         console.print()
     for text in found["notes"]:

@@ -93,7 +93,7 @@ def _plan(recipe: Any, json: bool) -> None:
     if json:
         print_json(cost.to_dict())
     else:
-        table(("", recipe.name, ""), cost.rows())
+        table(("", "", ""), cost.rows(), title=recipe.name)
 
 
 def show_result(result: Any) -> None:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from rich.cells import cell_len
 
+from moai_cli import console
 from moai_core import paths
 from moai_core.errors import StorageError, storage_error
 
@@ -96,3 +98,36 @@ def test_one_process_of_a_distributed_run_speaks(moai, capsys, monkeypatch):
     monkeypatch.setattr(log, "handlers", [])
     monkeypatch.setenv("RANK", "1")
     assert moai("recipes", "ls")[0] == 0 and log.handlers == []
+
+
+# What a table may hold: names, paths, sentences, figures, scripts without spaces between words, marks without a name.
+COLUMNS = ("package", "path", "version", "", "forward", "multiplied by")
+ROWS = [
+    ("compressed-tensors", "/a/path/that/is/long/enough/to/be/folded", "0.19.0", "ok", "1.3e-07", "[bold] it is"),
+    ("모델 패키지", "runs/작은 모델", "2.13.0+cpu", "-", "", "not installed; pip install 'moai[gptq]'"),
+    ("中文没有空格的一个很长很长很长的句子", "~/x", "1", "ok", "12,345,678.9", "activations in 16-bit integers"),
+]
+
+
+@pytest.mark.parametrize("width", [32, 40, 60, 80, 120, 300])
+def test_tables_break_no_word_at_any_width(capsys, monkeypatch, width):
+    """But paths, and what has no spaces; every cell is there, and no line is longer than the terminal."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    console.table(COLUMNS, ROWS, title="what a [title] says", right=(4,))
+    lines = capsys.readouterr().out.split("\n")
+    assert max(map(cell_len, lines)) <= width
+    words = " ".join(lines).split()
+    whole = [w for row in ROWS for cell in row for w in cell.split() if "/" not in w and w.isascii()]
+    assert not {*whole, "[title]", "모델", "패키지", "multiplied"} - {*words}
+    folded = "".join(words)
+    assert all(letter in folded for letter in set("".join(row[0] + row[1] for row in ROWS)) - {" "})
+    if width == 300:
+        assert lines[2].split()[:3] == [ROWS[0][0], ROWS[0][1], "0.19.0"]
+        assert lines[1].index("forward") == lines[2].index("1.3e-07"), "at the right"
+
+
+def test_a_pipe_gets_whole_lines(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    console.table(COLUMNS, ROWS)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(ROWS) and all(row[5] in line for row, line in zip(ROWS, lines[1:], strict=True))
