@@ -197,7 +197,10 @@ def find(path: str | os.PathLike[str], on_event: OnEvent | None = None) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "doesn't exist"
-        raise CheckpointError(f"{folder}: {what}", hint=weights.EXPECTED)
+        hint = weights.EXPECTED
+        if re.fullmatch(r"(hf:/+)?[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists():
+            hint += "; a model of the hub is fetched by `moai convert OWNER/NAME DIR --to moai`"
+        raise CheckpointError(f"{folder}: {what}", hint=hint)
     if (folder / "config.json").exists() or not storage.steps(folder):
         return folder
     found = latest(folder, on_event=on_event)

@@ -187,6 +187,7 @@ def _target(dst: Path, to: str, force: bool) -> Path:
 def _find(src: str, on_event: OnEvent | None) -> Path:
     if not src:
         raise UsageError("the source's name is empty", hint="give a folder, a .gguf file or a name of the hub")
+    src = src.removeprefix("hf://")
     path = Path(src).expanduser()
     if path.is_file() and (path.parent / "config.json").is_file() and path.suffix in (".safetensors", ".bin", ".json"):
         return path.parent

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from moai_core.convert.folder import FILES
 from moai_core.convert.source import OnEvent
+from moai_core.data.hub import TIMEOUT, reason
 from moai_core.errors import StorageError, UsageError
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[\w.-]+\.gguf))?")
 _ALWAYS = ("config.json", *FILES)
 _KINDS = (".safetensors", ".bin", ".gguf")
-_TIMEOUT = 10.0  # seconds
 
 
 def is_name(text: str) -> bool:
@@ -35,7 +35,7 @@ def fetch(name: str, on_event: OnEvent | None = None) -> Path:
     repo, file = match["repo"], match["file"]
     try:
         # One request without retries: where there is no connection, that is said at once.
-        there = [file.rfilename for file in hub.HfApi().model_info(repo, timeout=_TIMEOUT).siblings or []]
+        there = [file.rfilename for file in hub.HfApi().model_info(repo, timeout=TIMEOUT).siblings or []]
     except RepositoryNotFoundError as exc:
         gated = isinstance(exc, GatedRepoError)
         raise UsageError(
@@ -50,7 +50,7 @@ def fetch(name: str, on_event: OnEvent | None = None) -> Path:
         return Path(hub.snapshot_download(repo, allow_patterns=_needed(name, there, file))) / (file or "")
     except (LocalEntryNotFoundError, OSError, RuntimeError) as exc:
         raise StorageError(
-            f"{name}: fetching failed ({_line(exc)})", hint="run the same command again: what was fetched is kept"
+            f"{name}: fetching failed ({reason(exc)})", hint="run the same command again: what was fetched is kept"
         ) from exc
 
 
@@ -61,11 +61,11 @@ def _cached(name: str, repo: str, file: str | None, cause: Exception) -> Path:
         folder = Path(hub.snapshot_download(repo, local_files_only=True))
     except Exception as exc:
         raise StorageError(
-            f"{name}: no such path, and the hub can't be reached ({_line(cause)})",
+            f"{name}: no such path, and the hub can't be reached ({reason(cause)})",
             hint="go online, or give a folder that is here",
         ) from exc
     if file and not (folder / file).is_file():
-        raise StorageError(f"{name}: not in the cache, and the hub can't be reached ({_line(cause)})")
+        raise StorageError(f"{name}: not in the cache, and the hub can't be reached ({reason(cause)})")
     return folder / (file or "")
 
 
@@ -88,11 +88,3 @@ def _needed(name: str, there: list[str], file: str | None) -> list[str]:
         if found:
             return around + found
     raise UsageError(f"{name}: has no weights at its top level ({', '.join(_KINDS)})")
-
-
-def _line(exc: Exception) -> str:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    if isinstance(exc, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:160]

@@ -7,11 +7,14 @@ any name. Datasets that need code of their own are refused by the library itself
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from moai_core.errors import DataError
+from moai_core.errors import DataError, StorageError, shell
 
+TIMEOUT = 10.0  # seconds
 _SPLITS = ("train", "validation", "valid", "test", "dev")
 
 
@@ -36,8 +39,8 @@ def parse_hub(path: str) -> tuple[str, str | None, str]:
 
 
 def open_hub(path: str) -> Any:
-    """The `datasets.IterableDataset` behind an `hf://` path; nothing is downloaded ahead. Raises DataError with the
-    library's reason.
+    """The `datasets.IterableDataset` behind an `hf://` path; nothing is downloaded ahead. Without a connection, what
+    the library's cache holds. Raises DataError with the library's reason, StorageError where the hub can't be reached.
     """
     import datasets
 
@@ -45,12 +48,55 @@ def open_hub(path: str) -> Any:
     if name.startswith("/") and not Path(name).is_dir():
         raise DataError(f"{path}: no such folder: {name}")
     datasets.disable_progress_bars()
+    unreachable = None if name.startswith("/") else _unreachable(name)
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=True)
+        with nullcontext() if unreachable is None else _offline():
+            return datasets.load_dataset(name, config, split=split, streaming=True)
     except (
         Exception
     ) as exc:  # the library raises some twenty kinds here, from ConnectionError to ValueError; each carries its reason
-        raise hub_error(path, exc) from exc
+        if unreachable is None:
+            raise hub_error(path, exc) from exc
+        raise StorageError(
+            f"{path}: not in the cache, and the hub can't be reached ({reason(unreachable)})",
+            hint="go online, or fetch it where you are and give DIR: "
+            f"`hf download --repo-type dataset {shell(name)} --local-dir DIR`",
+        ) from unreachable
+
+
+def _unreachable(name: str) -> Exception | None:
+    """Why the hub doesn't answer. One request: the library's own would be tried again for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=TIMEOUT)
+    except HfHubHTTPError:
+        return None  # it does; what it says is the library's to tell
+    except Exception as exc:  # httpx, requests and the library's own offline mode each raise their own
+        return exc
+    return None
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The datasets library looks into its cache alone."""
+    from datasets import config
+
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def reason(exc: Exception) -> str:
+    """Why the hub can't be reached, in one line."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(exc, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:160]
 
 
 def hub_error(path: str, exc: Exception) -> DataError:

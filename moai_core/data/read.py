@@ -49,6 +49,9 @@ def find_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
 
     Raises DataError when nothing is there, nothing readable is in it, or a file named outright has an ending of
     another kind."""
+    if str(path).startswith("hf://"):
+        fetch = "`hf download --repo-type dataset NAME --local-dir DIR`"
+        raise DataError(f"{path}: only files are read here, no stream", hint=f"fetch it with {fetch} and give DIR")
     where = Path(path).expanduser()
     if where.is_dir():
         found = list(_walk(where))

@@ -438,11 +438,15 @@ def hub_lists(monkeypatch, files):
 
 
 def test_a_name_of_the_hub_without_a_connection_is_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(
-        StorageError, match="state-spaces/mamba-9b: no such path, and the hub can't be reached"
-    ) as caught:
-        convert("state-spaces/mamba-9b", tmp_path / "out", "moai")
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("state-spaces/mamba-9b", "hf://state-spaces/mamba-9b"):
+        with pytest.raises(
+            StorageError, match=r"^state-spaces/mamba-9b: no such path, and the hub can't be reached .*refused"
+        ) as caught:
+            convert(name, tmp_path / "out", "moai")
     assert "\n" not in caught.value.message and not (tmp_path / "out").exists()
 
 

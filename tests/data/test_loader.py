@@ -4,6 +4,7 @@ streams, held-out text.
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from moai_core.data.loader import make_loader
 from moai_core.data.rows import Turns, permutation
 from moai_core.data.tokenize import Encoder, token_bytes
-from moai_core.errors import DataError, UsageError
+from moai_core.errors import DataError, StorageError, UsageError
 
 WORDS = ["상태는", "커지지", "않는다", "吾輩は", "猫である", "床前明月光", "scan", "state", "the", "mamba"]
 
@@ -362,6 +363,47 @@ def test_workers_end_with_the_process(tmp_path, end):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (3 if end == "raise" else 0, "one\n"), done.stderr
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A hub at an address where nobody listens, and no patience for a second try."""
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    for module, name in ((constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+        monkeypatch.setattr(module, name, "http://127.0.0.1:9")
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: pytest.fail("waits for another try"))
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once(tokenizer, section, unreachable):
+    with pytest.raises(StorageError) as caught:
+        take(make_loader(section(train="hf://someone/some_set/train"), tokenizer, batch_size=1), 1)
+    found = caught.value
+    assert found.message.startswith("hf://someone/some_set/train: not in the cache, and the hub can't be reached (")
+    assert (
+        "refused" in found.message
+        and "\n" not in found.message
+        and "hf download --repo-type dataset someone/some_set" in found.hint
+    )
+
+
+def test_without_the_hub_its_cache_is_read(tmp_path, tokenizer, section, unreachable, monkeypatch):
+    """The library's cache, filled by the library from a folder, laid where it keeps a dataset of that name."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "some_set").mkdir()
+    corpus(tmp_path / "some_set" / "train.jsonl", 30)
+    datasets.load_dataset(str(tmp_path / "some_set"), cache_dir=str(tmp_path / "made"))
+    (made,) = (tmp_path / "made" / "some_set").iterdir()
+    shutil.copytree(made, tmp_path / "cache" / "someone___some_set" / "default")
+    loader = make_loader(section(train="hf://someone/some_set", max_length=4096), tokenizer, batch_size=1)
+    take(loader, 1)
+    assert loader.account["documents"] == 30
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_bad_streams(tmp_path, tokenizer, section):
