@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -112,6 +113,25 @@ def test_run_folder_loads_the_latest_step_and_the_scan_is_picked(tiny_model, tmp
     again = AutoTokenizer.from_pretrained(tmp_path / "step-2")
     assert again("horse 言 x")["input_ids"] == [6, 5, 3]
     assert "tokenizer.json" in storage.read_manifest(tmp_path / "step-2")
+
+
+@pytest.mark.parametrize("name", ["moai_tiny", "moai_small"])
+def test_a_tokenizer_is_saved_small_and_always_the_same(tiny_model, tmp_path, name):
+    from transformers import AutoTokenizer
+
+    from moai_core import paths
+    from moai_core.data.tokenize import load_tokenizer
+
+    folders = [paths.TOKENIZERS / name, tmp_path / "a", tmp_path / "b"]
+    for source, target in itertools.pairwise(folders):
+        checkpoint.save_model(target, tiny_model(), load_tokenizer(source))
+    first, once, twice = ((folder / "tokenizer.json").read_bytes() for folder in folders)
+    assert once == twice and len(once) < len(first) + 500
+    text = "The state 상태는 커지지 않는다. 吾輩は猫である 床前明月光 <|im_end|>\n\n  12345 £"
+    want = AutoTokenizer.from_pretrained(folders[0])
+    assert AutoTokenizer.from_pretrained(folders[2])(text)["input_ids"] == want(text)["input_ids"]
+    configs = [(folder / "tokenizer_config.json").read_bytes() for folder in folders[1:]]
+    assert configs[0] == configs[1]
 
 
 def test_generation_config_travels(tiny_model, tmp_path):

@@ -92,6 +92,16 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def compact(state: dict[str, Any]) -> bytes:
+    """A tokenizer.json as small as the library still reads it. `state` is changed."""
+    model = state["model"]
+    pairs = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model.get("merges", ())]
+    # One string a merge says the same where no token holds a space, as in a byte-level vocabulary.
+    if pairs and not any(" " in part for pair in pairs for part in pair):
+        model["merges"] = [" ".join(pair) for pair in pairs]
+    return json.dumps(state, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def _folder(path_or_name: str | Path) -> Path:
     folder = Path(path_or_name).expanduser()
     if folder.is_dir():

@@ -22,10 +22,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moai_core.data.tokenize import compact
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.tokenizer import health
 from moai_core.tokenizer.evaluate import find_tokenizer, open_tokenizer
-from moai_core.tokenizer.layout import LONGEST, check_target, compact, load_backend, notice_file, write_folder
+from moai_core.tokenizer.layout import LONGEST, check_target, load_backend, notice_file, write_folder
 from moai_core.tokenizer.text import OnEvent, Source, Texts
 from moai_core.tokenizer.train import check_frequency, run_trainer
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moai_core import storage
+from moai_core.data.tokenize import compact
 from moai_core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -71,16 +72,6 @@ def pre_tokenizer(patterns: tuple[str, ...] = (WORDS, SCRIPTS), *, longest: int 
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)
     return pre_tokenizers.Sequence([*splits, last])
-
-
-def compact(state: dict[str, Any]) -> bytes:
-    """A tokenizer.json as small as the library still reads it. `state` is changed."""
-    model = state["model"]
-    pairs = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model.get("merges", ())]
-    # One string a merge says the same where no token holds a space, as in a byte-level vocabulary.
-    if pairs and not any(" " in part for pair in pairs for part in pair):
-        model["merges"] = [" ".join(pair) for pair in pairs]
-    return json.dumps(state, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def load_backend(raw: bytes, where: Path) -> Tokenizer:
