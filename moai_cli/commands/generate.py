@@ -73,6 +73,8 @@ def generate(
         raise UsageError(
             f"two prompts: {text[:40]!r} and --prompt {prompt[:40]!r}", hint="quote a prompt of many words"
         )
+    if text == "":
+        raise UsageError("the prompt is empty", hint='--prompt "" begins a text from nothing')
     lines = output_file is None and input_file is not None and input_file.endswith(".jsonl")
     if logprobs is not None and not (as_json or lines or (output_file and output_file.suffix in (".json", ".jsonl"))):
         raise UsageError("--logprobs: plain text has no place for them", hint="add --json, or -o FILE.jsonl")

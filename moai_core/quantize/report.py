@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,17 @@ class Evaluation:
     tokenizer: str | None = None
     limit: int | None = None
     lengths: tuple[int, ...] = LENGTHS
+    _opened: dict[Path, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def words(self, source: Source) -> Any:
-        """The tokenizer. Raises UsageError where there is none, or not one for this model."""
+        """The tokenizer, read once. Raises UsageError where there is none, or not one for this model."""
         from moai_core.data.tokenize import check_tokenizer, load_tokenizer
 
-        found = load_tokenizer(self.tokenizer or source.path)
-        check_tokenizer(found, source.config["vocab_size"])
-        return found
+        if source.path not in self._opened:
+            found = load_tokenizer(self.tokenizer or source.path)
+            check_tokenizer(found, source.config["vocab_size"])
+            self._opened[source.path] = found
+        return self._opened[source.path]
 
 
 def build(job: Any, found: Mapping[str, Lazy], layers: list[dict[str, Any]], data: Any) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def test_no_control_character_reaches_the_terminal(moai, folder, tmp_path, monke
     [
         (["-m", "nowhere", "-p", "x"], 3, "error: nowhere: doesn't exist"),
         (["-m", "MODEL"], 2, "error: stdin: no prompt in it"),
+        (["-m", "MODEL", ""], 2, 'error: the prompt is empty\nhint: --prompt "" begins a text from nothing\n'),
         (["-m", "MODEL", "-p", "x", "-i", "y"], 2, "a prompt or --input-file, not both"),
         (["-m", "MODEL", "x", "-i", "y"], 2, "a prompt or --input-file, not both"),
         (["-m", "MODEL", "x", "-p", "y"], 2, "two prompts: 'x' and --prompt 'y'"),

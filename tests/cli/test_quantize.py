@@ -45,6 +45,16 @@ def wide(folder, tmp_path_factory):
     return checkpoint.save_model(place, MoaiMambaForCausalLM(config), load_tokenizer("moai_tiny"))
 
 
+def test_the_tokenizer_is_read_once_to_measure(moai, folder, text, monkeypatch):
+    from moai_core.data import tokenize
+
+    opened = []
+    load = tokenize.load_tokenizer
+    monkeypatch.setattr(tokenize, "load_tokenizer", lambda path: opened.append(path) or load(path))
+    code, out, _ = moai("quantize", "-m", folder, "-o", "once", *FAST, "--eval", str(text / "held out.txt"))
+    assert code == 0 and "perplexity" in out and opened == [folder]
+
+
 @pytest.mark.parametrize("method", ["int4", "gptq", "awq"])
 def test_a_table_a_report_and_a_model_that_talks(moai, folder, text, tmp_path, method):
     data = ["--calib", str(text / "calib.txt"), *CALIB] if method != "int4" else []
