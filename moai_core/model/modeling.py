@@ -174,19 +174,8 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         seq_idx_in_order: bool = False,
     ) -> MoaiModelOutput:
         """As MoaiMambaForCausalLM.forward, without head and loss."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UsageError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is not None and input_ids.dim() != 2:
-            raise UsageError(f"input_ids must have the shape (rows, tokens) (got {tuple(input_ids.shape)})")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.config.residual_in_fp32:
-            x = x.float()
+        x: Any = self._embedded(input_ids, inputs_embeds, state)
         batch, length = x.shape[:2]
-        if state is not None and (state.batch_size != batch or len(state.layers) != len(self.layers)):
-            raise UsageError(
-                f"the state has {state.batch_size} rows and {len(state.layers)} layers, "
-                f"the call has {batch} rows and the model {len(self.layers)} layers"
-            )
         seq_idx, order = padding.real_tokens_first(attention_mask, seq_idx, (batch, length), known=seq_idx_in_order)
         if order is not None:
             x = x.gather(1, order[..., None].expand_as(x))
@@ -222,7 +211,7 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         every.append(x)
         if order is not None:
             back = order.argsort(1)[..., None]
-            every = [h.gather(1, back.expand_as(h)) for h in (every if output_hidden_states else every[-1:])]
+            every = [h.gather(1, back.expand_as(h)) for h in every]
         new_state = None
         if use_cache:
             read = torch.full((batch,), length, device=x.device) if seq_idx is None else (seq_idx >= 0).sum(1)
@@ -230,6 +219,20 @@ class MoaiMambaModel(MoaiPreTrainedModel):
         return MoaiModelOutput(
             last_hidden_state=every[-1], state=new_state, hidden_states=tuple(every) if output_hidden_states else None
         )
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, state: MoaiState | None) -> Tensor:
+        """The stream that the layers begin with (B, L, H). Raises UsageError for inputs that don't fit together."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UsageError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None and input_ids.dim() != 2:
+            raise UsageError(f"input_ids must have the shape (rows, tokens) (got {tuple(input_ids.shape)})")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if state is not None and (state.batch_size != len(x) or len(state.layers) != len(self.layers)):
+            raise UsageError(
+                f"the state has {state.batch_size} rows and {len(state.layers)} layers, "
+                f"the call has {len(x)} rows and the model {len(self.layers)} layers"
+            )
+        return x.float() if self.config.residual_in_fp32 else x
 
 
 class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
@@ -322,33 +325,35 @@ class MoaiMambaForCausalLM(MoaiPreTrainedModel, GenerationMixin):
 
         Raises UsageError for shapes that don't agree and for a seq_idx that decreases.
         """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "seq_idx": seq_idx}
         out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            **inputs,
             state=state,
-            seq_idx=seq_idx,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             seq_idx_in_order=seq_idx_in_order,
         )
         hidden = out.last_hidden_state
-        loss = logits = None
-        if labels is not None:
-            if labels.shape != hidden.shape[:2]:
-                raise UsageError(
-                    f"labels must have the shape of input_ids {tuple(hidden.shape[:2])} (got {tuple(labels.shape)})"
-                )
-            targets = losses.shift_labels(labels, padding.numbered(attention_mask, seq_idx))
-            if self.objective is not None and self.training:
-                inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "seq_idx": seq_idx}
-                loss = self.objective(hidden, targets, num_items, inputs)
-            else:
-                loss = losses.chunked_cross_entropy(hidden, targets, self.lm_head, num_items)
+        loss = None if labels is None else self._loss(hidden, labels, num_items, inputs)
+        logits = None
         if return_logits if return_logits is not None else labels is None:
             logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         result = MoaiCausalLMOutput(loss=loss, logits=logits, state=out.state, hidden_states=out.hidden_states)
         return result.to_tuple() if return_dict is False else result
+
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, inputs: dict[str, Tensor | None]
+    ) -> Tensor:
+        """The cross-entropy, or in training what stands in its place."""
+        if labels.shape != hidden.shape[:2]:
+            raise UsageError(
+                f"labels must have the shape of input_ids {tuple(hidden.shape[:2])} (got {tuple(labels.shape)})"
+            )
+        targets = losses.shift_labels(labels, padding.numbered(inputs["attention_mask"], inputs["seq_idx"]))
+        if self.objective is not None and self.training:
+            return self.objective(hidden, targets, num_items, inputs)
+        return losses.chunked_cross_entropy(hidden, targets, self.lm_head, num_items)
 
     # ---- transformers' generate: the state travels as its `past_key_values`
 
