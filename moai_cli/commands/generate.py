@@ -90,28 +90,15 @@ def generate(
         files.check_output(output_file, "--output-file", force=force)
     requests = _requests(text if prompt is None else prompt, input_file, Settings(**given))
     if chat or system is not None:
-        head = [] if system is None else [{"role": "system", "content": system}]
-        requests = [
-            r
-            if isinstance(r.prompt, list)
-            else files.Request([*head, {"role": "user", "content": r.prompt}], r.settings, r.id)
-            for r in requests
-        ]
+        requests = [_as_chat(request, system) for request in requests]
     network, words, folder = files.open_model(
         path, tokenizer=tokenizer, device=device, dtype=dtype, scan=scan, on_event=console.on_event
     )
     decode_batch.pick(network, engine)
     flag = StopFlag()
+    stream = input_file is None and not (as_json or output_file)
     with flag.catching():
-        records = _run(
-            network,
-            words,
-            requests,
-            batch_size,
-            flag,
-            stream=input_file is None and not (as_json or output_file),
-            decoder=engine,
-        )
+        records = _run(network, words, requests, batch_size, flag, stream=stream, decoder=engine)
     if output_file is not None:
         flag.check()
         files.write_completions(output_file, records)
@@ -148,6 +135,16 @@ def _requests(prompt: str | None, input_file: str | None, settings: Settings) ->
     if not text:
         raise UsageError("stdin: no prompt in it", hint='--prompt "" begins a text from nothing')
     return [files.Request(text, settings)]
+
+
+def _as_chat(request: Request, system: str | None) -> Request:
+    """The prompt as a user's message, unless it has messages of its own."""
+    from moai_core.generation import files
+
+    if isinstance(request.prompt, list):
+        return request
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return files.Request([*head, {"role": "user", "content": request.prompt}], request.settings, request.id)
 
 
 def _run(

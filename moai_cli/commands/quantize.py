@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moai_cli import console
 from moai_cli.options import Device, Embeddings, Force, GroupSize, Json, Model, loading, required_model
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from moai_core.quantize.calibrate import Calibration
+    from moai_core.quantize.report import Evaluation
+    from moai_core.training.stop import StopFlag
 
 
 def quantize(
@@ -71,6 +79,7 @@ def quantize(
     """
     source = required_model(model)
     with loading(source, device):
+        from moai_core.checkpoint import find
         from moai_core.device import place
         from moai_core.errors import UsageError, at_least
         from moai_core.quantize.disk import quantize_folder
@@ -87,34 +96,11 @@ def quantize(
     held_out = _evaluation(evaluate, tokenizer, limit)
     flag = StopFlag()
     bar = console.progress()
-    task = bar.add_task("reading", total=None)
-
-    def on_event(event: dict[str, Any]) -> None:
-        flag.check()
-        if event["event"] == "layer":
-            bar.update(task, description="layers", completed=event["done"], total=event["total"])
-        elif event["event"] == "tensor":
-            bar.update(task, description="writing", completed=event["done"], total=event["total"])
-        elif event["event"] == "evaluate":
-            bar.update(task, description=f"measuring {event['what']}")
-        elif event["event"] == "calibration":
-            bar.update(task, description="reading text", completed=event["done"], total=event["total"])
-        elif event["event"] == "note":
-            console.note(event["message"])
-        elif event["event"] != "progress":
-            console.on_event(event)
+    on_event = _events(bar, flag)
 
     def calibration() -> Any:
-        from moai_core.data.tokenize import load_tokenizer
-        from moai_core.paths import RECIPES
-        from moai_core.quantize import calibrate
-
-        if calib is None:
-            console.note("calibrating on the packaged corpus; --calib FILE takes your own text")
-        words = load_tokenizer(tokenizer or _words(source))
-        avoid = [held_out.data] if held_out else []
-        text = calib or str(RECIPES / "corpus" / "train")
-        return calibrate.from_text(text, words, sequences=sequences, length=length, avoid=avoid, on_event=on_event)
+        words = tokenizer or find(source)
+        return _calibration(calib, words, held_out, sequences=sequences, length=length, on_event=on_event)
 
     with flag.catching(), flag.at_once(), bar:
         report = quantize_folder(
@@ -127,13 +113,41 @@ def quantize(
         _show(report)
 
 
-def _words(source: Path) -> Path:
-    from moai_core.checkpoint import find
+def _events(bar: Progress, flag: StopFlag) -> Callable[[dict[str, Any]], None]:
+    """What shows how far the work is, and ends it where a signal came."""
+    task = bar.add_task("reading", total=None)
+    counted = {"layer": "layers", "tensor": "writing", "calibration": "reading text"}
 
-    return find(source)
+    def on_event(event: dict[str, Any]) -> None:
+        flag.check()
+        kind = event["event"]
+        if kind in counted:
+            bar.update(task, description=counted[kind], completed=event["done"], total=event["total"])
+        elif kind == "evaluate":
+            bar.update(task, description=f"measuring {event['what']}")
+        elif kind == "note":
+            console.note(event["message"])
+        elif kind != "progress":
+            console.on_event(event)
+
+    return on_event
 
 
-def _evaluation(data: str, tokenizer: str | None, limit: int | None) -> Any:
+def _calibration(calib: str | None, tokenizer: str | Path, held_out: Evaluation | None, **how: Any) -> Calibration:
+    """Sequences of the text to calibrate on, without what the model is measured on."""
+    from moai_core.data.tokenize import load_tokenizer
+    from moai_core.paths import RECIPES
+    from moai_core.quantize import calibrate
+
+    if calib is None:
+        console.note("calibrating on the packaged corpus; --calib FILE takes your own text")
+    avoid = [held_out.data] if held_out else []
+    return calibrate.from_text(
+        calib or str(RECIPES / "corpus" / "train"), load_tokenizer(tokenizer), avoid=avoid, **how
+    )
+
+
+def _evaluation(data: str, tokenizer: str | None, limit: int | None) -> Evaluation | None:
     from moai_core.data.read import find_files, read_documents
     from moai_core.errors import at_least
     from moai_core.paths import RECIPES
