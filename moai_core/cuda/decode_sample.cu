@@ -63,6 +63,13 @@ DEVICE Row row_of(const T* logits, const unsigned char* seen, const double* temp
   return {logits + row * V, p != 1.0 ? seen + row * V : nullptr, V, (float)p, inverse, 0.0f};
 }
 
+// What the kernels of slices begin with: the row, blockIdx.y, once the kernel before has written what is read here.
+DEVICE Row begin_row(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty, int64 V) {
+  wait_for_previous();
+  let_next_begin();
+  return row_of(logits, seen, temperature, penalty, blockIdx.y, V);
+}
+
 // f(id, score) for the tokens from `begin`, a multiple of PIECE, to `end`, by `threads` threads of which this is number
 // `thread`; 16 bytes of logits at once where rows allow it.
 template <int AHEAD = 2, class F>  // AHEAD: loads under way, for a block alone waits for each
@@ -120,10 +127,8 @@ extern "C" __global__ void __launch_bounds__(256)
 sample_best(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty,
             float* best_score, int* best_id, int64 V, int64 known) {
   __shared__ Best warps[8];
-  wait_for_previous();
-  let_next_begin();
+  const Row r = begin_row(logits, seen, temperature, penalty, V);
   const int64 row = blockIdx.y;
-  const Row r = row_of(logits, seen, temperature, penalty, row, V);
   Best mine{-infinite(), 0x7fffffff};
   const int64 begin = (int64)blockIdx.x * SLICE, end = begin + SLICE < known ? begin + SLICE : known;
   each_token(r, begin, end, threadIdx.x, 256,
@@ -157,10 +162,8 @@ sample_masses(const T* logits, const unsigned char* seen, const double* temperat
   __shared__ int count[BINS];
   __shared__ uint32 low[BINS], high[BINS];  // of masses: adding 64 bits takes a loop
   __shared__ Best best;
-  wait_for_previous();
-  let_next_begin();
+  Row r = begin_row(logits, seen, temperature, penalty, V);
   const int64 row = blockIdx.y;
-  Row r = row_of(logits, seen, temperature, penalty, row, V);
   if (r.inverse == 0.0f) return;
   for (int b = threadIdx.x; b < BINS; b += 256) count[b] = 0, low[b] = 0, high[b] = 0;
   r.best = whole_best(best_score, best_id, row, gridDim.x, &best).score;
@@ -226,10 +229,8 @@ sample_gather(const T* logits, const unsigned char* seen, const double* temperat
   __shared__ int own_filled, place;
   __shared__ Listed bins;
   __shared__ Best best;
-  wait_for_previous();
-  let_next_begin();
+  Row r = begin_row(logits, seen, temperature, penalty, V);
   const int64 row = blockIdx.y;
-  Row r = row_of(logits, seen, temperature, penalty, row, V);
   if (r.inverse == 0.0f) return;
   if (threadIdx.x == 0) bins = {0, BINS - 1, -1, 0, -1}, own_filled = 0;
   r.best = whole_best(best_score, best_id, row, gridDim.x, &best).score;
