@@ -81,7 +81,7 @@ def qat(
         overrides = [*overrides, f"optim.finetune_lr={rate}"]
         wanted = recipes.load(recipe, overrides)
         note(f"learning rate {rate:g}, that of mode {mode}; optim.finetune_lr=… sets another")
-    if model is None and not dry_run:
+    if model is None and mode == "full" and not dry_run:
         note("no --model: a new run begins with random weights; --model PATH trains one that you have")
     if dry_run:
         return _plan(memory(wanted, options), f"{wanted.name}, mode {mode}", json)

@@ -26,7 +26,7 @@ from moai_core import checkpoint, storage, tensors
 from moai_core.convert import folder as hf
 from moai_core.convert import moai, packed
 from moai_core.convert.source import Lazy, OnEvent, Source
-from moai_core.errors import CheckpointError, StorageError, UsageError
+from moai_core.errors import CheckpointError, Interrupted, StorageError, UsageError
 from moai_core.locks import lock_file
 from moai_core.model import MoaiMambaConfig
 from moai_core.model.modeling import MoaiMambaLayer
@@ -174,11 +174,17 @@ def _workplace(target: Path, key: str, on_event: OnEvent | None) -> Path:
 
 @contextlib.contextmanager
 def _keeping(work: Path) -> Iterator[None]:
-    """Errors of the disk say where the finished layers are."""
+    """Errors of the disk and interruptions say where the finished layers are; a folder without any goes."""
     try:
         yield
     except StorageError as exc:
         raise StorageError(exc.message, hint=f"{exc.hint}; {work} keeps the finished layers until then") from exc
+    except Interrupted as exc:
+        if done := len(list(work.glob("layer-*.safetensors"))):
+            exc.hint = f"the same command goes on: {work.name} keeps {done} finished layer{'s' * (done > 1)}"
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 class Job:

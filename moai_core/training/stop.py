@@ -46,6 +46,8 @@ class StopFlag:
         self._at_once = True
         try:
             yield
+        except Interrupted:
+            raise  # it may say what is kept
         except Exception:
             # Whoever catches every exception of a library takes Interrupted for one of them.
             if self.signum:

@@ -248,6 +248,7 @@ def test_interrupted_and_gone_on_with(wide, tmp_path, text):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
+    assert "hint: the same command goes on: out.partial keeps " in err
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "finished layers" in done.stderr, done.stderr
@@ -255,6 +256,19 @@ def test_interrupted_and_gone_on_with(wide, tmp_path, text):
     assert straight.returncode == 0
     one, other = (checkpoint.load_model(tmp_path / name).state_dict() for name in ("out", "other"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_interrupted_before_a_layer_is_finished_nothing_is_left(moai, folder, tmp_path, monkeypatch):
+    from moai_core.errors import Interrupted
+    from moai_core.quantize.disk import Job
+
+    def layers(job, work, data):
+        assert (work / "key.json").exists()
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(Job, "layers", layers)
+    code, out, err = moai("quantize", "-m", folder, "-o", "out", *FAST, "--eval", "none")
+    assert (code, out, err) == (130, "", "error: interrupted\n") and not list(tmp_path.iterdir())
 
 
 # ---- qat
