@@ -126,14 +126,13 @@ def table(
     for that, each row becomes a list of its cells. A pipe or file gets whole lines.
     """
     cells = [[clean(str(cell)) for cell in row] for row in rows]
+    narrow = console.is_terminal or "COLUMNS" in os.environ
     if title:
-        console.print(Text(clean(title), style="italic"), soft_wrap=False)
+        console.print(Text(clean(title), style="italic"), soft_wrap=not narrow)
     full, least = (
         [max(map(width, column)) for column in zip(columns, *cells, strict=True)] for width in (_full, _least)
     )
-    space = console.width - _GAP * (len(columns) - 1)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        space = sum(full)
+    space = console.width - _GAP * (len(columns) - 1) if narrow else sum(full)
     if sum(least) > space:
         return _lists(columns, cells)
     widths = _share(space, least, full)
@@ -143,7 +142,7 @@ def table(
         grid.add_column(escape(name), justify="right" if index in right else "left", overflow="fold", width=width)
     for row in cells:
         grid.add_row(*map(escape, row))
-    console.print(grid)
+    _print(grid)
 
 
 # Columns between two cells; what a sentence in a cell needs to be read with ease; from where on a path may be folded.
@@ -193,7 +192,17 @@ def _lists(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         for name, values in lines.items():
             if values:
                 grid.add_row(*[escape(name)] * bool(names), escape("  ".join(values)))
-        console.print(Padding(grid, (0, 0, 0, 2)))
+        _print(Padding(grid, (0, 0, 0, 2)))
+
+
+def _print(grid: Any) -> None:
+    """Without the spaces at the ends of lines, which would fill a pager's next line."""
+    if console.is_terminal:
+        return console.print(grid)
+    with console.capture() as caught:
+        console.print(grid)
+    for line in caught.get().splitlines():
+        console.print(line.rstrip(), markup=False)
 
 
 def progress(*fields: str) -> Progress:

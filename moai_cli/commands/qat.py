@@ -75,6 +75,8 @@ def qat(
     options.check()
     dtype = _merged(merge, mode)
     wanted = recipes.load(recipe, overrides)
+    if not dry_run:
+        device.require(wanted)
     rate = learning_rate(mode, wanted.model.numbers()["hidden_size"])
     folder = output or Path("runs") / f"{wanted.name}-qat-{mode}"
     if model is not None and not any(text.startswith(("optim.finetune_lr=", "optim.lr=")) for text in overrides):
@@ -85,7 +87,6 @@ def qat(
         note("no --model: a new run begins with random weights; --model PATH trains one that you have")
     if dry_run:
         return _plan(memory(wanted, options), f"{wanted.name}, mode {mode}", json)
-    device.require(wanted)
     if launcher:
         return launch.launch(launcher, _again(locals(), folder, overrides))
     from moai_core import training

@@ -128,6 +128,7 @@ def test_tables_break_no_word_at_any_width(capsys, monkeypatch, width):
 
 def test_a_pipe_gets_whole_lines(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
-    console.table(COLUMNS, ROWS)
-    lines = capsys.readouterr().out.splitlines()
+    console.table(COLUMNS, ROWS, title="a title " * 20)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "a title " * 20 and not any(line.endswith(" ") for line in lines)
     assert len(lines) == 1 + len(ROWS) and all(row[5] in line for row, line in zip(ROWS, lines[1:], strict=True))
