@@ -48,29 +48,30 @@ def open_hub(path: str) -> Any:
     if name.startswith("/") and not Path(name).is_dir():
         raise DataError(f"{path}: no such folder: {name}")
     datasets.disable_progress_bars()
-    unreachable = None if name.startswith("/") else _unreachable(name)
+    silent = None if name.startswith("/") else unreachable(name, "dataset")
     try:
-        with nullcontext() if unreachable is None else _offline():
+        with nullcontext() if silent is None else _offline():
             return datasets.load_dataset(name, config, split=split, streaming=True)
     except (
         Exception
     ) as exc:  # the library raises some twenty kinds here, from ConnectionError to ValueError; each carries its reason
-        if unreachable is None:
+        if silent is None:
             raise hub_error(path, exc) from exc
         raise StorageError(
-            f"{path}: not in the cache, and the hub can't be reached ({reason(unreachable)})",
+            f"{path}: not in the cache, and the hub can't be reached ({reason(silent)})",
             hint="go online, or fetch it where you are and give DIR: "
             f"`hf download --repo-type dataset {shell(name)} --local-dir DIR`",
-        ) from unreachable
+        ) from silent
 
 
-def _unreachable(name: str) -> Exception | None:
-    """Why the hub doesn't answer. One request: the library's own would be tried again for half a minute."""
+def unreachable(name: str, kind: str) -> Exception | None:
+    """Why the hub doesn't answer when asked for a "dataset" or "model"; None where it does. One request: the library's
+    own would be tried again for half a minute."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        HfApi().dataset_info(name, timeout=TIMEOUT)
+        HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
     except HfHubHTTPError:
         return None  # it does; what it says is the library's to tell
     except Exception as exc:  # httpx, requests and the library's own offline mode each raise their own

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moai_core.data.hub import reason, unreachable
 from moai_core.data.regexes import check_patterns
-from moai_core.errors import CheckpointError, UsageError, at_least
+from moai_core.errors import CheckpointError, StorageError, UsageError, at_least
 from moai_core.paths import TOKENIZERS
 from moai_core.storage import parse_json, read_limited
 from moai_core.tokenizer.layout import load_backend
@@ -43,7 +44,7 @@ def open_tokenizer(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def find_tokenizer(name: str) -> Path:
-    """The tokenizer.json of what `open_tokenizer` takes. Raises UsageError."""
+    """The tokenizer.json of what `open_tokenizer` takes. Raises UsageError, StorageError where the hub is silent."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -63,9 +64,14 @@ def find_tokenizer(name: str) -> Path:
 def _fetch(name: str, hint: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    silent = unreachable(name, "model")
     try:
-        return Path(hf_hub_download(name, "tokenizer.json"))
-    except Exception as exc:  # offline, no such repository, no such file, gated: the library has a class for each
+        return Path(hf_hub_download(name, "tokenizer.json", local_files_only=silent is not None))
+    except Exception as exc:  # no such repository, no such file, gated: the library has a class for each
+        if silent is not None:
+            raise StorageError(
+                f"tokenizer {name!r}: no such folder, and the hub can't be reached ({reason(silent)})", hint=hint
+            ) from exc
         why = (str(exc).splitlines() or [type(exc).__name__])[0][:120]
         raise UsageError(f"tokenizer {name!r}: no such folder, and the hub gives none ({why})", hint=hint) from exc
 

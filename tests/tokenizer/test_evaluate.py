@@ -7,7 +7,7 @@ import json
 import pytest
 
 from moai_core.data.tokenize import load_tokenizer
-from moai_core.errors import CheckpointError, UsageError
+from moai_core.errors import CheckpointError, StorageError, UsageError
 from moai_core.paths import TOKENIZERS
 from moai_core.tokenizer.evaluate import evaluate, open_tokenizer
 
@@ -67,14 +67,24 @@ def test_names(texts):
     ("name", "error", "message"),
     [
         ("nowhere", UsageError, "no such folder or name"),
-        ("some/name", UsageError, "the hub gives none"),
+        (
+            "some/name",
+            StorageError,
+            r"^tokenizer 'some/name': no such folder, and the hub can't be reached \(.*refused\)$",
+        ),
         ("FOLDER", UsageError, "no tokenizer.json in it"),
         ("FOLDER/broken.json", CheckpointError, "not valid JSON"),
         ("FOLDER/empty.json", CheckpointError, "it has no model"),
         ("FOLDER/odd.json", CheckpointError, "not a usable tokenizer"),
     ],
 )
-def test_no_tokenizer(name, error, message, tmp_path):
+def test_no_tokenizer(name, error, message, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: pytest.fail("waits for another try"))
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
     (tmp_path / "empty.json").write_text("{}", encoding="utf-8")
     (tmp_path / "odd.json").write_text('{"model": {"type": "Odd"}}', encoding="utf-8")
