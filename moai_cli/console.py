@@ -211,9 +211,9 @@ def progress(*fields: str) -> Progress:
     """
     columns = [
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
+        *([BarColumn(bar_width=None)] if err.width >= 50 else []),
         MofNCompleteColumn(),
-        *([TimeElapsedColumn()] if err.width >= 100 else []),  # else the ETA would be cut off
+        *([TimeElapsedColumn()] if err.width >= 100 else []),  # else ETA or count would be cut off
         TextColumn("ETA"),
         TimeRemainingColumn(),
     ]

@@ -11,14 +11,15 @@ from rich.markup import escape
 
 from moai_cli.console import clean, err, note, progress, warn
 
-FIELDS = ("loss", "lr", "speed", "memory")
+# From how many columns of the terminal on each has its place.
+FIELDS = {"loss": 0, "lr": 90, "speed": 66, "memory": 76}
 
 
 class Watch:
     """A context manager that is also the `on_event` of `train`."""
 
     def __init__(self) -> None:
-        self._bar = progress(*FIELDS)
+        self._bar = progress(*(name for name, least in FIELDS.items() if err.width >= least))
         self._tasks: dict[str, Any] = {}
         self._log_every = 10
         self._began = (0, 0.0)

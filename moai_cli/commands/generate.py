@@ -102,7 +102,8 @@ def generate(
     if output_file is not None:
         flag.check()
         files.write_completions(output_file, records)
-        console.note(f"{len(records)} completions in {output_file}, engine {decode_batch.pick(network, engine)}")
+        engine, many = decode_batch.pick(network, engine), "s" * (len(records) != 1)
+        console.note(f"{len(records)} completion{many} in {output_file}, engine {engine}")
     if as_json:
         sys.stdout.write(files.dumps({"model": str(folder), "results": records}, indent=2) + "\n")
     elif output_file is None and input_file is not None:

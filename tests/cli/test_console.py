@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import subprocess
@@ -10,8 +11,9 @@ import sys
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 
-from moai_cli import console
+from moai_cli import console, watch
 from moai_core import paths
 from moai_core.errors import StorageError, storage_error
 
@@ -132,3 +134,19 @@ def test_a_pipe_gets_whole_lines(capsys, monkeypatch):
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == "a title " * 20 and not any(line.endswith(" ") for line in lines)
     assert len(lines) == 1 + len(ROWS) and all(row[5] in line for row, line in zip(ROWS, lines[1:], strict=True))
+
+
+@pytest.mark.parametrize("width", [40, 49, 50, 60, 66, 76, 80, 90, 100, 120])
+def test_a_bar_of_training_shows_count_and_eta_at_any_width(monkeypatch, width):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    for module in (console, watch):
+        monkeypatch.setattr(module, "err", terminal)
+    event = {"parameters": 9, "device": "cpu", "ranks": 1, "precision": "fp32", "rows": 8, "run_dir": "r", "step": 0}
+    event |= {"event": "start", "resumed_from": None, "log_every": 10, "steps": 1600}
+    step = {"event": "step", "step": 1234, "steps": 1600, "loss": 2.5, "lr": 1e-4, "memory_mb": 29700.0}
+    with watch.Watch() as shown:
+        shown(event)
+        shown(step | {"tokens_per_s": 47400.0})
+    last = [line for line in terminal.file.getvalue().split("\r") if "1234/1600" in line][-1]
+    assert "ETA" in last and "loss 2.5000" in last and "…" not in last
+    assert ("47.4k tok/s" in last) == (width >= 66) and ("29.7 GB" in last) == (width >= 76)
