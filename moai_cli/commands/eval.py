@@ -52,9 +52,9 @@ def evaluate(
 
     Examples:
 
-        moai eval --data book.txt
+    - `moai eval --data book.txt`
 
-        moai eval -m runs/cpu-tiny/step-300 -d 'chats/**/*.jsonl' --limit 500 --json
+    - `moai eval -m runs/cpu-tiny/step-300 -d 'chats/**/*.jsonl' --limit 500 --json`
     """
     from moai_core.errors import UsageError, at_least
 

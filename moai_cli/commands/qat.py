@@ -57,11 +57,11 @@ def qat(
 
     Examples:
 
-        moai qat --recipe cpu-tiny --model runs/cpu-tiny --group-size 64 train.steps=200
+    - `moai qat --recipe cpu-tiny --model runs/cpu-tiny --group-size 64 train.steps=200`
 
-        moai qat -r h100-2b -m runs/mine --mode scales --distill runs/mine data.train=text/
+    - `moai qat -r h100-2b -m runs/mine --mode scales --distill runs/mine data.train=text/`
 
-        moai qat -r h100-2b -m runs/mine --mode qlora --merge bf16 data.train=chats.jsonl -- --nproc-per-node 4
+    - `moai qat -r h100-2b -m runs/mine --mode qlora --merge bf16 data.train=chats.jsonl -- --nproc-per-node 4`
     """
     from moai_core import device
     from moai_core import recipe as recipes

@@ -63,13 +63,13 @@ def quantize(
 
     Examples:
 
-        moai quantize --model runs/cpu-tiny --method int4 --group-size 64
+    - `moai quantize --model runs/cpu-tiny --method int4 --group-size 64`
 
-        moai quantize -m runs/mine --method gptq --calib mytext/ -o mine-gptq
+    - `moai quantize -m runs/mine --method gptq --calib mytext/ -o mine-gptq`
 
-        moai quantize -m runs/mine --method awq --eval heldout.txt --json
+    - `moai quantize -m runs/mine --method awq --eval heldout.txt --json`
 
-        moai quantize -m runs/mine --method gptq --format gptq -o mine-gptq
+    - `moai quantize -m runs/mine --method gptq --format gptq -o mine-for-gptqmodel`
 
     Without --model: the model that comes with moai, which is int4 already and is decoded first.
 
