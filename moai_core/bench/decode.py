@@ -110,6 +110,8 @@ def run(
     rows = report.numbers("--batch", batches or ["1", "8", "64"])
     names = report.among("--format", formats or (["none", "int4"] if cuda else ["none"]), list(FORMATS))
     chosen = report.among("--engine", engines or list(ENGINES), ENGINES)
+    if chosen == ["graph"] and not cuda:  # told before a large model is made
+        raise UsageError(f"--engine graph runs on CUDA GPUs only, not on {where}", hint="--engine plain")
     number = report.dtype_of(dtype, where)
     clock = timing.Clock(where)
     found: dict[str, Any] = {

@@ -99,7 +99,7 @@ def test_train(moai):
         (("--plot", "x.pdf"), "--plot must name a PNG file (got 'x.pdf')"),
         (
             ("decode", "--engine", "graph", "--layers", "1"),
-            "--engine graph: nothing to measure (none: the graph engine can't",
+            "--engine graph runs on CUDA GPUs only, not on cpu\nhint: --engine plain",
         ),
         (("train", "--checkpointing", "half"), "train.checkpointing must be one of"),
         (("train", "--preset", "3b"), "--preset: unknown size '3b'"),
