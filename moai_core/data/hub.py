@@ -59,8 +59,8 @@ def open_hub(path: str) -> Any:
             raise hub_error(path, exc) from exc
         raise StorageError(
             f"{path}: not in the cache, and the hub can't be reached ({reason(silent)})",
-            hint="go online, or fetch it where you are and give DIR: "
-            f"`hf download --repo-type dataset {shell(name)} --local-dir DIR`",
+            hint="go online; or give a folder, as "
+            f"`hf download --repo-type dataset {shell(name)} --local-dir DIR` fetches one where there is a connection",
         ) from silent
 
 
