@@ -84,15 +84,21 @@ struct Window {
 
 // 8 numbers of 16 bits, which are piece `piece` of a row.
 DEVICE void store_arranged(char* x, const Words& v, int64 row, int piece, int tiles, int vectors) {
-  Words y = v;
+  const int half = tiles * 128;
+  char* const own = x + row / 8 * 128 + row % 8 * 16;
+  if (vectors == 1) {
+    *(Words*)(own + (int64)piece * half) = v;
+    return;
+  }
+  Words y;
   if (vectors == 2) {
     transpose(y.at[0], y.at[1], v.at[0], v.at[1]), transpose(y.at[2], y.at[3], v.at[2], v.at[3]);
-  } else if (vectors == 4) {
+  } else {
     transpose(y.at[0], y.at[1], v.at[0], v.at[2]), transpose(y.at[2], y.at[3], v.at[1], v.at[3]);
   }
-  const int half = tiles * 128, p = piece % (4 * vectors);
+  const int p = piece % (4 * vectors);
   const int64 product = piece / (4 * vectors) * 2 * vectors + 2 * (p % vectors);
-  char* const to = x + product * 2 * half + row / 8 * 128 + row % 8 * 16 + p / vectors * 4;
+  char* const to = own + product * 2 * half + p / vectors * 4;
 #pragma unroll
   for (int word = 0; word < 4; word++) *(uint32*)(to + word * half) = y.at[word];
 }

@@ -1,5 +1,5 @@
 // What the products of wide batches on Hopper share: tensor cores of four warps that read x from shared memory, and copies of
-// weights. T: type of x; NT: tiles of 8 rows of x, 2, 4 or 8.
+// weights. T: type of x; NT: tiles of 8 rows of x, 1, 2, 4 or 8.
 #pragma once
 #include "decode.cuh"
 
@@ -8,27 +8,46 @@
 #endif
 constexpr int HALF = NT * 128, PRODUCT = 2 * HALF;  // bytes of x: 8 columns, 16 columns
 
+// Four matrices of 8 rows of 16 bytes: lane l tells where row l % 8 of matrix l / 8 is, and gets word l % 4 of row l / 4 of
+// each (PTX ISA 9.7.14.5.15).
+DEVICE void load_matrices(uint32 (&to)[4], const void* row) {
+#ifdef MOAI_HOST
+  host_ldmatrix(to, row, 4, false);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"((uint32)__cvta_generic_to_shared(row))
+               : "memory");
+#endif
+}
+
 // ---- Tensor cores of four warps: d (64, 8 NT) += a (64, 16) b, a warp's a and d as in mma_16, b as described above.
 
-#ifndef MOAI_HOST
 // Where b is: address, bytes from the first 8 columns to the second and from 8 rows to the next, no swizzle.
-DEVICE unsigned long long described(const void* x) {
-  const unsigned long long at = (unsigned long long)__cvta_generic_to_shared(x);
-  return (at & 0x3ffff) >> 4 | (unsigned long long)(HALF >> 4) << 16 | (unsigned long long)(128 >> 4) << 32;
-}
+#ifdef MOAI_HOST
+using Vectors = const char*;
+DEVICE Vectors described(const void* x) { return (const char*)x; }
+DEVICE Vectors behind(Vectors x, int bytes) { return x + bytes; }
+#else
+using Vectors = uint32;  // the lower word; the upper one is what 8 rows take
+DEVICE Vectors described(const void* x) { return ((uint32)__cvta_generic_to_shared(x) & 0x3ffff) >> 4 | (HALF >> 4) << 16; }
+DEVICE Vectors behind(Vectors x, int bytes) { return x + (uint32)(bytes >> 4); }
 #endif
 
 #define PRODUCT_16(TYPE, SIZE, D, A, B, P, ...)                                                                     \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                       \
-               "wgmma.mma_async.sync.aligned.m64n" SIZE "k16.f32." TYPE "." TYPE " {" D "}, {" A "}, " B ", p, 1, 1, 0;\n}" \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, " P ", 0;\nmov.b64 b, {" B ", 8};\n"                  \
+               "wgmma.mma_async.sync.aligned.m64n" SIZE "k16.f32." TYPE "." TYPE " {" D "}, {" A "}, b, p, 1, 1, 0;\n}" \
                : __VA_ARGS__)
 #define OUT4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define IN "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(described(x)), "r"(add)
-#define D8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define IN "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(add)
+#define D4 "%0, %1, %2, %3"
+#define D8 D4 ", %4, %5, %6, %7"
 #define D16 D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define D32 D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PRODUCT_OF(TYPE)                                                                                            \
-  if constexpr (NT == 2)                                                                                            \
+  if constexpr (NT == 1)                                                                                            \
+    PRODUCT_16(TYPE, "8", D4, "%4, %5, %6, %7", "%8", "%9", OUT4(0) : IN);                                          \
+  else if constexpr (NT == 2)                                                                                       \
     PRODUCT_16(TYPE, "16", D8, "%8, %9, %10, %11", "%12", "%13", OUT4(0), OUT4(1) : IN);                            \
   else if constexpr (NT == 4)                                                                                       \
     PRODUCT_16(TYPE, "32", D16, "%16, %17, %18, %19", "%20", "%21", OUT4(0), OUT4(1), OUT4(2), OUT4(3) : IN);       \
@@ -38,12 +57,12 @@ DEVICE unsigned long long described(const void* x) {
 
 // Adds to d, or with `add` 0 overwrites it. All of a, d and x are out of bounds until `finish`.
 template <int TILES>
-DEVICE void product_16(float (&d)[TILES][4], const uint32 (&a)[4], const void* x, int add) {
+DEVICE void product_16(float (&d)[TILES][4], const uint32 (&a)[4], Vectors x, int add) {
 #if defined(MOAI_HOST)
   const int lane = threadIdx.x % 32;
   for (int n = 0; n < NT; n++) {
     uint32 b[2];
-    for (int half = 0; half < 2; half++) __builtin_memcpy(&b[half], (const char*)x + half * HALF + n * 128 + lane * 4, 4);
+    for (int half = 0; half < 2; half++) __builtin_memcpy(&b[half], x + half * HALF + n * 128 + lane * 4, 4);
     if (!add) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0.0f;
     mma_16<T>(d[n], a, b);
   }

@@ -444,7 +444,7 @@ decode_scan(const float* partial, const T* norm_dt, const T* norm_B, const T* no
 // ---- The step of many rows: a block has 32 channels of all of them, makes their dt with tensor cores and lets their states
 // flow through shared memory, FLOW pieces of each thread on their way. The first are asked for before the previous kernel
 // has ended, with dt_proj's rows. dt (batch, RANK) and mixed (batch, MIX) are decode_mix's; batch is 64 at most, I a
-// multiple of 8. Grid: 32 channels each. Shared memory: MANY_BYTES.
+// multiple of 8. y: rows, or arranged as decode_norm has it. Grid: 32 channels each. Shared memory: MANY_BYTES.
 #if RANK % 32 == 0
 #ifndef FLOW
 #define FLOW 6
@@ -455,7 +455,8 @@ constexpr int PARTS = CHANNELS / 8;                                             
 
 extern "C" __global__ void __launch_bounds__(MANY, 2)
 decode_scan_wide(const float* mixed, const T* dt, const T* dt_weight, const float* dt_bias, const float* A_log2,
-                 const float* D, const T* u, const T* z, const float* state, float* next_state, T* y, int64 batch, int64 I) {
+                 const float* D, const T* u, const T* z, const float* state, float* next_state, T* y, int64 batch, int64 I,
+                 int64 tiles, int64 vectors) {
   extern __shared__ Words flowing[];
   __shared__ float steps[64][CHANNELS + 1];
   __shared__ alignas(16) T us[64][CHANNELS], zs[64][CHANNELS];
@@ -544,8 +545,13 @@ decode_scan_wide(const float* mixed, const T* dt, const T* dt_weight, const floa
     from += stride, to += stride, slot = slot + 1 == FLOW ? 0 : slot + 1;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < PARTS * batch; i += MANY)
-    if (first + i % PARTS * 8 < I) *(Words*)(y + i / PARTS * I + first + i % PARTS * 8) = *(const Words*)(us[i / PARTS] + i % PARTS * 8);
+  for (int i = threadIdx.x; i < PARTS * batch; i += MANY) {
+    const int64 at = first + i % PARTS * 8;
+    if (at >= I) continue;
+    const Words v = *(const Words*)(us[i / PARTS] + i % PARTS * 8);
+    if (tiles > 0) store_arranged((char*)y, v, i / PARTS, (int)(at / 8), (int)tiles, (int)vectors);
+    else *(Words*)(y + i / PARTS * I + at) = v;
+  }
 }
 #endif
 

@@ -4,7 +4,7 @@
 // moai: macros T=fp16 NT=4 DEPTH=16 WEIGHT=Int8,fp16,0
 // moai: macros T=bf16 NT=2 DEPTH=20 WEIGHT=Fp8,float,0
 //
-// Sums of W x for the rows of a wide batch (9 to 64), in generation: K is cut into slices that as many blocks share, so
+// Sums of W x for the rows of a wide batch (to 64), in generation: K is cut into slices that as many blocks share, so
 // that a block keeps its part of all rows' x in shared memory and reads it once, while W comes by in tiles of 16 rows, a
 // tile a warp, through a ring of the warp's own (as in decode_linear.cu). Weights are on their way before the previous
 // kernel has ended. What is left are the slices' sums; the kernel behind adds them, in their order. A row's bits depend on

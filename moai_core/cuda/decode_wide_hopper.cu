@@ -4,7 +4,7 @@
 // moai: macros T=fp16 NT=4 DEPTH=4 UNIT=4 FLIGHT=2 STORE=1 WEIGHT=Int8,fp16,0
 // moai: macros T=bf16 NT=2 DEPTH=4 UNIT=4 FLIGHT=2 STORE=0 WEIGHT=Fp8,float,0
 //
-// Sums of W x for the rows of a wide batch (9 to 64) on Hopper, as decode_wide.cu makes them elsewhere: K is cut into
+// Sums of W x for the rows of a wide batch (2 to 64) on Hopper, as decode_wide.cu makes them elsewhere: K is cut into
 // slices that as many blocks share, a block keeps its part of all rows' x in shared memory, and W comes by through rings.
 // Here a tile has 64 rows of W and belongs to four warps, whose tensor cores read x from shared memory themselves
 // (wgmma, PTX ISA 9.7.15): a product costs no instruction per row of the batch, which is what bounds the other kernel,
@@ -14,7 +14,7 @@
 // pieces of 16 bytes, a lane's piece stands for all of its columns in several products, and x is laid out so that it
 // meets them: product q has, for both halves of its columns and each 8 rows of x, 128 bytes: row r at 16 r, lane t at 4 t.
 //
-//   T       type of x, 16 bits              NT      tiles of 8 rows of x: 2, 4 or 8
+//   T       type of x, 16 bits              NT      tiles of 8 rows of x: 1, 2, 4 or 8
 //   DEPTH   units of a warp's ring          FLIGHT  of them asked for before the previous kernel has ended
 //   UNIT    chunks (64 bytes of a row) that come together: 2 or 4
 //   WEIGHT  format, type of scales, columns that share one (0: a row, or none)
@@ -103,7 +103,7 @@ DEVICE void multiply(float (&sums)[NT][4], const Words* stage, int first, const 
 #pragma unroll
     for (int q = 0; q < AT_ONCE * STEPS; q++) {
       const bool here = chunk + q / STEPS < a.end;  // W is zero behind the end, x is not there
-      product_16(sums, w[q], here ? x + q * PRODUCT : x, 1);
+      product_16(sums, w[q], described(here ? x + q * PRODUCT : x), 1);
     }
     end_of_group();
     finish(sums);
@@ -111,7 +111,7 @@ DEVICE void multiply(float (&sums)[NT][4], const Words* stage, int first, const 
     float fresh[NT][4];
     start(w);
 #pragma unroll
-    for (int q = 0; q < STEPS; q++) product_16(fresh, w[q], x + q * PRODUCT, q > 0);
+    for (int q = 0; q < STEPS; q++) product_16(fresh, w[q], described(x + q * PRODUCT), q > 0);
     const int high = (g * a.groups + (chunk >> a.shift)) & 1;  // 4 bytes hold two groups' scales
     const uint32* scales = (const uint32*)(stage + UNIT * 64) + first * 16;
     const float up = to_float(fp16{(uint16)(scales[g] >> (16 * high))}), down = to_float(fp16{(uint16)(scales[g + 8] >> (16 * high))});

@@ -5,15 +5,16 @@ recorded as a CUDA graph for each width of the batch, the choice of the next tok
 each weight once at nearly the memory's rate:
 
     1 row         one kernel for the whole step (decode_whole.py), where it takes the model
-    to 8 rows     embedding | norm, in_proj, convolution | x_proj | norms, dt_proj, scan, gate | out_proj, + residual
-                  | norm, gate and up, silu | down, + residual | ... | norm, head
-    to 64 rows    the same, but products leave sums (decode_wide.py) that a small kernel takes in behind each; on Hopper
-                  in_proj, gate and up end in the convolution and in silu instead (decode_stream.py)
+    2 to 64 rows  on Hopper: embedding | norm | in_proj, convolution, x_proj | norms | dt_proj, scan, gate | out_proj
+                  | norm | gate and up, silu | down | ... | norm | head (decode_stream.py)
+    to 8 rows     elsewhere: embedding | norm, in_proj, convolution | x_proj | norms, dt_proj, scan, gate | out_proj,
+                  + residual | norm, gate and up, silu | down, + residual | ... | norm, head
+    to 64 rows    the same, but products leave sums (decode_wide.py) that a small kernel takes in behind each
 
 Where kernels may overlap (compute capability 9.0) the next one's weights are on their way before the last one ends. A
-row has the same bits whatever stands beside it, at any width to 8 and at any from 9 on: sums over K are divided by the
-shape alone. States are kept twice: a step reads one copy and writes the other, so that the state before a token is
-still there when the host gets to see the token.
+row has the same bits whatever stands beside it, at any width to `narrow` (8; on Hopper 1) and at any beyond: sums over
+K are divided by the shape alone. States are kept twice: a step reads one copy and writes the other, so that the state
+before a token is still there when the host gets to see the token.
 
 Left out: gradients, prompts (the model itself reads them), logits for the host, everything `why_not` names.
 
@@ -65,6 +66,8 @@ class Decoder:
         self.narrow = kernels.most_rows([*products[:5], self.head], self.dtype)
         self.most = WIDTHS[-1] if self.dtype.itemsize == 2 else max(w for w in WIDTHS if w <= self.narrow)
         self.whole = Whole.of(self.layers, self.head, self.final, self.embedding, self.config)
+        if decode_stream.takes_all(self.layers, self.config, self.dtype):
+            self.narrow = 0 if self.whole is None else 1
         self.capacity, self.turn = 0, 0
         self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
         self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
@@ -122,8 +125,8 @@ class Decoder:
         self.residual = make(rows, c.hidden_size, dtype=self.stream)
         self.x = make(padded, c.hidden_size, dtype=self.dtype)
         self.u, self.z = (make(rows, c.inner_size, dtype=self.dtype) for _ in range(2))
-        self.y = make(rows, c.inner_size, dtype=self.dtype)
-        self.product = make(rows, c.intermediate_size, dtype=self.dtype)
+        self.y = make(padded, c.inner_size, dtype=self.dtype)
+        self.product = make(padded, c.intermediate_size, dtype=self.dtype)
         self.dt = make(rows, c.time_step_rank, dtype=self.dtype)
         self.mixed, self.mixes, self.sums = make(rows, width), make(rows * mixes), make(rows * max(sums))
         self.logits = make(padded, c.vocab_size, dtype=self.dtype)
@@ -211,7 +214,7 @@ class Decoder:
         how = decode_stream.arrangement(behind, width)
         args = (self.residual, pending, norm, self.x, hidden, slices, *how, float(self.config.rms_norm_eps))
         steps.append(Launch(self._kernel("decode_norm"), width, 256, args))
-        return self.x[:width]
+        return self.x[: width if behind is None else decode_stream.padded(width)]
 
     def _mixer(
         self, steps: Step, layer: Layer, index: int, width: int, turn: int, pending: Tensor | None
@@ -255,11 +258,13 @@ class Decoder:
             steps.append(Launch(self._kernel(name), width, block, mixed))
         weights = (layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z, self.ssm[turn, index])
         if wide and (shared := decode_wide.scan_bytes(c, self.dtype, self.device)):
-            moves = (self.mixed, self.dt, *weights, self.ssm[1 - turn, index], y, width, c.inner_size)
+            how = decode_stream.arrangement_for(layer.out_proj, layer.rotation, width, self.dtype)
+            y = self.y[: decode_stream.padded(width)] if how[0] else y
+            moves = (self.mixed, self.dt, *weights, self.ssm[1 - turn, index], y, width, c.inner_size, *how)
             scan = self._kernel("decode_scan_wide", MIXED=1, FLOW=decode_wide.FLOW)
             steps.append(Launch(scan, -(-c.inner_size // 32), 512, moves, shared))
             self._rotate(steps, layer.rotation, y)
-            return self._add(steps, layer.out_proj, y, common)
+            return self._add(steps, layer.out_proj, y, common, how[0] > 0)
         args = (
             self.mixed if wide else mixes, *layer.norms, layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z,
             self.ssm[turn, index], self.ssm[1 - turn, index], y, len(mixes), width, c.inner_size, eps,
@@ -276,9 +281,11 @@ class Decoder:
         common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": width > self.narrow}
         streams = common["wide"] and decode_stream.takes(layer.gate, self.dtype)
         x = self._norm(steps, layer.ffn_norm, width, pending, layer.gate if streams else None)
-        product = self.product[:width]
+        product, how = self.product[:width], (0, 0)
         if x is not None and layer.up is not None and streams:
-            steps.append(decode_stream.gates(layer.gate, layer.up, x, product))
+            how = decode_stream.arrangement_for(layer.down, layer.down_rotation, width, self.dtype)
+            product = self.product[: decode_stream.padded(width)] if how[0] else product
+            steps.append(decode_stream.gates(layer.gate, layer.up, x, product, width, how))
         elif x is not None and decode_wide.fits(layer.gate, self.dtype):
             sums, size = self._sums(steps, layer.gate, x, second=layer.up), self.config.intermediate_size
             grid = (-(-size // (256 * (16 // self.dtype.itemsize))), width, 1)
@@ -289,22 +296,27 @@ class Decoder:
                 **self._stream_of(layer.ffn_norm, width),
             )  # fmt: skip
         self._rotate(steps, layer.down_rotation, product)
-        return self._add(steps, layer.down, product, common)
+        return self._add(steps, layer.down, product, common, how[0] > 0)
 
     def _rotate(self, steps: Step, rotation: Rotation | None, x: Tensor) -> None:
         if rotation is not None:
             args = (x, rotation.mix, rotation.size, rotation.odd, rotation.scale)
             steps.append(Launch(self._kernel("decode_rotate"), x.shape[0], 1024, args, 4 * rotation.size))
 
-    def _add(self, steps: Step, m: Matrix, x: Tensor, common: dict[str, Any]) -> Tensor | None:
+    def _add(self, steps: Step, m: Matrix, x: Tensor, common: dict[str, Any], arranged: bool = False) -> Tensor | None:
         """A product that is added to the residual stream: at once, or (wide) by the next norm, which gets its sums."""
         width = common["batch"]
+        if arranged:
+            slices = decode_stream.slices_of(m)
+            sums = self.sums[: slices * width * m.rows].view(slices, width, m.rows)
+            steps.append(decode_stream.sums(m, x, sums))
+            return sums
         if common["wide"] and decode_wide.fits(m, self.dtype):
             return self._sums(steps, m, x)
         slices = kernels.slices_of(m, kernels.RESIDUAL)
-        sums = self.sums[: slices * width * m.rows].view(slices, width, m.rows) if common["wide"] else None
-        steps += linear(m, x, sums, result=kernels.RESIDUAL, residual=self.residual[:width], **common)
-        return sums
+        partial = self.sums[: slices * width * m.rows].view(slices, width, m.rows) if common["wide"] else None
+        steps += linear(m, x, partial, result=kernels.RESIDUAL, residual=self.residual[:width], **common)
+        return partial
 
     def _sums(self, steps: Step, m: Matrix, x: Tensor, *, second: Matrix | None = None) -> Tensor:
         """A wide product's sums, (slices, M, O)."""

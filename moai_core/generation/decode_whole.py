@@ -1,7 +1,7 @@
 """A step for one row in one launch: which models `cuda/decode_whole.cu` takes, and how it is launched.
 
 The kernel keeps memory busy across all products of a step, so it is what makes a single answer fast. It multiplies
-with the products of decode_kernels.py, cut and summed alike, and leaves the same bits as the kernels for more rows. It
+with the products of decode_kernels.py, cut and summed alike, and leaves the same bits as they do for up to 8 rows. It
 leaves out fp32, zero points, groups of other than 128, 256, ... columns, rotations, and rows of a weight that are no
 whole number of 64 bytes: there the other kernels take a single row too.
 """

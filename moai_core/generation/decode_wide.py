@@ -69,10 +69,11 @@ def fits(m: Matrix, dtype: torch.dtype) -> bool:
 
 def slices_of(m: Matrix, copies: int = 1) -> int:
     """In how many parts K is summed. copies: 2 with a second weight of the same shape."""
-    return -(-m.chunks // _slice_of(m, copies))
+    return -(-m.chunks // slice_of(m, copies))
 
 
-def _slice_of(m: Matrix, copies: int) -> int:
+def slice_of(m: Matrix, copies: int = 1) -> int:
+    """Chunks of a slice."""
     return _slice(m.format, m.rows * copies, m.chunks, KEPT)
 
 
@@ -101,9 +102,9 @@ def stores(m: Matrix, dtype: torch.dtype) -> bool:
 
 def _division(m: Matrix, rows: int, copies: int, store: bool = False) -> tuple[int, int, int, int]:
     """(NT, chunks of x that are kept, chunks in a ring, bytes of shared memory)."""
-    nt, hopper = next(n for n in (2, 4, 8) if rows <= 8 * n), _hopper(m)
+    nt, hopper = next(n for n in (1, 2, 4, 8) if rows <= 8 * n), _hopper(m)
     chunk = nt * _VECTORS[m.format] * 512
-    part = min(m.chunks, KEPT // (4096 * _VECTORS[m.format])) // UNIT * UNIT if store else _slice_of(m, copies)
+    part = min(m.chunks, KEPT // (4096 * _VECTORS[m.format])) // UNIT * UNIT if store else slice_of(m, copies)
     stage = WARPS * 16 * (68 if m.group else 64)
     free = (shared_memory(m.weight.device) - 1024 - part * chunk) // stage
     step = UNIT if hopper else 2

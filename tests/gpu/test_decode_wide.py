@@ -1,11 +1,11 @@
-"""Products of wide batches against float64: sums of slices of K, by the kernel for every GPU and by Hopper's own."""
+"""Products of wide batches against float64: sums of slices of K, by the kernel for every GPU and by Hopper's own two."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from moai_core.generation import decode, decode_wide
+from moai_core.generation import decode, decode_stream, decode_wide
 from moai_core.generation.decode_kernels import Matrix
 from moai_core.quant.formats import FORMATS, Spec
 from moai_core.quant.formats import decode as values_of
@@ -79,3 +79,50 @@ def test_the_product_of_a_head(device, poisoned, monkeypatch, form, dtype, rows,
     wanted = x.double() @ values.T
     error = float((out.double().cpu() - wanted).norm() / wanted.norm())
     assert error < (2e-3 if dtype == B else 3e-4), error
+
+
+def arranged(x, tiles, vectors):
+    """x (M, K) in the order in which decode_stream.cu reads it beside a weight of `vectors` times fewer bits than 16."""
+    pairs = {
+        1: [(0, 1), (2, 3), (4, 5), (6, 7)], 2: [(0, 2), (1, 3), (4, 6), (5, 7)], 4: [(0, 4), (1, 5), (2, 6), (3, 7)],
+    }[vectors]  # fmt: skip
+    rows, columns = x.shape
+    # 8 columns, 8 rows of the batch, row, column
+    out = torch.full((columns // 8, tiles, 8, 8), float("nan"), dtype=x.dtype)
+    row = torch.arange(rows)
+    for piece in range(columns // 8):
+        p = piece % (4 * vectors)
+        product = piece // (4 * vectors) * 2 * vectors + 2 * (p % vectors)
+        for word, pair in enumerate(pairs):
+            # A 16-bit weight takes 8 columns beside each other, others one word of a piece at a time.
+            half, at = (piece, word) if vectors == 1 else (2 * product + word, p // vectors)
+            for i, column in enumerate(pair):
+                out[half, row // 8, row % 8, 2 * at + i] = x[:, piece * 8 + column]
+    return out
+
+
+STREAMS = [
+    ("none", 0, B, 1024, 2048),
+    ("none", 0, H, 1032, 352),
+    ("int4", 128, B, 1024, 1408),
+    ("int4", 256, H, 1096, 768),
+    ("int8", 0, B, 1104, 704),
+    ("fp8", 0, B, 1024, 832),
+]
+
+
+@pytest.mark.parametrize("width", [2, 9, 64])
+@pytest.mark.parametrize("form, group, dtype, rows, columns", STREAMS)
+def test_sums_of_a_stream(device, poisoned, form, group, dtype, rows, columns, width):
+    """Rows of no whole tile, K of no whole units."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    m, values = stored(device, form, group, dtype, rows, columns, 0)
+    assert decode_stream.takes(m, dtype)
+    x = torch.randn(width, columns, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with poisoned():
+        sums = torch.empty(decode_stream.slices_of(m), width, rows, device=device)
+    decode.run([decode_stream.sums(m, arranged(x, *decode_stream.arrangement(m, width)).to(device), sums)])
+    wanted = x.double() @ values.T
+    error = float((sums.double().sum(0).cpu() - wanted).norm() / wanted.norm())
+    assert error < 5e-6, error
