@@ -1,7 +1,7 @@
 // moai: kernels decode_whole
-// moai: macros T=bf16 R=bf16 N=16 RANK=128 NORMS=1 KC=4 FFN=1 DEPTH=10 FLIGHT=3 SPAN=16 GROUPS=0 W_IN=Plain,float,0 W_X=Plain,float,0 W_OUT=Plain,float,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
-// moai: macros T=bf16 R=float N=16 RANK=128 NORMS=1 KC=4 FFN=1 DEPTH=10 FLIGHT=3 SPAN=16 GROUPS=44 W_IN=Int4,fp16,128 W_X=Plain,float,0 W_OUT=Int4,fp16,128 W_UP=Int4,fp16,128 W_DOWN=Int4,fp16,128 W_HEAD=Int8,fp16,0 W_EMBED=Int8,fp16,0
-// moai: macros T=fp16 R=fp16 N=8 RANK=20 NORMS=0 KC=3 FFN=0 DEPTH=7 FLIGHT=3 SPAN=8 GROUPS=0 W_IN=Fp8,float,0 W_X=Plain,float,0 W_OUT=Int8,fp16,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
+// moai: macros T=bf16 R=bf16 N=16 RANK=128 NORMS=1 KC=4 SLICES=16 FFN=1 DEPTH=10 FLIGHT=3 FLIGHT_HEAD=3 SPAN=16 GROUPS=0 W_IN=Plain,float,0 W_X=Plain,float,0 W_OUT=Plain,float,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
+// moai: macros T=bf16 R=float N=16 RANK=128 NORMS=1 KC=4 SLICES=16 FFN=1 DEPTH=10 FLIGHT=1 FLIGHT_HEAD=3 SPAN=16 GROUPS=44 W_IN=Int4,fp16,128 W_X=Plain,float,0 W_OUT=Int4,fp16,128 W_UP=Int4,fp16,128 W_DOWN=Int4,fp16,128 W_HEAD=Int8,fp16,0 W_EMBED=Int8,fp16,0
+// moai: macros T=fp16 R=fp16 N=8 RANK=20 NORMS=0 KC=3 SLICES=3 FFN=0 DEPTH=7 FLIGHT=3 FLIGHT_HEAD=3 SPAN=8 GROUPS=0 W_IN=Fp8,float,0 W_X=Plain,float,0 W_OUT=Int8,fp16,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
 //
 // A whole step of generation for one row in one launch: all layers and the head, from the token to its logits.
 //
@@ -21,8 +21,10 @@
 // All blocks must run at once: launch it as a cooperative kernel, one block a multiprocessor.
 //
 //   T, R    types of the arithmetic (16 bits) and of the residual stream     N, RANK, NORMS, KC  as in decode_step.cu
+//   SLICES  in which K of x_proj is summed
 //   FFN     1: layers have gate, up and down                                 DEPTH  stages of the ring, of which
-//   FLIGHT  are on their way at most     SPAN  chunks of 64 bytes of each row in a stage     GROUPS  scales of a row at most
+//   FLIGHT, FLIGHT_HEAD  are on their way at most: of layers, of the head     SPAN  chunks of 64 bytes of each row in a stage
+//   GROUPS  scales of a row at most
 //   W_...   a weight's format, type of scales, columns that share a scale (0: a row): in_proj, x_proj, out_proj, gate
 //           and up, down, head, embedding
 #include "decode.cuh"
@@ -78,13 +80,10 @@ constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
 
-// f(W{}) with the weight of a kind; kinds of the same weights share the code.
+// f(W{}) with the weight of a kind; kinds of the same weights share the code. with_large: of neither MIX_IN nor HEAD.
 template <class F>
-DEVICE void with_weight(int kind, F f) {
-  constexpr bool alike = same<In, Out> && (!FFN || (same<In, Up> && same<In, Down>));
-  if (!same<MixIn, In> && kind == MIX_IN) return f(MixIn{});
-  if (!same<Head, In> && kind == HEAD) return f(Head{});
-  if constexpr (alike) {
+DEVICE void with_large(int kind, F f) {
+  if constexpr (same<In, Out> && (!FFN || (same<In, Up> && same<In, Down>))) {
     f(In{});
   } else {
     if (kind == OUT) f(Out{});
@@ -92,6 +91,12 @@ DEVICE void with_weight(int kind, F f) {
     else if (FFN && kind == DOWN) f(Down{});
     else f(In{});
   }
+}
+template <class F>
+DEVICE void with_weight(int kind, F f) {
+  if (!same<MixIn, In> && kind == MIX_IN) return f(MixIn{});
+  if (!same<Head, In> && kind == HEAD) return f(Head{});
+  with_large(kind, f);
 }
 
 // ---- Between threads and blocks
@@ -157,11 +162,26 @@ struct alignas(8) Gate {
 DEVICE uint32 address(const void* shared) { return (uint32)__cvta_generic_to_shared(shared); }
 #endif
 
-DEVICE void begin(Gate* gate, int all) {
+// Where a gate is, kept in a register: what shared memory begins at is slow to ask for.
+#ifdef MOAI_HOST
+using At = Gate*;
+DEVICE At gates_at(Gate* gates) { return gates; }
+DEVICE At gate_at(At gates, int i) { return gates + i; }
+#else
+using At = uint32;
+DEVICE At gates_at(Gate* gates) {
+  uint32 at = address(gates);
+  asm volatile("" : "+r"(at));
+  return at;
+}
+DEVICE At gate_at(At gates, int i) { return gates + 8 * i; }
+#endif
+
+DEVICE void begin(At gate, int all) {
 #ifdef MOAI_HOST
   *gate = {0, (unsigned char)all, (short)all, 0};
 #else
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(gate)), "r"(all) : "memory");
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(gate), "r"(all) : "memory");
 #endif
 }
 
@@ -172,16 +192,16 @@ DEVICE void begun() {
 #endif
 }
 
-DEVICE void arrive(Gate* gate) {
+DEVICE void arrive(At gate) {
 #ifdef MOAI_HOST
   gate->missing--, gate->look();
 #else
-  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(address(gate)) : "memory");
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(gate) : "memory");
 #endif
 }
 
 // Until the phase of this parity has ended: a gate has just ended one of parity 1 when it begins.
-DEVICE void wait(Gate* gate, uint32 parity) {
+DEVICE void wait(At gate, uint32 parity) {
 #if defined(MOAI_HOST)
   while (gate->phase == parity) host_yield();
 #else
@@ -194,7 +214,7 @@ DEVICE void wait(Gate* gate, uint32 parity) {
     asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
 #endif
                  : "=r"(done)
-                 : "r"(address(gate)), "r"(parity)
+                 : "r"(gate), "r"(parity)
                  : "memory");
   }
 #endif
@@ -213,27 +233,27 @@ DEVICE bool elected() {
   return one;
 #endif
 }
-DEVICE void bring_one(Gate* gate, unsigned char* to, const unsigned char* from, int bytes) {
+DEVICE void bring_one(At gate, unsigned char* to, const unsigned char* from, int bytes) {
 #ifdef MOAI_HOST
   __builtin_memcpy(to, from, bytes), gate->bytes -= bytes, gate->look();
 #elif ENGINE
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)),
-               "l"(from), "r"(bytes), "r"(address(gate))
+               "l"(from), "r"(bytes), "r"(gate)
                : "memory");
 #else
   for (int at = threadIdx.x % 32 * 16; at < bytes; at += 512) copy_async_16(to + at, from + at, true);
 #endif
 }
-DEVICE void expect(Gate* gate, int bytes) {
+DEVICE void expect(At gate, int bytes) {
 #ifdef MOAI_HOST
   gate->bytes += bytes, gate->missing--, gate->look();
 #elif ENGINE
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(gate)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(gate), "r"(bytes) : "memory");
 #endif
 }
-DEVICE void all_brought(Gate* gate) {
+DEVICE void all_brought(At gate) {
 #if !ENGINE
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(gate)) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(gate) : "memory");
 #endif
 }
 
@@ -271,8 +291,9 @@ DEVICE Words look_piece(const uint32* from) {
   return w;
 #endif
 }
+DEVICE uint32 largest(uint32 a, uint32 b) { return a > b ? a : b; }
 DEVICE bool here(const Words& w) {
-  return w.at[0] != VOID && w.at[1] != VOID && w.at[2] != VOID && w.at[3] != VOID;
+  return largest(largest(w.at[0], w.at[1]), largest(w.at[2], w.at[3])) != VOID;
 }
 
 // Between two looks. A kernel that waits for ever is worse than one that fails.
@@ -292,6 +313,23 @@ DEVICE const uint32* kept(const uint32* from) {
   return from;
 }
 
+DEVICE int kept(int x) {
+#ifndef MOAI_HOST
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// An address in shared memory, kept in a register: where it begins is slow to ask for.
+template <class X>
+DEVICE X* kept_shared(X* at) {
+#ifndef MOAI_HOST
+  asm volatile("" : "+l"(at));
+  __builtin_assume(__isShared(at));
+#endif
+  return at;
+}
+
 // Of the warp that works beside.
 DEVICE void rest() {
 #ifdef MOAI_HOST
@@ -301,24 +339,38 @@ DEVICE void rest() {
 #endif
 }
 
-// f(i, piece i, whether there is one) for this thread's pieces first, first + apart, ... before `end`, MOST of them looked
-// for at once. Lanes of a warp have pieces beside each other and stay together.
+// A product's x in pieces of 16 bytes, 2^p to a chunk. Where a chunk has 16, a warp takes those of the chunks that it
+// multiplies, and waits for no other's; where it has less, that would ask memory for short runs, and a warp takes 32 pieces
+// beside each other.
+DEVICE constexpr bool owned(int p) { return p == 4; }
+// The first of a lane's pieces, of which one is THREADS behind the other.
+DEVICE int first_piece(int warp, int lane, int p) {
+  return owned(p) ? ((warp + (lane >> p) * WARPS) << p) + (lane & ((1 << p) - 1)) : warp * 32 + lane;
+}
+// The last of them before `end` among a warp's first MOST from that of `lead`, lane 0's, on.
+template <int MOST>
+DEVICE int last_piece(int lead, int p, int end) {
+  const int apart = owned(p) ? WARPS << p : THREADS;
+  int last = lead + (MOST - 1) * THREADS + (owned(p) ? THREADS - apart + (1 << p) - 1 : 31);
+  while (last >= end && last - apart >= lead) last -= apart;
+  return last < end ? last : end - 1;
+}
+
+// f(i, piece i, whether there is one) for this thread's pieces before `end`, MOST of them looked for at once.
 template <int MOST, class F>
-DEVICE void receive(const uint32* from, int first, int apart, int end, F f) {
-  const int lane = threadIdx.x % 32;
+DEVICE void receive(int warp, int lane, const uint32* from, int p, int end, F f) {
 #pragma unroll 1
-  for (; first - lane < end; first += MOST * apart) {
+  for (int lead = first_piece(warp, 0, p), first = first_piece(warp, lane, p); lead < end; lead += MOST * THREADS, first += MOST * THREADS) {
     Words w[MOST] = {};
     const uint32* const own = kept(from + first * 4);
     // The last one first: most looks in vain are at one word a warp, and hold up less of what is being sent.
-    const int most = first - lane + (MOST - 1) * apart + 31, last = most < end ? most : first - lane + 31 < end ? first - lane + 31 : end - 1;
-    const uint32* const one = kept(from + last * 4 + 3);
+    const uint32* const one = kept(from + last_piece<MOST>(lead, p, end) * 4 + 3);
     for (int looks = 0; look(one) == VOID;) pause(looks);
     bool missing = first < end;
     for (int looks = 0; missing; missing ? pause(looks) : void()) {
 #pragma unroll
       for (int k = 0; k < MOST; k++)
-        if (first + k * apart < end) w[k] = look_piece(own + k * apart * 4);
+        if (first + k * THREADS < end) w[k] = look_piece(own + k * THREADS * 4);
       missing = false;
 #pragma unroll
       for (int k = 0; k < MOST; k++) missing |= !here(w[k]);
@@ -326,7 +378,7 @@ DEVICE void receive(const uint32* from, int first, int apart, int end, F f) {
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < MOST; k++)
-      if (first - lane + k * apart < end) f(first + k * apart, w[k], first + k * apart < end);
+      if (lead + k * THREADS < end) f(first + k * THREADS, w[k], first + k * THREADS < end);
   }
 }
 
@@ -356,6 +408,7 @@ struct Block {
   const int64* records;
   const Shape* shapes;
   int layers, blocks, block, warp, lane;
+  DEVICE int thread() const { return warp * 32 + lane; }
 
   DEVICE const unsigned char* pointer(int layer, int place) const { return numbers<unsigned char>(layer, place); }
   template <class X>
@@ -386,8 +439,9 @@ struct Turns {
 struct Place {
   int at;
   uint32 parity;
-  DEVICE void skip(int stages) {
-    for (at += stages; at >= DEPTH; at -= DEPTH) parity ^= 1;
+  DEVICE void skip() {
+    const bool round = ++at == DEPTH;
+    at = round ? 0 : at, parity ^= round;
   }
 };
 
@@ -397,9 +451,9 @@ struct Feeder {
   const Block& b;
   int half;
   unsigned char* ring;
-  Gate *full, *empty;
+  At full, empty;
   Place next, landing;
-  int stages;
+  int coming;  // stages on their way
 
   // What a stage brings: rows of `bytes`, `apart` bytes from each other, and scales.
   struct Half {
@@ -419,10 +473,10 @@ struct Feeder {
     return h;
   }
 
-  DEVICE void stage(Half& h, int64 apart) {
-    wait(empty + next.at, next.parity ^ 1);
-    if (stages >= FLIGHT) wait(full + landing.at, landing.parity), landing.skip(1);
-    Gate* const gate = full + next.at;
+  DEVICE void stage(Half& h, int64 apart, int most) {
+    wait(gate_at(empty, next.at), next.parity ^ 1);
+    for (; coming >= most; coming--) wait(gate_at(full, landing.at), landing.parity), landing.skip();
+    const At gate = gate_at(full, next.at);
     unsigned char *const stage = ring + next.at * (STAGE * 16), *const to = stage + half * 8 * ROW * 16;
     const int bytes = h.chunks <= 0 ? 0 : h.chunks < SPAN ? h.chunks * 64 : SPAN * 64;
     if (!ENGINE || elected()) {
@@ -437,7 +491,7 @@ struct Feeder {
     all_brought(gate);
     __syncwarp();
     h.from += SPAN * 64, h.chunks -= SPAN;
-    next.skip(1), stages++;
+    next.skip(), coming++;
   }
 
   DEVICE void run(int* entered) {
@@ -454,7 +508,7 @@ struct Feeder {
         for (int unit = run.first; unit < run.first + run.count; unit++) {
           Half h = half_of(s, layer, kind, unit);
 #pragma unroll 1
-          for (int piece = 0; piece < s.pieces; piece++) stage(h, s.row_bytes);
+          for (int piece = 0; piece < s.pieces; piece++) stage(h, s.row_bytes, last ? FLIGHT_HEAD : FLIGHT);
         }
       }
     }
@@ -464,86 +518,185 @@ struct Feeder {
 // The ring from a warp's side.
 struct Ring {
   const Words* stages;
-  Gate *full, *empty;
+  At full, empty;
   Place place;
   int lane;
 
   DEVICE const Words* take() const {
-    wait(full + place.at, place.parity);
+    wait(gate_at(full, place.at), place.parity);
     return stages + place.at * STAGE;
   }
   DEVICE void give_back() {
     __syncwarp();
-    if (lane == 0) arrive(empty + place.at);
-    place.skip(1);
+    if (lane == 0) arrive(gate_at(empty, place.at));
+    place.skip();
   }
 };
 
 // ---- Products
 
-// A chunk. stage: 16 bytes of row g, those of row g + 8 lie behind 8 rows; scales: of row g, those of row g + 8 are 8 rows
-// behind; xs: of the chunk.
-template <class W>
-DEVICE void multiply(float (&sum)[4], const Words* stage, const fp16* scales, const Words* xs, const Units* units, int chunk, int groups, int shift) {
+// COUNT chunks and x of them. at: 16 bytes of row g of each, those of row g + 8 lie behind 8 rows.
+template <class W, int COUNT>
+DEVICE void multiply(float (&sum)[COUNT][2][4], const Words* const (&at)[COUNT], const Words (&x)[COUNT][W::Format::XV]) {
   using F = typename W::Format;
-  constexpr int STEPS = F::COLUMNS / 4;
-  const Words upper = stage[0], lower = stage[8 * ROW];
-  Words x[F::XV];
+  Words upper[COUNT], lower[COUNT];
 #pragma unroll
-  for (int j = 0; j < F::XV; j++) x[j] = xs[j * 4];  // of all 8 vectors: they are the same
-  float fresh[2][4] = {};
+  for (int c = 0; c < COUNT; c++) upper[c] = at[c][0], lower[c] = at[c][8 * ROW];
 #pragma unroll
-  for (int s = 0; s < STEPS; s++) {
-    uint32 w[4], v[2];
-    F::weights(w[0], w[2], upper, s);
-    F::weights(w[1], w[3], lower, s);
-    F::vectors(v, x, s);
-    if constexpr (W::GROUP == 0) mma_16<T>(sum, w, v);
-    else mma_of<F, T>(fresh[s % 2], w, v);
-  }
-  if constexpr (W::GROUP > 0) {  // the other sums are copies
-    const Units u = units[chunk];
-    const fp16* const own = scales + (chunk >> shift);
+  for (int s = 0; s < F::COLUMNS / 4; s++)
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      sum[2 * i] += to_float(own[i * 8 * groups]) * ((fresh[0][2 * i] + fresh[1][2 * i]) * u.at[0] - u.at[1]);
-  }
+    for (int c = 0; c < COUNT; c++) {
+      uint32 w[4], v[2];
+      F::weights(w[0], w[2], upper[c], s);
+      F::weights(w[1], w[3], lower[c], s);
+      F::vectors(v, x[c], s);
+      mma_of<F, T>(sum[c][W::GROUP > 0 ? s % 2 : 0], w, v);
+    }
 }
 
-// The sums of the block's units from `first` on, `slots` tiles or slices of a tile, each warp's for itself.
+// Of a chunk of grouped codes: rows g and g + 8 (the other sums are copies). scales: of row g, those of row g + 8 are 8 rows
+// behind.
+DEVICE void add_scaled(float (&sum)[2], const float (&fresh)[2][4], const fp16* scales, int groups, const Units& u) {
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    sum[i] += to_float(scales[i * 8 * groups]) * ((fresh[0][2 * i] + fresh[1][2 * i]) * u.at[0] - u.at[1]);
+}
+
+// x of a chunk, of all 8 vectors: they are the same.
+template <int XV>
+DEVICE void load_x(Words (&x)[XV], const Words* from) {
+#pragma unroll
+  for (int j = 0; j < XV; j++) x[j] = from[j * 4];
+}
+
+// The sums of `slots` units, tiles or slices of a tile, the first of which is slice `part`, each warp's for itself.
 struct AddUp {
   const Block& b;
   Ring& ring;
   float* sums;
   const Shape& s;
-  int first, slots;
+  int part, slots;
   const Words* xs;
   const Units* units;
   template <class W>
   DEVICE void operator()(W) const;
+  template <class W>
+  DEVICE void short_rows() const;
+  template <class W>
+  DEVICE void long_rows() const;
+  template <class W>
+  DEVICE void slices() const;
+  DEVICE int place() const { return b.lane / 4 * ROW + b.warp * 4 + b.lane % 4; }  // in a stage
+  DEVICE const fp16* scales(const Words* stage) const { return (const fp16*)(stage + 16 * ROW) + b.lane / 4 * s.groups; }
+  DEVICE void put(int slot, float upper, float lower) const {
+    float* const to = sums + (slot * WARPS + b.warp) * 16 + b.lane / 4;
+    if (b.lane % 4 == 0) to[0] = upper, to[8] = lower;
+  }
 };
+
+constexpr int CHUNKS = SPAN / WARPS;  // of a stage that a warp has
+
+// Tiles with grouped codes, each a stage: x stays in registers.
 template <class W>
-DEVICE void AddUp::operator()(W) const {
-  constexpr int X = W::Format::XV * 4;  // words of x of a chunk
-  const int lane = b.lane, parts = s.parts, pieces = s.pieces, size = s.slice, chunks = s.chunks, groups = s.groups, shift = s.shift;
-  const int part = lane / 4 * ROW + b.warp * 4 + lane % 4;
-  float* to = sums + b.warp * 16 + lane / 4;
+DEVICE void AddUp::short_rows() const {
+  constexpr int XV = W::Format::XV;
+  Words x[CHUNKS][XV];
+  Units u[CHUNKS];
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    const int chunk = b.warp + c * WARPS;
+    load_x(x[c], xs + chunk * (XV * 4) + b.lane % 4), u[c] = units[chunk];
+  }
 #pragma unroll 1
-  for (int slot = 0; slot < slots; slot++, to += WARPS * 16) {
-    const int begin = parts > 1 ? (first + slot) % parts * size : 0, end = begin + size < chunks ? begin + size : chunks;
+  for (int slot = 0; slot < slots; slot++) {
+    const Words *const stage = ring.take(), *at[CHUNKS];
+    float fresh[CHUNKS][2][4] = {}, sum[2] = {};
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) at[c] = stage + place() + c * WARPS * 4;
+    multiply<W>(fresh, at, x);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) add_scaled(sum, fresh[c], scales(stage) + ((b.warp + c * WARPS) >> s.shift), s.groups, u[c]);
+    put(slot, sum[0], sum[1]);
+    ring.give_back();
+  }
+}
+
+// Tiles with grouped codes of other lengths: x comes chunk by chunk, as many at once as a stage has.
+template <class W>
+DEVICE void AddUp::long_rows() const {
+  constexpr int XV = W::Format::XV;
+  const int parts = s.parts, pieces = s.pieces, size = s.slice, chunks = s.chunks;
+#pragma unroll 1
+  for (int slot = 0, own = part; slot < slots; slot++, own = own + 1 < parts ? own + 1 : 0) {
+    const int begin = own * size, last = (begin + size < chunks ? begin + size : chunks) - 1;
     int chunk = begin + b.warp;
-    const Words* x = xs + chunk * X + lane % 4;
-    float sum[4] = {};
+    const Words* from_x = xs + chunk * (XV * 4) + b.lane % 4;
+    float sum[2] = {};
+#pragma unroll 1
+    for (int piece = 0; piece < pieces; piece++, chunk += SPAN, from_x += SPAN * XV * 4) {
+      if (chunk > last) {
+        ring.take(), ring.give_back();
+        continue;
+      }
+      // A chunk beyond the row counts nothing: the first one instead, in units of nothing.
+      int apart[CHUNKS];
+      Words x[CHUNKS][XV];
+      Units u[CHUNKS];
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        const bool there = chunk + c * WARPS <= last;
+        apart[c] = there ? c * WARPS : 0;
+        load_x(x[c], from_x + apart[c] * (XV * 4));
+        u[c] = units[chunk + apart[c]];
+        if (!there) u[c] = {};
+      }
+      const Words *const stage = ring.take(), *at[CHUNKS];
+      float fresh[CHUNKS][2][4] = {};
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) at[c] = stage + place() + apart[c] * 4;
+      multiply<W>(fresh, at, x);
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) add_scaled(sum, fresh[c], scales(stage) + ((chunk + apart[c]) >> s.shift), s.groups, u[c]);
+      ring.give_back();
+    }
+    put(slot, sum[0], sum[1]);
+  }
+}
+
+// What has no groups.
+template <class W>
+DEVICE void AddUp::slices() const {
+  constexpr int XV = W::Format::XV;
+  const int parts = s.parts, pieces = s.pieces, size = s.slice, chunks = s.chunks;
+#pragma unroll 1
+  for (int slot = 0, own = part; slot < slots; slot++, own = own + 1 < parts ? own + 1 : 0) {
+    const int begin = own * size, end = begin + size < chunks ? begin + size : chunks;
+    int chunk = begin + b.warp;
+    const Words* from_x = xs + chunk * (XV * 4) + b.lane % 4;
+    float sum[1][2][4] = {};
 #pragma unroll 1
     for (int piece = 0; piece < pieces; piece++) {
       const Words* const stage = ring.take();
-      const fp16* const scales = (const fp16*)(stage + 16 * ROW) + lane / 4 * groups;
 #pragma unroll
-      for (int step = 0; step < SPAN / WARPS; step++, chunk += WARPS, x += WARPS * X)
-        if (chunk < end) multiply<W>(sum, stage + part + step * WARPS * 4, scales, x, units, chunk, groups, shift);
+      for (int step = 0; step < CHUNKS; step++, chunk += WARPS, from_x += WARPS * XV * 4)
+        if (chunk < end) {
+          Words x[1][XV];
+          load_x(x[0], from_x);
+          multiply<W, 1>(sum, {stage + place() + step * WARPS * 4}, x);
+        }
       ring.give_back();
     }
-    if (lane % 4 == 0) to[0] = sum[0], to[8] = sum[2];
+    put(slot, sum[0][0][0], sum[0][0][2]);
+  }
+}
+
+template <class W>
+DEVICE void AddUp::operator()(W) const {
+  if constexpr (W::GROUP > 0) {
+    if (s.chunks == SPAN && s.parts == 1) short_rows<W>();
+    else long_rows<W>();
+  } else {
+    slices<W>();
   }
 }
 
@@ -554,74 +707,144 @@ struct Vector {
   Units* units;
 };
 
-struct PutPiece {
-  const Vector& to;
+// By all lanes of a warp, 16 of them beside each other for the pieces of a chunk.
+template <class W>
+DEVICE void put(const Vector& to, int piece, const Words& w, bool there) {
+  using F = typename W::Format;
+  const int chunk = piece / (4 * F::XV), t = piece / F::XV % 4, j = piece % F::XV;
+  Words& place = to.words[(chunk * F::XV + j) * 4 + t];
+  if constexpr (is_codes<F>) {
+    Units units;
+    const Words y = F::template arranged<T>(w, units);
+    if (there) place = y;
+    if (there && piece % 16 == 0) to.units[chunk] = units;
+  } else {
+    if (there) place = F::arranged(w);
+  }
+}
+template <class W>
+constexpr int PIECES = W::Format::XV == 4 ? 4 : W::Format::XV == 2 ? 3 : 2;  // 2^ of them to a chunk
+
+DEVICE int pieces_of(int kind) {
+  return kind == HEAD ? PIECES<Head> : kind == OUT ? PIECES<Out> : kind == UP ? PIECES<Up> : kind == DOWN ? PIECES<Down> : PIECES<In>;
+}
+
+// What a product's x is received from, all of it.
+struct ReceiveRow {
+  const Block& b;
+  const Vector& x;
+  const uint32* from;
+  int end;
+  template <class W>
+  DEVICE void operator()(W) const {
+    receive<3>(b.warp, b.lane, from, PIECES<W>, end, [&](int i, const Words& w, bool there) { put<W>(x, i, w, there); });
+  }
+};
+
+// x_proj's: of the slices of `units` units, the first of which has slice `part`.
+DEVICE void receive_slices(const Block& b, const Vector& x, const Shape& s, const uint32* from, int units, int part) {
+  constexpr int p = PIECES<MixIn>;
+  const int warp = b.warp, lane = b.lane, slices = units < s.parts ? units : s.parts;
+#pragma unroll 1
+  for (int chunk = warp; chunk < s.slice; chunk += WARPS)
+#pragma unroll 1
+    for (int i = 0; i < slices; i += 32 >> p) {
+      const int unit = i + (lane >> p), at = part + unit < s.parts ? part + unit : part + unit - s.parts;
+      const int own = at * s.slice + chunk;
+      const bool there = unit < slices && own < s.chunks;
+      const int piece = (own << p) + (lane & ((1 << p) - 1));
+      Words w[1] = {};
+      if (there) look_for<1>(w, kept(from + piece * 4));
+      __syncwarp();
+      put<MixIn>(x, piece, w[0], there);
+    }
+}
+
+struct PutNorm {
+  const Vector& x;
   int piece;
   const Words& w;
   bool there;
   template <class W>
-  DEVICE void operator()(W) const {
-    using F = typename W::Format;
-    const int chunk = piece / (4 * F::XV), t = piece / F::XV % 4, j = piece % F::XV;
-    Words& place = to.words[(chunk * F::XV + j) * 4 + t];
-    if constexpr (is_codes<F>) {
-      Units units;
-      const Words y = F::template arranged<T>(w, units);
-      if (there) place = y;
-      if (there && piece % 16 == 0) to.units[chunk] = units;
-    } else {
-      if (there) place = F::arranged(w);
-    }
-  }
+  DEVICE void operator()(W) const { put<W>(x, piece, w, there); }
 };
-// By all lanes of a warp, 16 of them beside each other for the pieces of a chunk.
-DEVICE void put(const Vector& to, int kind, int piece, const Words& w, bool there) { with_weight(kind, PutPiece{to, piece, w, there}); }
+
+// 1 / the root of the mean square from THREADS shares, 36 to 32 of them, by each warp for itself: in the order in which 8
+// warps add up 32 each and then each other's sums (decode.cuh).
+DEVICE float rstd_of_shares(const float* shares, int lane, int H, float eps) {
+  float a[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) a[i] = shares[lane / 4 * 36 + lane % 4 + 4 * i];
+#pragma unroll
+  for (int other = 4; other > 0; other /= 2)
+#pragma unroll
+    for (int i = 0; i < other; i++) a[i] += a[i + other];
+#pragma unroll
+  for (int other = 2; other > 0; other /= 2) a[0] += __shfl_xor_sync(0xffffffffu, a[0], other);
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < 8; w++) sum += __shfl_sync(0xffffffffu, a[0], 4 * w);
+  return rsqrtf(sum / (float)H + eps);
+}
 
 // The residual stream as it is now comes to `stream`, its RMSNorm to xs. from: null where the stream is there already.
-DEVICE void norm_stream(const Vector& x, int kind, R* stream, float* scratch, const uint32* from, const T* weight, int H, float eps) {
+// shares: THREADS + 32 numbers that no warp still reads: those of the norm before.
+DEVICE void norm_stream(const Block& b, const Vector& x, int kind, R* stream, float* shares, const uint32* from, const T* weight,
+                        int H, float eps) {
   constexpr int PER = sizeof(R) / 2;  // 16-byte words of a piece
-  const int thread = threadIdx.x, pieces = H / PIECE;
-  Vec<T, PIECE> w{};
-  if (thread < pieces) w = load_vec<T, PIECE>(weight + thread * PIECE);
-  float v[PIECE] = {}, sum = 0.0f;
+  const int pieces = H / PIECE, p = pieces_of(kind);
+  const int first = first_piece(b.warp, b.lane, p), lead = first_piece(b.warp, 0, p);
+  Words w{}, v[PER] = {};  // of this thread's last piece
+  float sum = 0.0f;
+  if (first < pieces) w = *(const Words*)(weight + first * PIECE);
 #pragma unroll 1
-  for (int piece = thread; piece < pieces; piece += THREADS) {
+  for (int piece = first; piece < pieces; piece += THREADS) {
     Words* const own = (Words*)(stream + piece * PIECE);
-    Words words[PER];
     if (from) {
-      look_for<PER>(words, from + piece * PIECE * PER / 2);
+      look_for<PER>(v, from + piece * PIECE * PER / 2);
 #pragma unroll
-      for (int i = 0; i < PER; i++) own[i] = words[i];
+      for (int i = 0; i < PER; i++) own[i] = v[i];
     } else {
 #pragma unroll
-      for (int i = 0; i < PER; i++) words[i] = own[i];
+      for (int i = 0; i < PER; i++) v[i] = own[i];
     }
 #pragma unroll
     for (int i = 0; i < PER; i++) {
       float part[PIECE / PER];
-      unpack<R>(part, words[i]);
+      unpack<R>(part, v[i]);
 #pragma unroll
-      for (int j = 0; j < PIECE / PER; j++) v[i * (PIECE / PER) + j] = part[j], sum += part[j] * part[j];
+      for (int j = 0; j < PIECE / PER; j++) sum += part[j] * part[j];
     }
   }
-  sum = warp_sum(sum);
-  if (thread % 32 == 0) scratch[thread / 32] = sum;
+  shares[first + first / 32 * 4] = sum;
   block_barrier();
-  const float rstd = rstd_of(scratch, H, eps);
+  const float rstd = rstd_of_shares(shares, b.lane, H, eps);
 #pragma unroll 1
-  for (int piece = thread; piece - thread % 32 < pieces; piece += THREADS) {
-    if (pieces > THREADS && piece < pieces) {  // else v and w are this piece's
-      w = load_vec<T, PIECE>(weight + piece * PIECE);
+  for (int at = lead, piece = first; at < pieces; at += THREADS, piece += THREADS) {
+    if (pieces > THREADS) {  // else v and w are this piece's
+      const bool there = piece < pieces;
+      w = there ? *(const Words*)(weight + piece * PIECE) : Words{};
 #pragma unroll
-      for (int i = 0; i < PIECE; i++) v[i] = to_float(stream[piece * PIECE + i]);
+      for (int i = 0; i < PER; i++) v[i] = there ? ((const Words*)(stream + piece * PIECE))[i] : Words{};
     }
+    float value[PIECE], scale[PIECE];
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      float part[PIECE / PER];
+      unpack<R>(part, v[i]);
+#pragma unroll
+      for (int j = 0; j < PIECE / PER; j++) value[i * (PIECE / PER) + j] = part[j];
+    }
+    unpack<T>(scale, w);
     Words y;
 #pragma unroll
     for (int i = 0; i < PIECE; i += 2) {
-      const Vec<T, 2> two = pair_from_floats<T>(v[i] * rstd * to_float(w.at[i]), v[i + 1] * rstd * to_float(w.at[i + 1]));
+      const Vec<T, 2> two = pair_from_floats<T>(value[i] * rstd * scale[i], value[i + 1] * rstd * scale[i + 1]);
       y.at[i / 2] = *reinterpret_cast<const uint32*>(&two);
     }
-    put(x, kind, piece, y, piece < pieces);
+    const PutNorm one{x, piece, y, piece < pieces};
+    if (!same<Head, In> && kind == HEAD) one(Head{});
+    else with_large(kind, one);
   }
 }
 
@@ -648,33 +871,49 @@ constexpr int PER = (RANK + 8 * VEC - 1) / (8 * VEC);
 constexpr int LANES = N / 4;                   // a thread has 4 states
 constexpr int SHARE = LANES > 8 ? LANES : 8;   // threads of a channel; dt_proj is summed by 8 of them
 constexpr int CHANNELS = THREADS / SHARE;
-constexpr int MOST_SLICES = 16;                // of x_proj
 static_assert(N % 4 == 0 && 32 % SHARE == 0, "a channel stays in a warp");
 
-// The sums of x_proj's slices, rounded, come to `mixed`; u and z are looked for along with them.
-DEVICE void mix(float* mixed, uint32 (&own)[2], const uint32* const (&places)[2], bool wanted, const uint32* from, int slices) {
-#pragma unroll 1
-  for (int i = threadIdx.x; i < MIX || i == (int)threadIdx.x; i += THREADS) {
+// Which of dt, B and C column i of x_proj belongs to: 0, 1, 2. Where they begin.
+DEVICE constexpr int part_of(int i) { return i < RANK ? 0 : i < RANK + N ? 1 : 2; }
+DEVICE constexpr int part_at(int part) { return part == 0 ? 0 : RANK + (part - 1) * N; }
+
+// What threads i, i + THREADS, ... have of x_proj's columns: the weights of their norms.
+constexpr int OWN_COLUMNS = (MIX + THREADS - 1) / THREADS;
+struct Columns {
+  T scale[OWN_COLUMNS];
+  DEVICE void load(const Block& b, int layer) {
+    if constexpr (NORMS) {
+#pragma unroll
+      for (int k = 0; k < OWN_COLUMNS; k++)
+        if (const int i = b.thread() + k * THREADS; i < MIX) scale[k] = b.numbers<T>(layer, NORM_DT + part_of(i))[i - part_at(part_of(i))];
+    }
+  }
+};
+
+// The sums of x_proj's slices, rounded; u and z are looked for along with them.
+DEVICE void mix(const Block& b, float* mixed, uint32 (&own)[2], const uint32* const (&places)[2], bool wanted, const uint32* from) {
+#pragma unroll
+  for (int first = 0; first < MIX; first += THREADS) {
+    const int i = first + b.thread();
     const uint32* const column = kept(from + i);
-    const bool sums = i < MIX, both = wanted && i == (int)threadIdx.x;
-    uint32 w[MOST_SLICES] = {};
-    bool missing = sums || both;
-    for (int looks = 0; missing; missing ? pause(looks) : void()) {
+    const bool sums = i < MIX, both = wanted && first == 0;
+    uint32 w[SLICES] = {}, most = VOID;
+    for (int looks = 0; most == VOID; most == VOID ? pause(looks) : void()) {
       if (sums) {
 #pragma unroll
-        for (int k = 0; k < MOST_SLICES; k++)
-          if (k < slices) w[k] = look(column + k * MIX);
+        for (int k = 0; k < SLICES; k++) w[k] = look(column + k * MIX);
       }
       if (both) own[0] = look(places[0]), own[1] = look(places[1]);
-      missing = both && (own[0] == VOID || own[1] == VOID);
+      uint32 m[4] = {};
 #pragma unroll
-      for (int k = 0; k < MOST_SLICES; k++) missing |= w[k] == VOID;
+      for (int k = 0; k < SLICES; k++) m[k % 4] = largest(m[k % 4], w[k]);
+      most = largest(largest(m[0], m[1]), largest(m[2], m[3]));
+      if (both) most = largest(most, largest(own[0], own[1]));
     }
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < MOST_SLICES; k++)
-      if (k < slices) sum += bits_float(w[k]);
-    if (i < MIX) mixed[i] = rounded<T>(sum);
+    for (int k = 0; k < SLICES; k++) sum += bits_float(w[k]);
+    if (sums) mixed[i] = rounded<T>(sum);
   }
 }
 
@@ -686,100 +925,100 @@ DEVICE float rstd_of_part(const float* row, int size, int lane, float eps) {
   return rsqrtf(warp_sum(sum) / (float)size + eps);
 }
 
-// The first `there` of n numbers of shared memory after their norm.
-template <int n>
-DEVICE void normed(float (&to)[n], const float* from, float rstd, const Vec<T, n>& weight, int there) {
+// dt, B and C after their norms: each column by one thread.
+DEVICE void norm_columns(float* to, const float* mixed, const Columns& columns, const Block& b, float eps) {
 #pragma unroll
-  for (int i = 0; i < n; i++) {
-    to[i] = i < there ? from[i] : 0.0f;
-    if constexpr (NORMS) to[i] *= rstd, to[i] *= to_float(weight.at[i]);
-  }
-  if constexpr (NORMS && n % 2 == 0) {
+  for (int k = 0; k < OWN_COLUMNS; k++) {
+    const int i = b.thread() + k * THREADS, first = i - b.lane, last = first + 31 < MIX ? first + 31 : MIX - 1;
+    float rstd = 0.0f;
 #pragma unroll
-    for (int i = 0; i < n; i += 2) {
-      const Vec<T, 2> two = pair_from_floats<T>(to[i], to[i + 1]);
-      to[i] = to_float(two.at[0]), to[i + 1] = to_float(two.at[1]);
+    for (int part = 0; part < 3; part++) {
+      if (first >= MIX || part < part_of(first) || part > part_of(last)) continue;  // of all lanes
+      const float found = rstd_of_part(mixed + part_at(part), part == 0 ? RANK : N, b.lane, eps);
+      if (part_of(i) == part) rstd = found;
     }
-  } else if constexpr (NORMS) {
-    to[0] = rounded<T>(to[0]);
+    if (i < MIX) to[i] = rounded<T>(mixed[i] * rstd * to_float(columns.scale[k]));
   }
 }
 
-DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, const float* state, float* next_state, int I,
-                 int slices, float eps) {
-  const int lane = threadIdx.x % SHARE, part = lane % 8;
-#pragma unroll 1
-  for (int first = b.block * CHANNELS, round = 0; first < I; first += b.blocks * CHANNELS, round++) {
-    // What doesn't depend on other blocks is asked for first.
-    const int own = first + (int)threadIdx.x / SHARE, c = own < I ? own : I - 1;
-    const bool states = lane < LANES && own < I;
-    Vec<T, VEC> w[PER], scale[NORMS ? PER : 1];
-    Vec<T, 4> scale_b{}, scale_c{};
-    Vec<float, 4> a{}, h{};
+// What this thread needs of its channel c for the scan's step, beside words of others; w: dt's weights.
+struct Channel {
+  int c;
+  bool states;  // whether it has some
+  Vec<T, VEC> w[PER];
+  Columns columns;
+  float bias, skip;
+  Vec<float, 4> a, h;
+
+  DEVICE void load(const Block& b, int layer, int first, const float* state, int I) {
+    const int lane = b.thread() % SHARE, own = first + b.thread() / SHARE;
+    c = own < I ? own : I - 1, states = lane < LANES && own < I;
     const T* const row = b.numbers<T>(layer, DT_WEIGHT) + (int64)c * RANK;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-      const int k = (i * 8 + part) * VEC;
+      const int k = (i * 8 + lane % 8) * VEC;
       w[i] = k < RANK ? load_vec<T, VEC>(row + k) : Vec<T, VEC>{};
-      if constexpr (NORMS) scale[i] = k < RANK ? load_vec<T, VEC>(b.numbers<T>(layer, NORM_DT) + k) : Vec<T, VEC>{};
     }
-    const float bias = b.numbers<float>(layer, DT_BIAS)[c];
-    float skip = 0.0f;
-    if (states) {
-      if constexpr (NORMS) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) scale_b.at[j] = b.numbers<T>(layer, NORM_B)[lane * 4 + j], scale_c.at[j] = b.numbers<T>(layer, NORM_C)[lane * 4 + j];
-      }
-      a = load_vec<float, 4>(b.numbers<float>(layer, A_LOG2) + (int64)c * N + lane * 4);
-      h = load_vec<float, 4>(state + (int64)c * N + lane * 4);
-      skip = b.numbers<float>(layer, SKIP)[c];
-    }
+    columns.load(b, layer);
+    bias = b.numbers<float>(layer, DT_BIAS)[c];
+    if (!states) return;
+    a = load_vec<float, 4>(b.numbers<float>(layer, A_LOG2) + (int64)c * N + lane * 4);
+    h = load_vec<float, 4>(state + (int64)c * N + lane * 4);
+    skip = b.numbers<float>(layer, SKIP)[c];
+  }
+};
+
+DEVICE void scan(const Block& b, int layer, const Exchange& at, float (&mixed)[2][MIX], const float* state,
+                 float* next_state, int I, float eps) {
+  const int lane = b.thread() % SHARE;
+  const float* const columns = mixed[NORMS];
+#pragma unroll 1
+  for (int first = b.block * CHANNELS, round = 0; first < I; first += b.blocks * CHANNELS, round++) {
+    Channel ch{};
+    ch.load(b, layer, first, state, I);
+    const int c = ch.c;
+    uint32* const to = at.y() + c / 2;
+    float* const to_state = next_state + (int64)c * N + lane * 4;
     uint32 inputs[2] = {};
     const uint32* const places[2] = {at.u() + c / 2, at.z() + c / 2};
     if (round == 0) {
-      mix(mixed, inputs, places, states, at.sums(), slices);
+      mix(b, mixed[0], inputs, places, ch.states, at.sums());
       block_barrier();
-    } else if (states) {
+      if constexpr (NORMS) {
+        norm_columns(mixed[1], mixed[0], ch.columns, b, eps);
+        block_barrier();
+      }
+    } else if (ch.states) {
 #pragma unroll
       for (int k = 0; k < 2; k++)
         for (int looks = 0; (inputs[k] = look(places[k])) == VOID;) pause(looks);
     }
-    const float x = to_float(half_of(inputs[0], c % 2)), gate = to_float(half_of(inputs[1], c % 2));
-    float rstd[3] = {};
-    if constexpr (NORMS) {
-      rstd[0] = rstd_of_part(mixed, RANK, b.lane, eps);
-      rstd[1] = rstd_of_part(mixed + RANK, N, b.lane, eps);
-      rstd[2] = rstd_of_part(mixed + RANK + N, N, b.lane, eps);
-    }
+    const float x = to_float(half_of(inputs[0], c % 2)), gate = to_float(half_of(inputs[1], c % 2)), gated = gate * sigmoid(gate);
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < PER; i++) {
-      const int k = (i * 8 + part) * VEC;
-      float v[VEC];
-      normed<VEC>(v, mixed + k, rstd[0], scale[NORMS ? i : 0], RANK - k);
+    for (int i = 0; i < PER; i++)
 #pragma unroll
-      for (int j = 0; j < VEC; j++) sum += k + j < RANK ? to_float(w[i].at[j]) * v[j] : 0.0f;
-    }
+      for (int j = 0; j < VEC; j++) {
+        const int k = (i * 8 + lane % 8) * VEC + j;
+        sum += k < RANK ? to_float(ch.w[i].at[j]) * columns[k] : 0.0f;
+      }
 #pragma unroll
     for (int other = 4; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    float B[4], C[4];
-    normed<4>(B, mixed + RANK + lane % LANES * 4, rstd[1], scale_b, 4);
-    normed<4>(C, mixed + RANK + N + lane % LANES * 4, rstd[2], scale_c, 4);
-    const float step = softplus(rounded<T>(sum) + bias);
+    const float step = softplus(rounded<T>(sum) + ch.bias);
     sum = 0.0f;
     if (lane < LANES) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        h.at[j] = exp2_approx(step * a.at[j]) * h.at[j] + step * x * B[j];
-        sum += h.at[j] * C[j];
+        ch.h.at[j] = exp2_approx(step * ch.a.at[j]) * ch.h.at[j] + step * x * columns[RANK + lane * 4 + j];
+        sum += ch.h.at[j] * columns[RANK + N + lane * 4 + j];
       }
     }
 #pragma unroll
     for (int other = LANES / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    const uint32 bits = bits_of(from_float<T>((sum + skip * x) * (gate * sigmoid(gate))));
+    const uint32 bits = bits_of(from_float<T>((sum + ch.skip * x) * gated));
     const uint32 next = __shfl_xor_sync(0xffffffffu, bits, SHARE);
-    if (states && lane == 0 && c % 2 == 0) send(at.y() + c / 2, bits | next << 16);
-    if (states) store_vec<float, 4>(next_state + (int64)c * N + lane * 4, h);
+    if (ch.states && lane == 0 && c % 2 == 0) send(to, bits | next << 16);
+    if (ch.states) store_vec<float, 4>(to_state, ch.h);
   }
 }
 
@@ -788,7 +1027,9 @@ DEVICE void scan(const Block& b, int layer, const Exchange& at, float* mixed, co
 
 // Asked for while the product is made, and kept as it comes: who converts a number waits for it.
 struct Prepared {
+  void* to;              // where this lane sends to, none: nullptr
   uint32 scale, second;  // bits of a row's scale
+  float before;          // the residual stream
   T weight[KC], past[KC - 1], bias, factor;
 };
 
@@ -829,103 +1070,132 @@ struct Finish {
   const T* window;
   T *next_window, *logits;
   const R* stream;
+  int64 rows_before;  // of the windows: other layers'
 
-  DEVICE void prepare(Prepared& p, int r, int rows) const {
-    if (r < rows) with_weight(kind, RowScale{b, p, layer, kind, r});
-    if (kind != IN || r >= I) return;
+  // Of row r of a product with `rows`, of x_proj slice `part`. Pairs of lanes have rows 2n and 2n + 1.
+  DEVICE void prepare(Prepared& p, int r, int part, int rows) const {
+    const bool there = r < rows;
+    if (there) with_weight(kind, RowScale{b, p, layer, kind, r});
+    if (kind == MIX_IN || kind == HEAD) {
+      if (there) p.to = kind == HEAD ? (void*)(logits + r) : (void*)(at.sums() + part * MIX + r);
+      return;
+    }
+    const bool alone = sizeof(R) == 4 && (kind == OUT || kind == DOWN);
+    uint32* const all = kind == IN ? at.u() : kind == UP ? at.product() : kind == OUT ? at.middle() : at.end();
+    uint32* const to = all + (alone ? r : kind == IN && r >= I ? at.n + (r - I) / 2 : r / 2);
+    if (there && (alone || r % 2 == 0)) p.to = to;
+    if (there && (kind == OUT || kind == DOWN)) p.before = to_float(stream[r]);
+    if (kind != IN || !there || r >= I) return;
     const T *w = b.numbers<T>(layer, CONV_WEIGHT), *add = b.numbers<T>(layer, CONV_BIAS), *times = b.numbers<T>(layer, CONV_SCALE);
 #pragma unroll
     for (int k = 0; k < KC; k++) p.weight[k] = w[r * KC + k];
 #pragma unroll
-    for (int k = 0; k < KC - 1; k++) p.past[k] = window[r * (KC - 1) + k];
+    for (int k = 0; k < KC - 1; k++) p.past[k] = window[(rows_before + r) * (KC - 1) + k];
     if (add) p.bias = add[r];
     if (times) p.factor = times[r];
   }
 
-  // in_proj: u goes through a step of the convolution, whose window of the last KC - 1 inputs moves on; z as it is.
-  DEVICE T convolved(const Prepared& p, int r, float value) const {
+  // u goes through a step of the convolution, whose window of the last KC - 1 inputs moves on.
+  DEVICE T convolved(const Prepared& p, float value) const {
     float sum = to_float(p.bias);
 #pragma unroll
     for (int k = 0; k < KC - 1; k++) sum += to_float(p.weight[k]) * to_float(p.past[k]);
     sum += to_float(p.weight[KC - 1]) * value;
     const float y = sum * sigmoid(sum);
-#pragma unroll
-    for (int k = 1; k < KC - 1; k++) next_window[r * (KC - 1) + k - 1] = p.past[k];
-    next_window[r * (KC - 1) + KC - 2] = from_float<T>(value);
     return from_float<T>(b.numbers<T>(layer, CONV_SCALE) ? rounded<T>(y) * to_float(p.factor) : y);
   }
+  DEVICE void move_on(const Prepared& p, int r, float value) const {
+#pragma unroll
+    for (int k = 1; k < KC - 1; k++) next_window[(rows_before + r) * (KC - 1) + k - 1] = p.past[k];
+    next_window[(rows_before + r) * (KC - 1) + KC - 2] = from_float<T>(value);
+  }
 
-  // value of row r, second: of the other weight; part: of x_proj. r is negative where there is none; pairs of lanes have
-  // rows 2n and 2n + 1.
-  DEVICE void put(const Prepared& p, int r, int part, float value, float second) const {
+  // value of row r, negative: none; second: of the other weight.
+  DEVICE void put(const Prepared& p, int r, float value, float second) const {
     with_weight(kind, Scaled{value, second, p});
     if (kind == MIX_IN) {  // the slices' sums as they are
-      if (r >= 0 && r < MIX) send(at.sums() + part * MIX + r, float_bits(value));
+      if (p.to) send((uint32*)p.to, float_bits(value));
       return;
     }
     if (kind == HEAD) {
-      if (r >= 0 && r < V) logits[r] = from_float<T>(value);
+      if (p.to) *(T*)p.to = from_float<T>(value);
       return;
     }
     value = rounded<T>(value);
-    if (sizeof(R) == 4 && (kind == OUT || kind == DOWN)) {
-      if (r >= 0 && r < H) send((kind == OUT ? at.middle() : at.end()) + r, float_bits(to_float(stream[r]) + value));
-      return;
-    }
-    // The others are pairs of 16 bits.
     uint32 bits;
-    uint32* to;
-    int rows = H;
     if (kind == IN) {
-      bits = bits_of(r >= 0 && r < I ? convolved(p, r, value) : from_float<T>(value));
-      to = at.u() + (r < I ? r / 2 : at.n + (r - I) / 2), rows = 2 * I;
+      bits = bits_of(r < I ? convolved(p, value) : from_float<T>(value));
     } else if (kind == UP) {  // silu(gate) up
       bits = bits_of(from_float<T>(value * sigmoid(value) * rounded<T>(second)));
-      to = at.product() + r / 2, rows = F;
     } else {  // added to the residual stream
-      const R sum = from_float<R>((r >= 0 && r < H ? to_float(stream[r]) : 0.0f) + value);
+      const R sum = from_float<R>(p.before + value);
+      if constexpr (sizeof(R) == 4) {
+        if (p.to) send((uint32*)p.to, float_bits(to_float(sum)));
+        return;
+      }
       bits = *reinterpret_cast<const uint16*>(&sum);
-      to = (kind == OUT ? at.middle() : at.end()) + r / 2;
     }
     const uint32 other = __shfl_xor_sync(0xffffffffu, bits, 1);
-    if (r >= 0 && r % 2 == 0 && r < rows) send(to, bits | other << 16);
+    if (p.to) send((uint32*)p.to, bits | other << 16);
+    if (kind == IN && r >= 0 && r < I) move_on(p, r, value);
   }
 };
 
-// The sum of the warps' shares of a row.
+// The sum of the warps' shares of a row; of two rows, the second of the tile's lower half.
 DEVICE float added(const float* from) {
   float sum = 0.0f;
 #pragma unroll
   for (int other = 0; other < WARPS; other++) sum += from[other * 16];
   return sum;
 }
+DEVICE void add_both(float& sum, float& second, const float* from) {
+  float share[2][WARPS];
+#pragma unroll
+  for (int other = 0; other < WARPS; other++) share[0][other] = from[other * 16], share[1][other] = from[other * 16 + 8];
+  sum = second = 0.0f;
+#pragma unroll
+  for (int other = 0; other < WARPS; other++) sum += share[0][other], second += share[1][other];
+}
 
 // ---- What a warp does beside: numbers that a layer reads beside its large weights come into the L2 cache before they are
 // waited for, and the other set of words becomes void.
 
+constexpr int SECTOR = 32;  // bytes that come together
+
 DEVICE void fetch(const void* from, int bytes, int lane) {
 #pragma unroll 1
-  for (int at = lane * 128; at < bytes; at += 32 * 128) prefetch_line((const char*)from + at);
+  for (int at = lane * SECTOR; at < bytes; at += 32 * SECTOR) prefetch_line((const char*)from + at);
 }
 
 struct Beside {
   const Block& b;
   const T* window;
   const float* state;
-  uint32 *own, *other;  // sets of words
+  Exchange own;   // this step's words, of the first layer
+  uint32* other;  // the other set
   int layer_words, H, I;
   int64 apart;    // channels from layer to layer of a state
 
+  // Words that a product's results come to, by all blocks together.
+  DEVICE void fetch_words(const uint32* from, int count) const {
+#pragma unroll 1
+    for (int i = (b.block * 32 + b.lane) * (SECTOR / 4); i < count; i += b.blocks * 8 * SECTOR) prefetch_line(from + i);
+  }
+
   DEVICE void operator()(int layer, int kind, const Run& run) const {
+    Exchange at = own;
+    at.base += (int64)layer * layer_words;
+    if (kind == IN) fetch_words(at.u(), 2 * at.n);
+    else if (kind == MIX_IN) fetch_words(at.sums(), at.n_sums + at.n);
+    else if (kind == OUT) fetch_words(at.middle(), at.n_stream);
+    else if (FFN && kind == UP) fetch_words(at.product(), at.n_product);
+    else if (FFN && kind == DOWN) fetch_words(at.end(), at.n_stream);
     const int first = b.block * CHANNELS, count = I - first < CHANNELS ? I - first : CHANNELS;
     if (layer == b.layers) return;
     if (kind == IN) {
       Words* const words = (Words*)(other + (int64)layer * layer_words);
 #pragma unroll 1
       for (int i = b.block * 32 + b.lane; i < layer_words / 4; i += b.blocks * 32) words[i] = {{VOID, VOID, VOID, VOID}};
-      const uint32* const lines = own + (int64)layer * layer_words;
-#pragma unroll 1
-      for (int i = (b.block * 32 + b.lane) * 32; i < layer_words; i += b.blocks * 1024) prefetch_line(lines + i);
       const T* const inputs = window + layer * apart * (KC - 1);
 #pragma unroll 1
       for (int unit = run.first; unit < run.first + run.count && unit * 16 < I; unit++) {
@@ -936,13 +1206,14 @@ struct Beside {
         prefetch_line(inputs + (row + rows) * (KC - 1) - 1);
         if (const T* bias = b.numbers<T>(layer, CONV_BIAS)) prefetch_line(bias + row);
       }
-      if (FFN) fetch(b.numbers<T>(layer, NORM_FFN), H * (int)sizeof(T), b.lane);
+    } else if (FFN && kind == OUT) {
+      fetch(b.numbers<T>(layer, NORM_FFN), H * (int)sizeof(T), b.lane);
     } else if (kind == MIX_IN && count > 0) {
       fetch(b.numbers<T>(layer, DT_WEIGHT) + (int64)first * RANK, count * RANK * (int)sizeof(T), b.lane);
       fetch(b.numbers<float>(layer, A_LOG2) + (int64)first * N, count * N * 4, b.lane);
       fetch(state + (layer * apart + first) * N, count * N * 4, b.lane);
-      if (b.lane < (NORMS ? 3 : 0)) prefetch_line(b.numbers<T>(layer, NORM_DT + b.lane));
-      if (b.lane < 2) prefetch_line(b.numbers<float>(layer, b.lane ? SKIP : DT_BIAS) + first);
+      for (int part = 0; part < (NORMS ? 3 : 0); part++) fetch(b.numbers<T>(layer, NORM_DT + part), (part ? N : RANK) * (int)sizeof(T), b.lane);
+      for (int place = DT_BIAS; place <= SKIP; place += SKIP - DT_BIAS) fetch(b.numbers<float>(layer, place) + first, count * 4, b.lane);
     } else if (kind == LAYER_KINDS - 1) {
       fetch(b.numbers<T>(layer + 1, NORM), H * (int)sizeof(T), b.lane);
     }
@@ -962,6 +1233,13 @@ struct Beside {
   }
 };
 
+// What the warps of a block add up: shares of tiles, in turns; shares of a norm, of two kinds in turns; x_proj's columns,
+// before and after their norms.
+struct Sums {
+  float tiles[2][SLOTS * WARPS * 16], norm[2][THREADS + 32];
+  alignas(16) float mixed[2][MIX];
+};
+
 // ---- The step. Grid: a block a multiprocessor. table: (layers + 1) RECORD pointers, KINDS SHAPE numbers. exchange: two
 // sets of words of all layers, VOID before the first step. clock: steps so far, blocks that have ended this one. windows
 // (layers, I, KC - 1) and states (layers, I, N), rows `capacity` apart. Shared memory: a ring of DEPTH stages; `room`
@@ -972,17 +1250,20 @@ decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* to
              const float* state, float* next_state, T* logits, int64 layers, int64 H, int64 I, int64 F, int64 V,
              int64 room, int64 row_bytes, int64 group, int64 groups, int64 capacity, float eps, float mix_eps) {
   extern __shared__ Words shared[];
-  __shared__ float red[2][SLOTS * WARPS * 16], scratch[WARPS], mixed[MIX];
-  __shared__ Shape shapes[KINDS];
-  __shared__ Gate full[DEPTH], empty[DEPTH];
+  __shared__ Sums sums_of_block;
+  Sums& sums = *kept_shared(&sums_of_block);
+  __shared__ Shape all_shapes[KINDS];
+  Shape* const shapes = kept_shared(all_shapes);
+  __shared__ Gate gates[2 * DEPTH];
   __shared__ int entered;
   const Vector x{shared + DEPTH * STAGE, (Units*)(shared + DEPTH * STAGE + room / 16)};
   R* const stream = (R*)(x.units + room / 256);  // a chunk of 256 bytes has units
   int64* const records = (int64*)(stream + (H + 7) / 8 * 8);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = kept((int)threadIdx.x / 32), lane = kept((int)threadIdx.x % 32);
 
   if (threadIdx.x == 0) entered = 0;
-  if (threadIdx.x < DEPTH) begin(full + threadIdx.x, FEEDERS * ARRIVALS), begin(empty + threadIdx.x, WARPS), begun();
+  const At full = gates_at(gates), empty = gate_at(full, DEPTH);
+  if (threadIdx.x < 2 * DEPTH) begin(gate_at(full, threadIdx.x), threadIdx.x < DEPTH ? FEEDERS * ARRIVALS : WARPS), begun();
   const int turns = (int)(*(const volatile int64*)clock & 1);
   for (int i = threadIdx.x; i < (layers + 1) * RECORD; i += ALL_THREADS) records[i] = table[i];
   if (threadIdx.x < KINDS) {
@@ -992,15 +1273,14 @@ decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* to
   __syncthreads();
 
   const Block b{records, shapes, (int)layers, (int)gridDim.x, (int)blockIdx.x, warp, lane};
-  const int slices = shapes[MIX_IN].parts;
   const auto whole = [](int64 count) { return (int)(count + 3) / 4 * 4; };
-  Exchange at{exchange, whole(I / 2), whole(slices * MIX), whole(sizeof(R) == 4 ? H : H / 2), FFN ? whole(F / 2) : 0};
+  Exchange at{exchange, kept(whole(I / 2)), kept(whole(SLICES * MIX)), kept(whole(sizeof(R) == 4 ? H : H / 2)), FFN ? kept(whole(F / 2)) : 0};
   const int layer_words = at.words();
   const int64 set = layers * layer_words;
   if (warp >= WARPS) {
     const int helper = warp - WARPS;
-    uint32* const sets[2] = {exchange + turns * set, exchange + (1 - turns) * set};
-    if (helper == FEEDERS) return Beside{b, window, state, sets[0], sets[1], layer_words, (int)H, (int)I, capacity * I}.follow(&entered);
+    at.base += turns * set;
+    if (helper == FEEDERS) return Beside{b, window, state, at, exchange + (1 - turns) * set, layer_words, (int)H, (int)I, capacity * I}.follow(&entered);
     Feeder feeder{b, helper, (unsigned char*)shared, full, empty, {0, 0}, {0, 0}, 0};
     return feeder.run(&entered);
   }
@@ -1013,7 +1293,6 @@ decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* to
 
   int turn = 0;
   Turns units{0};
-  const uint32* before = nullptr;  // the stream behind the last layer
   at.base += turns * set;
 #pragma unroll 1
   for (int layer = 0; layer <= layers; layer++) {
@@ -1025,42 +1304,51 @@ decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* to
       const Run run = units.next(b, s);
       // Of a lane that finishes: its row of tile `mine`, which has 2^size.
       const int size = kind == UP ? 3 : 4, row = lane & ((1 << size) - 1), mine = (warp * 32 + lane) >> size;
-      const Finish finish{b, at, layer, kind, (int)H, (int)I, (int)F, (int)V, window + rows * (KC - 1), next_window + rows * (KC - 1), logits, stream};
+      const Finish finish{b, at, layer, kind, (int)H, (int)I, (int)F, (int)V, window, next_window, logits, stream, rows};
+      int part = kind == MIX_IN ? run.first % SLICES : 0;  // of the first unit
+      int tiles, r;
+      bool finishes;
+      Prepared prepared;
+      const float* shares;  // of the warps, of this lane's row
+      const auto begin_round = [&](int done) {
+        const int left = run.count - done, unit = run.first + done;
+        tiles = left < SLOTS ? left : SLOTS, finishes = warp * 32 < tiles << size, r = -1, prepared = {};
+        shares = kept_shared(sums.tiles[turn] + (mine < tiles ? mine : 0) * WARPS * 16 + row);
+        if (!finishes || mine >= tiles) return;
+        const int tile = kind == MIX_IN ? (unit + mine) / SLICES : unit + mine;
+        r = (tile << size) + row;
+        finish.prepare(prepared, r, kind == MIX_IN ? unit + mine - tile * SLICES : 0, s.rows);
+      };
+      begin_round(0);
       if (kind == IN || kind == UP || kind == HEAD) {
-        norm_stream(x, kind, stream, scratch, kind == UP ? at.middle() : before, b.numbers<T>(layer, kind == UP ? NORM_FFN : NORM), (int)H, eps);
-      } else if (kind == MIX_IN) {  // the slices of the block's units
-        const int pieces = s.slice * 4 * MixIn::Format::XV, all = s.chunks * 4 * MixIn::Format::XV;
-        for (int i = warp; i < run.count; i += WARPS) {
-          const int begin = s.parts > 1 ? (run.first + i) % s.parts * pieces : 0, end = s.parts > 1 && begin + pieces < all ? begin + pieces : all;
-          receive<1>(at.u(), begin + lane, 32, end, [&](int i, const Words& w, bool there) { put(x, MIX_IN, i, w, there); });
-        }
+        const uint32* const from = kind == UP ? at.middle() : layer ? at.end() - layer_words : nullptr;
+        float* const shares_of_norm = sums.norm[FFN ? kind == UP : layer & 1];
+        norm_stream(b, x, kind, stream, shares_of_norm, from, b.numbers<T>(layer, kind == UP ? NORM_FFN : NORM), (int)H, eps);
+      } else if (kind == MIX_IN) {
+        receive_slices(b, x, s, at.u(), run.count, part);
       } else {
-        if (kind == OUT) scan(b, layer, at, mixed, state + rows * N, next_state + rows * N, (int)I, slices, mix_eps);
-        if (run.count)
-          receive<3>(kind == OUT ? at.y() : at.product(), threadIdx.x, THREADS, (int)(kind == OUT ? I : F) / PIECE,
-                     [&](int i, const Words& w, bool there) { put(x, kind, i, w, there); });
+        if (kind == OUT) scan(b, layer, at, sums.mixed, state + rows * N, next_state + rows * N, (int)I, mix_eps);
+        if (run.count) with_large(kind, ReceiveRow{b, x, kind == OUT ? at.y() : at.product(), (int)(kind == OUT ? I : F) / PIECE});
       }
-      block_barrier();
+      if (kind == MIX_IN || owned(pieces_of(kind))) __syncwarp();
+      else block_barrier();
 
 #pragma unroll 1
-      for (int done = 0; done < run.count; done += SLOTS, turn ^= 1) {
-        const int left = run.count - done, tiles = left < SLOTS ? left : SLOTS, unit = run.first + done;
-        const bool finishes = warp * 32 < tiles << size;
-        int r = -1, part = 0;
-        Prepared prepared{};
-        if (finishes && mine < tiles) {
-          const int tile = kind == MIX_IN ? (unit + mine) / s.parts : unit + mine;
-          r = (tile << size) + row, part = unit + mine - tile * s.parts;
-          finish.prepare(prepared, r, s.rows);
-        }
-        with_weight(kind, AddUp{b, ring, red[turn], s, unit, tiles, x.words, x.units});
+      for (int done = 0; done < run.count;) {
+        with_weight(kind, AddUp{b, ring, sums.tiles[turn], s, part, tiles, x.words, x.units});
         block_barrier();
-        if (!finishes) continue;
-        const float* const from = red[turn] + (mine < tiles ? mine : 0) * WARPS * 16 + row;
-        finish.put(prepared, r, part, added(from), kind == UP ? added(from + 8) : 0.0f);
+        if (finishes) {
+          float value, second = 0.0f;
+          if (kind == UP) add_both(value, second, shares);
+          else value = added(shares);
+          finish.put(prepared, r, value, second);
+        }
+        done += SLOTS, turn ^= 1;
+        if (done >= run.count) continue;
+        if (kind == MIX_IN) part = (part + tiles) % SLICES;
+        begin_round(done);
       }
     }
-    before = at.end();
     at.base += layer_words;
   }
 

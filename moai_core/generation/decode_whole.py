@@ -21,12 +21,13 @@ from moai_core.generation.decode_weights import Layer
 
 # As decode_whole.cu has them.
 _THREADS, _KINDS, _SHAPE, _RECORD = 352, 6, 10, 24
-_STATIC = 12 << 10
+_STATIC = 13 << 10
 # Chunks of 64 bytes of each of 16 rows in a stage: the copy engine is slow with less than 1 KB at once, but a small
 # ring holds more stages of half of it. Stages of the ring: what still hides a wait. Of these on their way at most:
-# memory is busy with them, and what blocks send each other would wait behind more.
+# memory is busy with them, and what blocks send each other would wait behind more; layers in groups of codes, which
+# take less time to come than to multiply, need fewer than what has more bits, the head among it.
 SPANS, WISHED_DEPTH, LEAST_DEPTH = (16, 8), 8, 4
-FLIGHT = 3
+FLIGHT, CODED_FLIGHT = 3, 1
 
 
 def _how(m: Matrix) -> tuple[str, int, torch.dtype]:
@@ -63,8 +64,9 @@ class Whole:
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
         self._macros: dict[str, str | int] = {
             "T": cuda.TYPES[dtype], "R": cuda.TYPES[self.stream], "N": config.state_size, "RANK": config.time_step_rank,
-            "NORMS": int(config.dt_bc_norm), "KC": config.conv_kernel_size, "FFN": int(one.gate is not None),
-            "DEPTH": self.depth, "FLIGHT": min(FLIGHT, self.depth), "SPAN": self.span, "GROUPS": self.groups,
+            "NORMS": int(config.dt_bc_norm), "KC": config.conv_kernel_size, "SLICES": self.slices[1],
+            "FFN": int(one.gate is not None), "DEPTH": self.depth, "FLIGHT": CODED_FLIGHT if self.groups else FLIGHT,
+            "FLIGHT_HEAD": FLIGHT, "SPAN": self.span, "GROUPS": self.groups,
         }  # fmt: skip
         for name, m in zip(("IN", "X", "OUT", "UP", "DOWN", "HEAD", "EMBED"), (*self.kinds, embedding), strict=True):
             how = ("Plain", 0, torch.float32) if m is None else _how(m)

@@ -60,9 +60,9 @@ WHOLE = {
     "fp16": {"dtype": torch.float16, "residual_in_fp32": True},
     "mamba": SHAPES["mamba"],
     "int4": {"quantization": QUANTIZED["int4"]},
-    # A stage of the ring holds a whole tile of in_proj, gate and up.
+    # A stage of the ring holds a whole tile of in_proj, gate and up; x_proj has slices of groups.
     "tiles of a stage": {
-        "quantization": QUANTIZED["int4"],
+        "quantization": {**QUANTIZED["int4"], "x_proj": INT4},
         **{"hidden_size": 2048, "expand_factor": 1, "intermediate_size": 256, "num_hidden_layers": 1},
     },
     "bytes": {
