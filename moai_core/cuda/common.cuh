@@ -244,6 +244,16 @@ DEVICE void mma_tf32(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) 
 #endif
 }
 
+// x, a number or an address, in a register from here on: the compiler would make it anew at each use.
+template <class X>
+DEVICE X keep(X x) {
+#ifndef MOAI_HOST
+  if constexpr (sizeof(X) == 8) asm volatile("" : "+l"(x));
+  else asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- Sums over the 32 lanes of a warp, the same bits in every lane.
 DEVICE float warp_sum(float x) {
   for (int other = 16; other > 0; other /= 2) x += __shfl_xor_sync(0xffffffffu, x, other);

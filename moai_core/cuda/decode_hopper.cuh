@@ -104,6 +104,17 @@ DEVICE void finish(float (&d)[TILES][4]) {
 #endif
 }
 
+// A chunk of 16 rows of W as `a` of its products from `first` on. piece: this lane's of rows 0 to 7, 32 in front of its other.
+template <int COUNT>
+DEVICE void decode_chunk(uint32 (&a)[COUNT][4], int first, const Words* piece) {
+  const Words above = piece[0], below = piece[32];
+#pragma unroll
+  for (int s = 0; s < F::COLUMNS / 4; s++) {
+    F::weights(a[first + s][0], a[first + s][2], above, s);
+    F::weights(a[first + s][1], a[first + s][3], below, s);
+  }
+}
+
 // 16 bytes of a weight, which no one reads a second time: it is the first to leave the L2 cache, so that sums and states
 // stay; the line that it begins comes along.
 DEVICE unsigned long long passing() {

@@ -193,14 +193,7 @@ struct Fragments {
         for (int s = 0; s < 2; s++) load_matrices(w[k * 2 + s], stage + (within + k) * 64 + (place ^ s * 2));
     } else {
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; k++) {
-        const Words above = stage[(within + k) * 64 + lane], below = stage[(within + k) * 64 + 32 + lane];
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-          F::weights(w[k * STEPS + s][0], w[k * STEPS + s][2], above, s);
-          F::weights(w[k * STEPS + s][1], w[k * STEPS + s][3], below, s);
-        }
-      }
+      for (int k = 0; k < AT_ONCE; k++) decode_chunk(w, k * STEPS, stage + (within + k) * 64 + lane);
     }
     if constexpr (W::GROUP > 0) {
       const int g = lane / 4, high = (g * GROUPS + (chunk >> SHIFT)) & 1;

@@ -169,11 +169,7 @@ DEVICE At gates_at(Gate* gates) { return gates; }
 DEVICE At gate_at(At gates, int i) { return gates + i; }
 #else
 using At = uint32;
-DEVICE At gates_at(Gate* gates) {
-  uint32 at = address(gates);
-  asm volatile("" : "+r"(at));
-  return at;
-}
+DEVICE At gates_at(Gate* gates) { return keep(address(gates)); }
 DEVICE At gate_at(At gates, int i) { return gates + 8 * i; }
 #endif
 
@@ -305,21 +301,6 @@ DEVICE void pause(int& looks) {
 #endif
 }
 
-// An address that the compiler keeps, in place of computing it anew at each look.
-DEVICE const uint32* kept(const uint32* from) {
-#ifndef MOAI_HOST
-  asm volatile("" : "+l"(from));
-#endif
-  return from;
-}
-
-DEVICE int kept(int x) {
-#ifndef MOAI_HOST
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 // An address in shared memory, kept in a register: where it begins is slow to ask for.
 template <class X>
 DEVICE X* kept_shared(X* at) {
@@ -362,9 +343,9 @@ DEVICE void receive(int warp, int lane, const uint32* from, int p, int end, F f)
 #pragma unroll 1
   for (int lead = first_piece(warp, 0, p), first = first_piece(warp, lane, p); lead < end; lead += MOST * THREADS, first += MOST * THREADS) {
     Words w[MOST] = {};
-    const uint32* const own = kept(from + first * 4);
+    const uint32* const own = keep(from + first * 4);
     // The last one first: most looks in vain are at one word a warp, and hold up less of what is being sent.
-    const uint32* const one = kept(from + last_piece<MOST>(lead, p, end) * 4 + 3);
+    const uint32* const one = keep(from + last_piece<MOST>(lead, p, end) * 4 + 3);
     for (int looks = 0; look(one) == VOID;) pause(looks);
     bool missing = first < end;
     for (int looks = 0; missing; missing ? pause(looks) : void()) {
@@ -754,7 +735,7 @@ DEVICE void receive_slices(const Block& b, const Vector& x, const Shape& s, cons
       const bool there = unit < slices && own < s.chunks;
       const int piece = (own << p) + (lane & ((1 << p) - 1));
       Words w[1] = {};
-      if (there) look_for<1>(w, kept(from + piece * 4));
+      if (there) look_for<1>(w, keep(from + piece * 4));
       __syncwarp();
       put<MixIn>(x, piece, w[0], there);
     }
@@ -895,7 +876,7 @@ DEVICE void mix(const Block& b, float* mixed, uint32 (&own)[2], const uint32* co
 #pragma unroll
   for (int first = 0; first < MIX; first += THREADS) {
     const int i = first + b.thread();
-    const uint32* const column = kept(from + i);
+    const uint32* const column = keep(from + i);
     const bool sums = i < MIX, both = wanted && first == 0;
     uint32 w[SLICES] = {}, most = VOID;
     for (int looks = 0; most == VOID; most == VOID ? pause(looks) : void()) {
@@ -1259,7 +1240,7 @@ decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* to
   const Vector x{shared + DEPTH * STAGE, (Units*)(shared + DEPTH * STAGE + room / 16)};
   R* const stream = (R*)(x.units + room / 256);  // a chunk of 256 bytes has units
   int64* const records = (int64*)(stream + (H + 7) / 8 * 8);
-  const int warp = kept((int)threadIdx.x / 32), lane = kept((int)threadIdx.x % 32);
+  const int warp = keep((int)threadIdx.x / 32), lane = keep((int)threadIdx.x % 32);
 
   if (threadIdx.x == 0) entered = 0;
   const At full = gates_at(gates), empty = gate_at(full, DEPTH);
@@ -1274,7 +1255,7 @@ decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* to
 
   const Block b{records, shapes, (int)layers, (int)gridDim.x, (int)blockIdx.x, warp, lane};
   const auto whole = [](int64 count) { return (int)(count + 3) / 4 * 4; };
-  Exchange at{exchange, kept(whole(I / 2)), kept(whole(SLICES * MIX)), kept(whole(sizeof(R) == 4 ? H : H / 2)), FFN ? kept(whole(F / 2)) : 0};
+  Exchange at{exchange, keep(whole(I / 2)), keep(whole(SLICES * MIX)), keep(whole(sizeof(R) == 4 ? H : H / 2)), FFN ? keep(whole(F / 2)) : 0};
   const int layer_words = at.words();
   const int64 set = layers * layer_words;
   if (warp >= WARPS) {

@@ -90,14 +90,7 @@ DEVICE void multiply(float (&sums)[NT][4], const Words* stage, int first, const 
   const int g = lane / 4;
   uint32 w[AT_ONCE * STEPS][4];
 #pragma unroll
-  for (int k = 0; k < AT_ONCE; k++) {
-    const Words upper = stage[(first + k) * 64 + lane], lower = stage[(first + k) * 64 + 32 + lane];
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-      F::weights(w[k * STEPS + s][0], w[k * STEPS + s][2], upper, s);
-      F::weights(w[k * STEPS + s][1], w[k * STEPS + s][3], lower, s);
-    }
-  }
+  for (int k = 0; k < AT_ONCE; k++) decode_chunk(w, k * STEPS, stage + (first + k) * 64 + lane);
   if constexpr (W::GROUP == 0) {
     start(w);
 #pragma unroll

@@ -28,14 +28,6 @@ DEVICE uint32 pair_bits(float a, float b) {
   return (uint32)pair.at[1].bits << 16 | pair.at[0].bits;
 }
 
-// x, which the compiler keeps from here on in place of computing it anew at each use.
-DEVICE int kept(int x) {
-#ifndef MOAI_HOST
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 // ---- Integers as pairs of numbers, exact.
 
 // The nibbles of a word, less 8, as numbers: pair i has those at bits 4 i and 16 + 4 i. A number whose exponent makes

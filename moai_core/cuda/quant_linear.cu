@@ -304,9 +304,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 
   int x_lane[NT];  // where the lane's part of a row is in a unit of x; nobody reads the sums of rows beyond the last
 #pragma unroll
-  for (int n = 0; n < NT; n++) x_lane[n] = kept(min(n * 8 + g, rows - 1) * ROW_BYTES + t * 8 * (int)sizeof(T));
-  const int odd = kept(g % 2 * SWAPPED), w_lane = kept(g * PITCH + t * WIDTH);
-  const int scale_lane = kept(SCALES_AT + g * 4 * (1 + ZEROS));
+  for (int n = 0; n < NT; n++) x_lane[n] = keep(min(n * 8 + g, rows - 1) * ROW_BYTES + t * 8 * (int)sizeof(T));
+  const int odd = keep(g % 2 * SWAPPED), w_lane = keep(g * PITCH + t * WIDTH);
+  const int scale_lane = keep(SCALES_AT + g * 4 * (1 + ZEROS));
 
   constexpr int GROUP_OUT = MT * TILE;
   const int row = threadIdx.x % GROUP_OUT, m_first = threadIdx.x / GROUP_OUT, m_step = blockDim.x / GROUP_OUT;

@@ -156,9 +156,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (int i = 0; i < X_ROWS; i++)
     x_from[i] = x + min(m_0 + m_mine + i * APART, M - 1) * x_row + slot * 8 + (int64)first * UNIT;
-  const int w_to = kept(X_BYTES + piece_place(lane / 8, lane % 8) + warp * PART_BYTES);
-  const int scale_to = kept(X_BYTES + warp * PART_BYTES + TILE_BYTES + lane * 16);
-  const int x_to = kept(m_mine * ROW_BYTES + (slot * 16 ^ m_mine % 2 * 64));
+  const int w_to = keep(X_BYTES + piece_place(lane / 8, lane % 8) + warp * PART_BYTES);
+  const int scale_to = keep(X_BYTES + warp * PART_BYTES + TILE_BYTES + lane * 16);
+  const int x_to = keep(m_mine * ROW_BYTES + (slot * 16 ^ m_mine % 2 * 64));
   int64 w_left = row_bytes - lane / 8 * 16 - (int64)first * UNIT_BYTES, x_left = K - slot * 8 - (int64)first * UNIT;
   auto copy_w = [&](int stage) {
 #pragma unroll
@@ -198,13 +198,13 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
   Sums sums;
   sums = {};
   // The lane's places in a stage, in the first of the warp's parts of a unit.
-  const int w_mine = kept(X_BYTES + wo * MT * PART_BYTES + lane_place(g, t) + wk * MINE * (64 * WIDTH));
+  const int w_mine = keep(X_BYTES + wo * MT * PART_BYTES + lane_place(g, t) + wk * MINE * (64 * WIDTH));
   const int scale_mine =
-      kept(X_BYTES + wo * MT * PART_BYTES + TILE_BYTES + (g + wk * MINE / HALVES * 8) * 4 * (1 + ZEROS));
+      keep(X_BYTES + wo * MT * PART_BYTES + TILE_BYTES + (g + wk * MINE / HALVES * 8) * 4 * (1 + ZEROS));
   int x_mine[MINE];
 #pragma unroll
   for (int h = 0; h < MINE; h++)
-    x_mine[h] = kept((wm * NT * 8 + g) * ROW_BYTES + t * 16 + ((wk * MINE + h) * 64 ^ g % 2 * 64));
+    x_mine[h] = keep((wm * NT * 8 + g) * ROW_BYTES + t * 16 + ((wk * MINE + h) * 64 ^ g % 2 * 64));
   int now = 0, next = (STAGES - 1) * STAGE_BYTES;
   for (int unit = first; unit < last; unit++) {
     copy_async_wait<STAGES - 2>();

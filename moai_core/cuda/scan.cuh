@@ -41,14 +41,6 @@ DEVICE X& at_address(Address shared, int further = 0) {
   return *reinterpret_cast<X*>(bytes + further);
 }
 
-// A number that is made here and stays in a register: the compiler would make it anew wherever it is used.
-DEVICE Address keep(Address x) {
-#ifndef MOAI_HOST
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 // Where tile i stands among those in shared memory; so does tile -1, for SLOTS is even.
 DEVICE uint32 slot_of(int i) { return (uint32)i % SLOTS; }
 
