@@ -1,6 +1,7 @@
 // moai: kernels decode_whole
 // moai: macros T=bf16 R=bf16 N=16 RANK=128 NORMS=1 KC=4 SLICES=16 FFN=1 DEPTH=10 FLIGHT=3 FLIGHT_HEAD=3 SPAN=16 GROUPS=0 W_IN=Plain,float,0 W_X=Plain,float,0 W_OUT=Plain,float,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
 // moai: macros T=bf16 R=float N=16 RANK=128 NORMS=1 KC=4 SLICES=16 FFN=1 DEPTH=10 FLIGHT=1 FLIGHT_HEAD=3 SPAN=16 GROUPS=44 W_IN=Int4,fp16,128 W_X=Plain,float,0 W_OUT=Int4,fp16,128 W_UP=Int4,fp16,128 W_DOWN=Int4,fp16,128 W_HEAD=Int8,fp16,0 W_EMBED=Int8,fp16,0
+// moai: macros T=bf16 R=float N=16 RANK=128 NORMS=1 KC=4 SLICES=16 FFN=1 DEPTH=9 FLIGHT=1 FLIGHT_HEAD=4 SPAN=16 GROUPS=44 W_IN=Digits,fp16,128 W_X=Plain,float,0 W_OUT=Digits,fp16,128 W_UP=Digits,fp16,128 W_DOWN=Digits,fp16,128 W_HEAD=Int8,fp16,0 W_EMBED=Int8,fp16,0
 // moai: macros T=fp16 R=fp16 N=8 RANK=20 NORMS=0 KC=3 SLICES=3 FFN=0 DEPTH=7 FLIGHT=3 FLIGHT_HEAD=3 SPAN=8 GROUPS=0 W_IN=Fp8,float,0 W_X=Plain,float,0 W_OUT=Int8,fp16,0 W_UP=Plain,float,0 W_DOWN=Plain,float,0 W_HEAD=Plain,float,0 W_EMBED=Plain,float,0
 //
 // A whole step of generation for one row in one launch: all layers and the head, from the token to its logits.
@@ -28,6 +29,7 @@
 //   W_...   a weight's format, type of scales, columns that share a scale (0: a row): in_proj, x_proj, out_proj, gate
 //           and up, down, head, embedding
 #include "decode.cuh"
+#include "digits.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int FEEDERS = 2;                     // warps that each bring half of a stage's rows
@@ -516,13 +518,10 @@ struct Ring {
 
 // ---- Products
 
-// COUNT chunks and x of them. at: 16 bytes of row g of each, those of row g + 8 lie behind 8 rows.
+// sum += COUNT chunks of rows g and g + 8 times x of them.
 template <class W, int COUNT>
-DEVICE void multiply(float (&sum)[COUNT][2][4], const Words* const (&at)[COUNT], const Words (&x)[COUNT][W::Format::XV]) {
+DEVICE void multiply(float (&sum)[COUNT][2][4], const Words (&upper)[COUNT], const Words (&lower)[COUNT], const Words (&x)[COUNT][W::Format::XV]) {
   using F = typename W::Format;
-  Words upper[COUNT], lower[COUNT];
-#pragma unroll
-  for (int c = 0; c < COUNT; c++) upper[c] = at[c][0], lower[c] = at[c][8 * ROW];
 #pragma unroll
   for (int s = 0; s < F::COLUMNS / 4; s++)
 #pragma unroll
@@ -535,19 +534,18 @@ DEVICE void multiply(float (&sum)[COUNT][2][4], const Words* const (&at)[COUNT],
     }
 }
 
-// Of a chunk of grouped codes: rows g and g + 8 (the other sums are copies). scales: of row g, those of row g + 8 are 8 rows
-// behind.
-DEVICE void add_scaled(float (&sum)[2], const float (&fresh)[2][4], const fp16* scales, int groups, const Units& u) {
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-    sum[i] += to_float(scales[i * 8 * groups]) * ((fresh[0][2 * i] + fresh[1][2 * i]) * u.at[0] - u.at[1]);
-}
+// How a chunk of x lies in shared memory: a lane's XV words begin at its number modulo LANES and are as far apart; its units.
+template <class F>
+constexpr int LANES_OF = is_digits<F> ? Digits<T>::APART : 4;
+template <class F>
+constexpr int UNITS_OF = is_digits<F> ? Digits<T>::UNITS : 1;
+template <class F>
+constexpr int WORDS_OF = F::XV * LANES_OF<F>;  // of a chunk
 
-// x of a chunk, of all 8 vectors: they are the same.
-template <int XV>
-DEVICE void load_x(Words (&x)[XV], const Words* from) {
+template <class F>
+DEVICE void load_x(Words (&x)[F::XV], const Words* chunk, int lane) {
 #pragma unroll
-  for (int j = 0; j < XV; j++) x[j] = from[j * 4];
+  for (int j = 0; j < F::XV; j++) x[j] = chunk[j * LANES_OF<F> + lane % LANES_OF<F>];
 }
 
 // The sums of `slots` units, tiles or slices of a tile, the first of which is slice `part`, each warp's for itself.
@@ -567,9 +565,15 @@ struct AddUp {
   DEVICE void long_rows() const;
   template <class W>
   DEVICE void slices() const;
-  DEVICE int place() const { return b.lane / 4 * ROW + b.warp * 4 + b.lane % 4; }  // in a stage
-  DEVICE const fp16* scales(const Words* stage) const { return (const fp16*)(stage + 16 * ROW) + b.lane / 4 * s.groups; }
+  DEVICE int place() const { return b.lane / 4 * ROW + b.lane % 4; }  // in a stage
+  template <class F>
+  DEVICE const Units& own_units(int chunk) const { return units[chunk * UNITS_OF<F> + b.lane % UNITS_OF<F>]; }
+  template <class W>
   DEVICE void put(int slot, float upper, float lower) const {
+    if constexpr (is_digits<typename W::Format>) {
+      upper += __shfl_xor_sync(0xffffffffu, upper, 1);
+      lower += __shfl_xor_sync(0xffffffffu, lower, 1);
+    }
     float* const to = sums + (slot * WARPS + b.warp) * 16 + b.lane / 4;
     if (b.lane % 4 == 0) to[0] = upper, to[8] = lower;
   }
@@ -577,27 +581,66 @@ struct AddUp {
 
 constexpr int CHUNKS = SPAN / WARPS;  // of a stage that a warp has
 
+// What a lane adds up of a stage with grouped codes.
+template <class W>
+struct Coded {
+  using F = typename W::Format;
+  Words x[CHUNKS][F::XV];
+  Units units[CHUNKS];
+  int at[CHUNKS], scales[CHUNKS];  // places in the stage: of 16 bytes of row g, in words; of its scale, in scales
+
+  // sum += rows g and g + 8 (the other sums are copies); `below`: from a scale of the one to that of the other.
+  DEVICE void add(float (&sum)[2], const Words* stage, int below) const {
+    Words upper[CHUNKS], lower[CHUNKS];
+    fp16 scale[CHUNKS][2];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) upper[c] = stage[at[c]], lower[c] = stage[at[c] + 8 * ROW];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) scale[c][i] = ((const fp16*)stage)[scales[c] + i * below];
+    float found[CHUNKS][2];
+    if constexpr (is_digits<F>) {
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        int sums[2];
+        F::sums(sums, upper[c], lower[c], x[c]);
+        found[c][0] = (float)sums[0], found[c][1] = (float)sums[1];
+      }
+    } else {
+      float fresh[CHUNKS][2][4] = {};
+      multiply<W>(fresh, upper, lower, x);
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) found[c][i] = fresh[c][0][2 * i] + fresh[c][1][2 * i];
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) sum[i] += to_float(scale[c][i]) * (found[c][i] * units[c].at[0] - units[c].at[1]);
+  }
+};
+
+constexpr int SCALES = 16 * ROW * 8;  // where a stage has scales, in scales
+
 // Tiles with grouped codes, each a stage: x stays in registers.
 template <class W>
 DEVICE void AddUp::short_rows() const {
-  constexpr int XV = W::Format::XV;
-  Words x[CHUNKS][XV];
-  Units u[CHUNKS];
+  using F = typename W::Format;
+  const int groups = s.groups, shift = s.shift;
+  Coded<W> coded;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     const int chunk = b.warp + c * WARPS;
-    load_x(x[c], xs + chunk * (XV * 4) + b.lane % 4), u[c] = units[chunk];
+    load_x<F>(coded.x[c], xs + chunk * WORDS_OF<F>, b.lane), coded.units[c] = own_units<F>(chunk);
+    coded.at[c] = place() + chunk * 4, coded.scales[c] = SCALES + b.lane / 4 * groups + (chunk >> shift);
   }
 #pragma unroll 1
   for (int slot = 0; slot < slots; slot++) {
-    const Words *const stage = ring.take(), *at[CHUNKS];
-    float fresh[CHUNKS][2][4] = {}, sum[2] = {};
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) at[c] = stage + place() + c * WARPS * 4;
-    multiply<W>(fresh, at, x);
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) add_scaled(sum, fresh[c], scales(stage) + ((b.warp + c * WARPS) >> s.shift), s.groups, u[c]);
-    put(slot, sum[0], sum[1]);
+    float sum[2] = {};
+    coded.add(sum, ring.take(), 8 * groups);
+    put<W>(slot, sum[0], sum[1]);
     ring.give_back();
   }
 }
@@ -605,69 +648,63 @@ DEVICE void AddUp::short_rows() const {
 // Tiles with grouped codes of other lengths: x comes chunk by chunk, as many at once as a stage has.
 template <class W>
 DEVICE void AddUp::long_rows() const {
-  constexpr int XV = W::Format::XV;
-  const int parts = s.parts, pieces = s.pieces, size = s.slice, chunks = s.chunks;
+  using F = typename W::Format;
+  const int parts = s.parts, pieces = s.pieces, size = s.slice, chunks = s.chunks, groups = s.groups, shift = s.shift;
+  const int scales = SCALES + b.lane / 4 * groups;
 #pragma unroll 1
   for (int slot = 0, own = part; slot < slots; slot++, own = own + 1 < parts ? own + 1 : 0) {
     const int begin = own * size, last = (begin + size < chunks ? begin + size : chunks) - 1;
     int chunk = begin + b.warp;
-    const Words* from_x = xs + chunk * (XV * 4) + b.lane % 4;
+    const Words* from_x = xs + chunk * WORDS_OF<F>;
     float sum[2] = {};
 #pragma unroll 1
-    for (int piece = 0; piece < pieces; piece++, chunk += SPAN, from_x += SPAN * XV * 4) {
+    for (int piece = 0; piece < pieces; piece++, chunk += SPAN, from_x += SPAN * WORDS_OF<F>) {
       if (chunk > last) {
         ring.take(), ring.give_back();
         continue;
       }
       // A chunk beyond the row counts nothing: the first one instead, in units of nothing.
-      int apart[CHUNKS];
-      Words x[CHUNKS][XV];
-      Units u[CHUNKS];
+      Coded<W> coded;
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++) {
         const bool there = chunk + c * WARPS <= last;
-        apart[c] = there ? c * WARPS : 0;
-        load_x(x[c], from_x + apart[c] * (XV * 4));
-        u[c] = units[chunk + apart[c]];
-        if (!there) u[c] = {};
+        const int apart = there ? c * WARPS : 0;
+        load_x<F>(coded.x[c], from_x + apart * WORDS_OF<F>, b.lane), coded.units[c] = own_units<F>(chunk + apart);
+        if (!there) coded.units[c] = {};
+        coded.at[c] = place() + (b.warp + apart) * 4, coded.scales[c] = scales + ((chunk + apart) >> shift);
       }
-      const Words *const stage = ring.take(), *at[CHUNKS];
-      float fresh[CHUNKS][2][4] = {};
-#pragma unroll
-      for (int c = 0; c < CHUNKS; c++) at[c] = stage + place() + apart[c] * 4;
-      multiply<W>(fresh, at, x);
-#pragma unroll
-      for (int c = 0; c < CHUNKS; c++) add_scaled(sum, fresh[c], scales(stage) + ((chunk + apart[c]) >> s.shift), s.groups, u[c]);
+      coded.add(sum, ring.take(), 8 * groups);
       ring.give_back();
     }
-    put(slot, sum[0], sum[1]);
+    put<W>(slot, sum[0], sum[1]);
   }
 }
 
 // What has no groups.
 template <class W>
 DEVICE void AddUp::slices() const {
-  constexpr int XV = W::Format::XV;
+  using F = typename W::Format;
   const int parts = s.parts, pieces = s.pieces, size = s.slice, chunks = s.chunks;
 #pragma unroll 1
   for (int slot = 0, own = part; slot < slots; slot++, own = own + 1 < parts ? own + 1 : 0) {
     const int begin = own * size, end = begin + size < chunks ? begin + size : chunks;
     int chunk = begin + b.warp;
-    const Words* from_x = xs + chunk * (XV * 4) + b.lane % 4;
+    const Words* from_x = xs + chunk * WORDS_OF<F>;
     float sum[1][2][4] = {};
 #pragma unroll 1
     for (int piece = 0; piece < pieces; piece++) {
       const Words* const stage = ring.take();
 #pragma unroll
-      for (int step = 0; step < CHUNKS; step++, chunk += WARPS, from_x += WARPS * XV * 4)
+      for (int step = 0; step < CHUNKS; step++, chunk += WARPS, from_x += WARPS * WORDS_OF<F>)
         if (chunk < end) {
-          Words x[1][XV];
-          load_x(x[0], from_x);
-          multiply<W, 1>(sum, {stage + place() + step * WARPS * 4}, x);
+          const Words* const at = stage + place() + (b.warp + step * WARPS) * 4;
+          Words x[1][F::XV];
+          load_x<F>(x[0], from_x, b.lane);
+          multiply<W, 1>(sum, {at[0]}, {at[8 * ROW]}, x);
         }
       ring.give_back();
     }
-    put(slot, sum[0][0][0], sum[0][0][2]);
+    put<W>(slot, sum[0][0][0], sum[0][0][2]);
   }
 }
 
@@ -688,23 +725,29 @@ struct Vector {
   Units* units;
 };
 
+template <class W>
+constexpr int PIECES = W::Format::COLUMNS == 32 ? 4 : W::Format::COLUMNS == 16 ? 3 : 2;  // 2^ of them to a chunk
+
 // By all lanes of a warp, 16 of them beside each other for the pieces of a chunk.
 template <class W>
 DEVICE void put(const Vector& to, int piece, const Words& w, bool there) {
   using F = typename W::Format;
-  const int chunk = piece / (4 * F::XV), t = piece / F::XV % 4, j = piece % F::XV;
-  Words& place = to.words[(chunk * F::XV + j) * 4 + t];
-  if constexpr (is_codes<F>) {
-    Units units;
-    const Words y = F::template arranged<T>(w, units);
-    if (there) place = y;
-    if (there && piece % 16 == 0) to.units[chunk] = units;
+  constexpr int pieces = 1 << PIECES<W>;
+  const int chunk = piece / pieces, i = piece % pieces;
+  if constexpr (is_digits<F>) {
+    F::put(to.words + chunk * WORDS_OF<F>, to.units + chunk * UNITS_OF<F>, i, w, there);
   } else {
-    if (there) place = F::arranged(w);
+    Words& place = to.words[(chunk * F::XV + i % F::XV) * 4 + i / F::XV];
+    if constexpr (is_codes<F>) {
+      Units units;
+      const Words y = F::template arranged<T>(w, units);
+      if (there) place = y;
+      if (there && i == 0) to.units[chunk] = units;
+    } else {
+      if (there) place = F::arranged(w);
+    }
   }
 }
-template <class W>
-constexpr int PIECES = W::Format::XV == 4 ? 4 : W::Format::XV == 2 ? 3 : 2;  // 2^ of them to a chunk
 
 DEVICE int pieces_of(int kind) {
   return kind == HEAD ? PIECES<Head> : kind == OUT ? PIECES<Out> : kind == UP ? PIECES<Up> : kind == DOWN ? PIECES<Down> : PIECES<In>;

@@ -65,8 +65,9 @@ class Decoder:
         products = [m for one in self.layers for m in (one.in_proj, one.x_proj, one.out_proj, one.gate, one.down) if m]
         self.narrow = kernels.most_rows([*products[:5], self.head], self.dtype)
         self.most = WIDTHS[-1] if self.dtype.itemsize == 2 else max(w for w in WIDTHS if w <= self.narrow)
-        self.whole = Whole.of(self.layers, self.head, self.final, self.embedding, self.config)
-        if decode_stream.takes_all(self.layers, self.config, self.dtype):
+        streams = decode_stream.takes_all(self.layers, self.config, self.dtype)
+        self.whole = Whole.of(self.layers, self.head, self.final, self.embedding, self.config, digits=streams)
+        if streams:
             self.narrow = 0 if self.whole is None else 1
         self.capacity, self.turn = 0, 0
         self._graphs: dict[tuple[int, int], Callable[[], object]] = {}

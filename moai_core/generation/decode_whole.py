@@ -1,9 +1,10 @@
 """A step for one row in one launch: which models `cuda/decode_whole.cu` takes, and how it is launched.
 
 The kernel keeps memory busy across all products of a step, so it is what makes a single answer fast. It multiplies
-with the products of decode_kernels.py, cut and summed alike, and leaves the same bits as they do for up to 8 rows. It
-leaves out fp32, zero points, groups of other than 128, 256, ... columns, rotations, and rows of a weight that are no
-whole number of 64 bytes: there the other kernels take a single row too.
+with the products of decode_kernels.py, cut and summed alike, and leaves the same bits as they do for up to 8 rows; but
+where two rows go another way (decode_stream.py), it takes int4 by products of integers (cuda/digits.cuh). It leaves out
+fp32, zero points, groups of other than 128, 256, ... columns, rotations, and rows of a weight that are no whole number
+of 64 bytes: there the other kernels take a single row too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _STATIC = 13 << 10
 # memory is busy with them, and what blocks send each other would wait behind more; layers in groups of codes, which
 # take less time to come than to multiply, need fewer than what has more bits, the head among it.
 SPANS, WISHED_DEPTH, LEAST_DEPTH = (16, 8), 8, 4
-FLIGHT, CODED_FLIGHT = 3, 1
+FLIGHT, CODED_FLIGHT, CODED_FLIGHT_HEAD = 3, 1, 4
 
 
 def _how(m: Matrix) -> tuple[str, int, torch.dtype]:
@@ -46,7 +47,14 @@ class Whole:
     take."""
 
     def __init__(
-        self, layers: Sequence[Layer], head: Matrix, final: Tensor, embedding: Matrix, config: Any, dtype: Any
+        self,
+        layers: Sequence[Layer],
+        head: Matrix,
+        final: Tensor,
+        embedding: Matrix,
+        config: Any,
+        dtype: Any,
+        digits: bool,
     ):
         self.layers, self.head, self.final, self.embedding, self.config = layers, head, final, embedding, config
         self.stream = torch.float32 if config.residual_in_fp32 else dtype
@@ -56,7 +64,9 @@ class Whole:
         slices = kernels.slices_of
         self.slices = [0 if m is None else slices(m, r, few=True) for m, r in zip(self.kinds, results, strict=True)]
         self.mix = config.time_step_rank + 2 * config.state_size
-        self.room = -(-max(m.columns for m in self.kinds if m is not None) // 256) * 512
+        self.digits = digits
+        most = max(m.columns * (4 if self._in_digits(m) else 2) for m in self.kinds if m is not None)
+        self.room = -(-most // 512) * 512
         self.groups = max(0 if m is None or not m.group or m.scales is None else m.scales.shape[1] for m in self.kinds)
         free = kernels.shared_memory(self.device) - _STATIC - self._fixed()
         depths = [(free // self._stage(span), span) for span in SPANS]
@@ -66,15 +76,26 @@ class Whole:
             "T": cuda.TYPES[dtype], "R": cuda.TYPES[self.stream], "N": config.state_size, "RANK": config.time_step_rank,
             "NORMS": int(config.dt_bc_norm), "KC": config.conv_kernel_size, "SLICES": self.slices[1],
             "FFN": int(one.gate is not None), "DEPTH": self.depth, "FLIGHT": CODED_FLIGHT if self.groups else FLIGHT,
-            "FLIGHT_HEAD": FLIGHT, "SPAN": self.span, "GROUPS": self.groups,
+            "FLIGHT_HEAD": CODED_FLIGHT_HEAD if self.groups else FLIGHT, "SPAN": self.span, "GROUPS": self.groups,
         }  # fmt: skip
         for name, m in zip(("IN", "X", "OUT", "UP", "DOWN", "HEAD", "EMBED"), (*self.kinds, embedding), strict=True):
             how = ("Plain", 0, torch.float32) if m is None else _how(m)
+            how = ("Digits", *how[1:]) if m is not None and self._in_digits(m) else how
             self._macros[f"W_{name}"] = f"{how[0]},{cuda.TYPES[how[2]]},{how[1]}"
 
     @classmethod
-    def of(cls, layers: Sequence[Layer], head: Matrix, final: Tensor, embedding: Matrix, config: Any) -> Whole | None:
-        """The kernel for these weights, or None where it can't take them."""
+    def of(
+        cls,
+        layers: Sequence[Layer],
+        head: Matrix,
+        final: Tensor,
+        embedding: Matrix,
+        config: Any,
+        *,
+        digits: bool = False,
+    ) -> Whole | None:
+        """The kernel for these weights, or None where it can't take them. digits: codes in groups by products of
+        integers: faster, but with other bits than decode_kernels.py's products."""
         dtype = final.dtype
         if not (kernels.in_whole_chunks(head, dtype) and _copied(head)) or embedding.format == "Fp8":
             return None
@@ -92,8 +113,12 @@ class Whole:
                     continue
                 if _how(m) != _how(first) or not (kernels.in_whole_chunks(m, dtype) and _copied(m)):
                     return None
-        made = cls(layers, head, final, embedding, config, dtype)
+        made = cls(layers, head, final, embedding, config, dtype, digits)
         return made if made.depth >= LEAST_DEPTH else None
+
+    def _in_digits(self, m: Matrix) -> bool:
+        """Whether x of this weight is made digits of, 4 bytes a number."""
+        return self.digits and m.group > 0
 
     # ---- sizes ----------------------------------------------------------------------------------------------------
 

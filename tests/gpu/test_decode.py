@@ -246,6 +246,51 @@ def test_a_wide_batch_of_large_matrices(device, kind):
     assert relative(got, want) < 1.2 * relative(theirs, want) + 1e-4
 
 
+# x of very different sizes, and K of whole and half stages of the one launch; groups of several chunks.
+ONE_ROW = {
+    "int4": {},
+    "rows of one stage": {"hidden_size": 2048, "intermediate_size": 1280, "num_hidden_layers": 1},
+    "groups of 256": {"quantization": every({**INT4, "group_size": 256}), "intermediate_size": 1280},
+    "fp16": {"dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("outliers", [1, 256], ids=["even", "outliers"])
+@pytest.mark.parametrize("kind", ONE_ROW)
+def test_one_row_of_codes_by_integers_is_as_exact_as_the_model(device, kind, outliers):
+    fields = {"hidden_size": 1024, "intermediate_size": 1408, "num_hidden_layers": 2, "time_step_rank": 32}
+    fields |= {"quantization": every(INT4), "dtype": torch.bfloat16, **ONE_ROW[kind]}
+    model, exact = make(device, **fields), make(device, **fields).float()
+    if fields["dtype"] == torch.float16:
+        outliers = min(outliers, 8)
+    for one in (model, exact):
+        for name, parameter in one.named_parameters():
+            if name.endswith("norm.weight") and parameter.shape[0] > 512:
+                parameter.data[::97] *= outliers
+    whole = decode.Decoder(model, 400).whole
+    assert whole is not None and whole.digits == (torch.cuda.get_device_capability(device) == (9, 0))
+    ids = ids_of(model, 1, 7)
+    want = plain(exact, ids, 3)[0]
+    got, theirs = follow(model, ids, 3, 1)[0], plain(model, ids, 3)[0]
+    assert relative(got, want) < 1.2 * relative(theirs, want) + 1e-4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_goes_through_products_of_integers(device, bad):
+    fields = {"hidden_size": 1024, "intermediate_size": 1408, "num_hidden_layers": 1, "time_step_rank": 32}
+    model = make(device, torch.bfloat16, quantization=every(INT4), **fields)
+    made = decode.Decoder(model, 400)
+    made.reserve(1)
+    with torch.no_grad():
+        state = model(ids_of(model, 1, 3), use_cache=True).state
+    state.layers[0][1][0, 5] = bad
+    made.put(0, state, 7, Settings(temperature=0), 1, 0)
+    made.step(1)
+    assert not made.logits[0].isfinite().any()
+    torch.cuda.synchronize(device)
+    assert made.host[0, 0] == -1
+
+
 # ---- company ----------------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +327,7 @@ def test_a_step_in_one_launch_leaves_the_bits_of_many(device, name, monkeypatch)
     assert decode.Decoder(model, 400).whole is not None
     ids = ids_of(model, 1, 7)
     got, states = follow(model, ids, 3, 1)
-    monkeypatch.setattr(decode.Whole, "of", lambda *_: None)
+    monkeypatch.setattr(decode.Whole, "of", lambda *_, **__: None)
     want, wanted = follow(model, ids, 3, 1)
     assert torch.equal(got, want)
     for one, other in zip(states[0].layers, wanted[0].layers, strict=True):
