@@ -417,7 +417,7 @@ decode_linear(const unsigned char* weight, const unsigned char* second, const S*
               const T* conv_weight, const T* conv_bias, const T* conv_scale, const T* window, T* next_window, T* z,
               int64 rows, int64 K, int64 row_bytes, int64 groups,
               int64 batch, int64 of, float eps) {
-  extern __shared__ Words shared[];
+  extern __shared__ __align__(128) Words shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int chunks = (int)((row_bytes + 63) / 64), slice = (chunks + SLICES - 1) / SLICES;
   const int steps = (slice + WARPS - 1) / WARPS, pieces = chunks * 4 * XV, stride = pieces % 8 ? pieces : pieces + 4;

@@ -457,7 +457,7 @@ extern "C" __global__ void __launch_bounds__(MANY, 2)
 decode_scan_wide(const float* mixed, const T* dt, const T* dt_weight, const float* dt_bias, const float* A_log2,
                  const float* D, const T* u, const T* z, const float* state, float* next_state, T* y, int64 batch, int64 I,
                  int64 tiles, int64 vectors) {
-  extern __shared__ Words flowing[];
+  extern __shared__ __align__(128) Words flowing[];
   __shared__ float steps[64][CHANNELS + 1];
   __shared__ alignas(16) T us[64][CHANNELS], zs[64][CHANNELS];
   constexpr int CHUNKS = RANK / 32;

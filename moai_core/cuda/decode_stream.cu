@@ -305,7 +305,7 @@ decode_stream(const unsigned char* weight, const unsigned char* second, const W:
               const char* x, T* out, const T* conv_weight, const T* conv_bias, const T* conv_scale, const T* x_weight,
               const T* window, T* next_window, T* z, float* found, int64 rows, int64 batch, int64 I,
               int64 tiles, int64 vectors) {
-  extern __shared__ Words shared[];
+  extern __shared__ __align__(128) Words shared[];
   __shared__ Barrier full[XDEPTH], empty[XDEPTH], ready[TEAMS][DEPTH], free[TEAMS][DEPTH];
   let_next_begin();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -14,10 +14,11 @@
 // of places: while a step uses one, it makes the other one void for the next step.
 //
 // 8 warps multiply: they share K of a tile of 16 rows of W as in decode_linear.cu, and everything is summed and rounded
-// in the same order as in the kernels for more rows, so that a row has the same bits there. 2 warps have the copy engine
-// bring weights into a ring (before sm_90 they copy themselves), and one does what the next numbers don't wait for. What a
-// layer runs is small on purpose, each part compiled once for all kinds of products that can share it: a warp takes about
-// 5 cycles an instruction whatever the others do, and the caches of instructions are small.
+// in the same order as in the kernels for more rows, so that a row has the same bits there; but not with Digits, which the
+// host takes where more rows go another way. 2 warps have the copy engine bring weights into a ring (before sm_90 they copy
+// themselves), and one does what the next numbers don't wait for. What a layer runs is small on purpose, each part compiled
+// once for all kinds of products that can share it: a warp takes about 5 cycles an instruction whatever the others do, and
+// the caches of instructions are small.
 //
 // All blocks must run at once: launch it as a cooperative kernel, one block a multiprocessor.
 //
@@ -27,7 +28,7 @@
 //   FLIGHT, FLIGHT_HEAD  are on their way at most: of layers, of the head     SPAN  chunks of 64 bytes of each row in a stage
 //   GROUPS  scales of a row at most
 //   W_...   a weight's format, type of scales, columns that share a scale (0: a row): in_proj, x_proj, out_proj, gate
-//           and up, down, head, embedding
+//           and up, down, head, embedding. Formats of gemv.cuh, or Digits (digits.cuh) for codes in groups
 #include "decode.cuh"
 #include "digits.cuh"
 
@@ -198,23 +199,32 @@ DEVICE void arrive(At gate) {
 #endif
 }
 
-// Until the phase of this parity has ended: a gate has just ended one of parity 1 when it begins.
-DEVICE void wait(At gate, uint32 parity) {
+// Whether the phase of this parity has ended: a gate has just ended one of parity 1 when it begins.
+DEVICE bool ended(At gate, uint32 parity) {
 #if defined(MOAI_HOST)
-  while (gate->phase == parity) host_yield();
+  return gate->phase != parity;
 #else
-  uint32 done = 0;
-  for (int looks = 0; !done; looks++) {
-    if (looks > 1 << 22) asm volatile("trap;");
+  uint32 done;
 #if ENGINE
-    asm volatile("{.reg .pred done; mbarrier.try_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
+  asm volatile("{.reg .pred done; mbarrier.try_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
 #else
-    asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
+  asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
 #endif
-                 : "=r"(done)
-                 : "r"(gate), "r"(parity)
-                 : "memory");
-  }
+               : "=r"(done)
+               : "r"(gate), "r"(parity)
+               : "memory");
+  return done;
+#endif
+}
+
+DEVICE void wait(At gate, uint32 parity) {
+  if (ended(gate, parity)) return;  // mostly, and counting would take as long
+#if defined(MOAI_HOST)
+  while (!ended(gate, parity)) host_yield();
+#else
+#pragma unroll 1
+  for (int looks = 0; !ended(gate, parity); looks++)
+    if (looks > 1 << 22) asm volatile("trap;");
 #endif
 }
 
@@ -568,13 +578,15 @@ struct AddUp {
   DEVICE int place() const { return b.lane / 4 * ROW + b.lane % 4; }  // in a stage
   template <class F>
   DEVICE const Units& own_units(int chunk) const { return units[chunk * UNITS_OF<F> + b.lane % UNITS_OF<F>]; }
+  // The places of a warp's sums: of the first unit, and from one to the next.
+  DEVICE float* own_sums() const { return sums + b.warp * 16 + b.lane / 4; }
+  static constexpr int NEXT = WARPS * 16;
   template <class W>
-  DEVICE void put(int slot, float upper, float lower) const {
+  DEVICE void put(float* to, float upper, float lower) const {
     if constexpr (is_digits<typename W::Format>) {
       upper += __shfl_xor_sync(0xffffffffu, upper, 1);
       lower += __shfl_xor_sync(0xffffffffu, lower, 1);
     }
-    float* const to = sums + (slot * WARPS + b.warp) * 16 + b.lane / 4;
     if (b.lane % 4 == 0) to[0] = upper, to[8] = lower;
   }
 };
@@ -636,11 +648,12 @@ DEVICE void AddUp::short_rows() const {
     load_x<F>(coded.x[c], xs + chunk * WORDS_OF<F>, b.lane), coded.units[c] = own_units<F>(chunk);
     coded.at[c] = place() + chunk * 4, coded.scales[c] = SCALES + b.lane / 4 * groups + (chunk >> shift);
   }
+  float* to = own_sums();
 #pragma unroll 1
-  for (int slot = 0; slot < slots; slot++) {
+  for (int slot = 0; slot < slots; slot++, to += NEXT) {
     float sum[2] = {};
     coded.add(sum, ring.take(), 8 * groups);
-    put<W>(slot, sum[0], sum[1]);
+    put<W>(to, sum[0], sum[1]);
     ring.give_back();
   }
 }
@@ -676,7 +689,7 @@ DEVICE void AddUp::long_rows() const {
       coded.add(sum, ring.take(), 8 * groups);
       ring.give_back();
     }
-    put<W>(slot, sum[0], sum[1]);
+    put<W>(own_sums() + slot * NEXT, sum[0], sum[1]);
   }
 }
 
@@ -704,7 +717,7 @@ DEVICE void AddUp::slices() const {
         }
       ring.give_back();
     }
-    put<W>(slot, sum[0][0][0], sum[0][0][2]);
+    put<W>(own_sums() + slot * NEXT, sum[0][0][0], sum[0][0][2]);
   }
 }
 
@@ -1273,7 +1286,7 @@ decode_whole(const int64* table, uint32* exchange, int64* clock, const int64* to
              const Embedding::Scale* embedding_scales, const fp16* embedding_zeros, const T* window, T* next_window,
              const float* state, float* next_state, T* logits, int64 layers, int64 H, int64 I, int64 F, int64 V,
              int64 room, int64 row_bytes, int64 group, int64 groups, int64 capacity, float eps, float mix_eps) {
-  extern __shared__ Words shared[];
+  extern __shared__ __align__(128) Words shared[];
   __shared__ Sums sums_of_block;
   Sums& sums = *kept_shared(&sums_of_block);
   __shared__ Shape all_shapes[KINDS];

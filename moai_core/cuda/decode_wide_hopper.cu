@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 decode_wide_hopper(const unsigned char* weight, const unsigned char* second, const W::Scale* scales, const W::Scale* scales2,
                    const T* x, Result* out, int64 rows, int64 K, int64 row_bytes, int64 groups, int64 shift, int64 slices,
                    int64 slice, int64 batch) {
-  extern __shared__ Words shared[];
+  extern __shared__ __align__(128) Words shared[];
   let_next_begin();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = warp / 4, g = lane / 4, t = lane % 4;
   const int part = STORE ? 0 : (int)(blockIdx.x % slices), shares = (int)(gridDim.x / (STORE ? 1 : slices));

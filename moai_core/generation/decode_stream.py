@@ -31,7 +31,7 @@ def rings(m: Matrix, end: str, tiles: int) -> tuple[int, int, int]:
     """(units of a block's W, stages of x, units of a team on their way), timed on an H100 for each width: a ring of W
     that is larger than what is on its way fills while the kernels in front go on, and holds up nothing else."""
     if m.format == "Plain":
-        units = {"CONV": 4 if tiles == 8 else 8, "GATE": 6, "SUMS": 4}[end]
+        units = {"CONV": 8, "GATE": 6, "SUMS": 4}[end]
         stages = {8: 4, 4: 6 if end == "SUMS" else 8}.get(tiles, 8 if end == "SUMS" else 16)
     else:
         units, stages = 2 if end == "SUMS" else 4, 4 if tiles == 8 else 8
