@@ -28,15 +28,15 @@ _VECTORS = {"Plain": 1, "Int8": 2, "Fp8": 2, "Int4": 4}
 
 
 def rings(m: Matrix, end: str, tiles: int) -> tuple[int, int, int]:
-    """(units of a block's W, stages of x, units of a team on their way), timed on an H100 for each width: a ring of W
+    """(units of a block's W, stages of x, units of a team on their way), timed on an H100 with 8 and 64 rows: a ring of W
     that is larger than what is on its way fills while the kernels in front go on, and holds up nothing else."""
-    if m.format == "Plain":
-        units = {"CONV": 8, "GATE": 6, "SUMS": 4}[end]
-        stages = {8: 4, 4: 6 if end == "SUMS" else 8}.get(tiles, 8 if end == "SUMS" else 16)
+    many, plain = tiles == 8, m.format == "Plain"
+    if plain:
+        units = {"CONV": 8 if many else 10, "GATE": 7 if many else 6, "SUMS": 5 if many else 4}[end]
+        stages = {8: 4 if end == "CONV" else 3, 4: 6 if end == "SUMS" else 8}.get(tiles, 8 if end == "SUMS" else 16)
     else:
-        units, stages = 2 if end == "SUMS" else 4, 4 if tiles == 8 else 8
-    flight = 3 if end == "CONV" else 2
-    return units, stages, flight - (m.format != "Plain" and tiles == 1)
+        units, stages = {"CONV": 4, "GATE": 3 if many else 4, "SUMS": 2}[end], 4 if many else 8
+    return units, stages, (3 if end == "CONV" else 2) - (not plain)
 
 
 def takes(m: Matrix, dtype: torch.dtype) -> bool:
