@@ -31,6 +31,7 @@
 //   END     GATE: y = silu(gate) up, with 8 rows of each in a warp; CONV: in_proj's, of whole tiles of u or z: the
 //           convolution's step of width KC, and of each tile of u its share of x_proj (RANK + 2 N rows);
 //           SUMS: nothing, of a slice of K
+#include "barrier.cuh"
 #include "decode_hopper.cuh"
 
 #define GATE 1
@@ -57,64 +58,6 @@ constexpr int GROUPS = W::GROUP ? (CHUNKS - 1) / (W::GROUP / 128) + 1 : 1;  // s
 constexpr int SHIFT = LOG2<W::GROUP ? W::GROUP / 128 : 1>;  // a scale's chunks
 constexpr int BUFFERS = AT_ONCE == UNIT ? 1 : 2;  // fragments: those of the next products are decoded beside these
 static_assert(UNIT == 4 && UNIT % AT_ONCE == 0 && SLICE % UNIT == 0, "16 lanes copy a row's part of a unit");
-
-// ---- Barriers of shared memory (PTX ISA 9.7.13.15): a phase ends when all have arrived and all bytes that were announced.
-
-using Barrier = unsigned long long;
-#ifdef MOAI_HOST
-void host_yield();
-struct HostBarrier {
-  uint16 left, count;
-  uint32 phase;
-};
-#define AT(barrier) ((HostBarrier*)(barrier))
-#else
-#define AT(barrier) "r"((uint32)__cvta_generic_to_shared(barrier))
-#endif
-
-DEVICE void make_barrier(Barrier* barrier, int count) {
-#ifdef MOAI_HOST
-  AT(barrier)->left = AT(barrier)->count = (uint16)count, AT(barrier)->phase = 0;
-#else
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::AT(barrier), "r"(count) : "memory");
-#endif
-}
-// Behind all of them, before the block's barrier.
-DEVICE void show_barriers() {
-#if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-DEVICE void arrive(Barrier* barrier) {
-#ifdef MOAI_HOST
-  if (--AT(barrier)->left == 0) AT(barrier)->left = AT(barrier)->count, AT(barrier)->phase ^= 1;
-#else
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::AT(barrier) : "memory");
-#endif
-}
-// Until the phase of this parity has ended.
-DEVICE void wait_for(Barrier* barrier, uint32 parity) {
-#ifdef MOAI_HOST
-  while (((volatile HostBarrier*)barrier)->phase == parity) host_yield();
-#elif __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::AT(barrier),
-      "r"(parity)
-      : "memory");
-#endif
-}
-// Bytes from global to shared memory, by the copy engine; the barrier's phase ends with their arrival.
-DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrier* barrier) {
-#ifdef MOAI_HOST
-  __builtin_memcpy(shared, global, bytes);
-  arrive(barrier);
-#elif __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::AT(barrier), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::AT(shared), "l"(global),
-               "r"(bytes), AT(barrier)
-               : "memory");
-#endif
-}
 
 // ---- Rings. A unit of W has 16 rows of a warp and UNIT chunks of each. A chunk's four pieces of 16 bytes stand so that a
 // warp reads them without conflicts: weights of 16 bits, of which ldmatrix takes 8 rows at once, swizzled.

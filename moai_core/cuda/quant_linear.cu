@@ -25,6 +25,7 @@
 //   WARPS, BLOCKS  what a multiprocessor has room for
 //   CODES     1: for a single row of x, of 16 bits, and 4 bits without zero points in groups of whole units
 //   WIDTH, GROUPS, ZEROS: quant.cuh
+#include "barrier.cuh"
 #include "quant.cuh"
 
 constexpr int PER = 16 / sizeof(T);   // numbers of x in 16 bytes of shared memory
@@ -60,45 +61,12 @@ struct Multiplied<true> {
 };
 using Product = Multiplied<CODES>::type;
 
-// ---- The copy engine
-
+// Whether the copy engine brings W.
 #if !defined(MOAI_HOST) && __CUDA_ARCH__ >= 900
 #define ENGINE 1
 #else
 #define ENGINE 0  // every thread copies
 #endif
-
-// One warp calls: a barrier that `bytes` will reach, and copies to be counted there.
-DEVICE void expect(void* barrier, uint32 bytes) {
-#if ENGINE
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((uint32)__cvta_generic_to_shared(barrier)),
-               "r"(bytes)
-               : "memory");
-#endif
-}
-DEVICE void copy_run(void* to, const void* from, uint32 bytes, void* barrier) {
-#if ENGINE
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   (uint32)__cvta_generic_to_shared(to)),
-               "l"(from), "r"(bytes), "r"((uint32)__cvta_generic_to_shared(barrier))
-               : "memory");
-#endif
-}
-DEVICE void begin(void* barrier) {
-#if ENGINE
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((uint32)__cvta_generic_to_shared(barrier)) : "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-DEVICE void wait(void* barrier, uint32 parity) {
-#if ENGINE
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-          (uint32)__cvta_generic_to_shared(barrier)),
-      "r"(parity)
-      : "memory");
-#endif
-}
 
 // ---- x
 
@@ -245,6 +213,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   const int groups = (tiles + MT - 1) / MT, pieces = (units + UNITS - 1) / UNITS;
   const int64 first_row = (int64)blockIdx.y * pass;
   const int rows = (int)min((int64)pass, M - first_row), stride = pass | 1;
+  auto barrier = [&](int stage) { return reinterpret_cast<Barrier*>(memory + 8 * stage); };
   unsigned char* const x_s = memory + BARRIERS;
   Units* const units_s = reinterpret_cast<Units*>(x_s + units * pass * ROW_BYTES);
   unsigned char* const stages = x_s + units * pass * ROW_BYTES + (CODES ? (units + 15) / 16 * 128 : 0);
@@ -263,12 +232,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       const unsigned char* const scales_from = scales + ((int64)next_group * MT * units + first) * SCALE_BYTES;
       if (ENGINE) {
         if (lane == 0) {  // of each warp, for a warp's copies are begun one after the other
-          if (warp == 0) expect(memory + 8 * stage, (uint32)(w_rows * bytes + w_tiles * some * SCALE_BYTES));
+          if (warp == 0) expect(barrier(stage), (uint32)(w_rows * bytes + w_tiles * some * SCALE_BYTES));
           for (int r = warp; r < w_rows; r += warps)
-            copy_run(to + r * PITCH, from + r * row_bytes, bytes, memory + 8 * stage);
+            copy_run(to + r * PITCH, from + r * row_bytes, bytes, barrier(stage));
           if (SCALE_BYTES && warp < w_tiles)
             copy_run(to + SCALES_AT + warp * UNITS * SCALE_BYTES, scales_from + (int64)warp * units * SCALE_BYTES,
-                     some * SCALE_BYTES, memory + 8 * stage);
+                     some * SCALE_BYTES, barrier(stage));
         }
       } else {
         for (int i = threadIdx.x * 16; i < w_rows * bytes; i += blockDim.x * 16)
@@ -284,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     if (++next_piece == pieces) next_piece = 0, next_group += gridDim.x;
   };
   if (ENGINE) {
-    if (threadIdx.x < STAGES) begin(memory + 8 * threadIdx.x);
+    if (threadIdx.x < STAGES) make_barrier(barrier(threadIdx.x), 1), show_shared();
     __syncthreads();
   }
 #pragma unroll
@@ -323,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     Sums sums;
     sums.clear();
     for (int piece = 0; piece < pieces; piece++) {
-      if (ENGINE) wait(memory + 8 * stage, parity);
+      if (ENGINE) wait_for(barrier(stage), parity);
       else copy_async_wait<STAGES - 1>(), __syncthreads();
       const unsigned char* const at = stages + stage * STAGE_BYTES;
       const int some = min(UNITS, units - piece * UNITS);
