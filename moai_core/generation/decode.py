@@ -220,62 +220,93 @@ class Decoder:
     def _mixer(
         self, steps: Step, layer: Layer, index: int, width: int, turn: int, pending: Tensor | None
     ) -> Tensor | None:
-        wide, c = width > self.narrow, self.config
-        common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": wide}
-        streams = wide and decode_stream.takes_convolution(layer.in_proj, layer.x_proj, c, self.dtype)
-        x = self._norm(steps, layer.norm, width, pending, layer.in_proj if streams else None)
-        u, z, y = self.u[:width], self.z[:width], self.y[:width]
+        common: dict[str, Any] = {"dtype": self.dtype, "batch": width, "wide": width > self.narrow}
         windows = (self.conv[turn, index, :width], self.conv[1 - turn, index, :width])
-        mixes: Tensor | None = None
+        mixes = self._convolve(steps, layer, windows, pending, common)
+        fused = mixes is not None
+        if mixes is None:
+            mixes = self._x_proj(steps, layer, common)
+        if common["wide"]:
+            self._mix(steps, layer, mixes, width, fused)
+        y, arranged = self._scan(steps, layer, mixes, (self.ssm[turn, index], self.ssm[1 - turn, index]), width)
+        self._rotate(steps, layer.rotation, y)
+        return self._add(steps, layer.out_proj, y, common, arranged)
+
+    def _convolve(
+        self, steps: Step, layer: Layer, windows: tuple[Tensor, Tensor], pending: Tensor | None, common: dict[str, Any]
+    ) -> Tensor | None:
+        """in_proj and the convolution's step, which leave u and z. x_proj's sums where the same kernel makes them."""
+        width, c = common["batch"], self.config
+        streams = common["wide"] and decode_stream.takes_convolution(layer.in_proj, layer.x_proj, c, self.dtype)
+        x = self._norm(steps, layer.norm, width, pending, layer.in_proj if streams else None)
+        u, z = self.u[:width], self.z[:width]
         if x is not None and streams:
-            mixes = self.mixes[: c.inner_size // 64 * width * layer.x_proj.rows].view(-1, width, layer.x_proj.rows)
+            mixes = self._mixes(layer, width, c.inner_size // 64)
             steps.append(decode_stream.convolution(layer.in_proj, x, layer.conv, layer.x_proj, windows, u, z, mixes, c))
-        elif x is not None and decode_wide.fits(layer.in_proj, self.dtype):
-            sums = self._sums(steps, layer.in_proj, x)
-            if decode_wide.takes_convolution(layer.x_proj, c, self.dtype):
-                mixes = self.mixes[: c.inner_size // 32 * width * layer.x_proj.rows].view(-1, width, layer.x_proj.rows)
-                both = (sums, *layer.conv, layer.x_proj.weight, *windows, u, z, mixes, len(sums), width, c.inner_size)
-                steps.append(Launch(self._kernel("decode_conv_x"), c.inner_size // 16, 256, both))
-            else:
-                grid = (-(-2 * c.inner_size // (256 * (16 // self.dtype.itemsize))), width, 1)
-                moved = (sums, *layer.conv, *windows, u, z, len(sums), c.inner_size)
-                steps.append(Launch(self._kernel("decode_conv"), grid, 256, moved))
-        else:
+            return mixes
+        if x is None or not decode_wide.fits(layer.in_proj, self.dtype):
             steps += linear(
                 layer.in_proj, x, u, result=kernels.CONV, conv=(*layer.conv, *windows, z), width=c.conv_kernel_size,
                 **common, **self._stream_of(layer.norm, width),
             )  # fmt: skip
-        fused = mixes is not None
-        if mixes is None and wide and decode_wide.fits(layer.x_proj, self.dtype):
-            mixes = self._sums(steps, layer.x_proj, u)
-        elif mixes is None:
-            slices = kernels.slices_of(layer.x_proj, kernels.PARTIAL)
-            mixes = self.mixes[: slices * width * layer.x_proj.rows].view(slices, width, -1)
-            steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, **common)
-        eps = float(c.dt_bc_norm_eps or c.rms_norm_eps)
-        if wide:
-            mixed = (mixes, *layer.norms, self.mixed, self.dt, len(mixes), width, eps)
-            name, block = ("decode_mix_wide", decode_wide.mix_threads(mixes.shape[2])) if fused else ("decode_mix", 256)
-            steps.append(Launch(self._kernel(name), width, block, mixed))
-        weights = (layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z, self.ssm[turn, index])
+            return None
+        sums = self._sums(steps, layer.in_proj, x)
+        if decode_wide.takes_convolution(layer.x_proj, c, self.dtype):
+            mixes = self._mixes(layer, width, c.inner_size // 32)
+            both = (sums, *layer.conv, layer.x_proj.weight, *windows, u, z, mixes, len(sums), width, c.inner_size)
+            steps.append(Launch(self._kernel("decode_conv_x"), c.inner_size // 16, 256, both))
+            return mixes
+        grid = (-(-2 * c.inner_size // (256 * (16 // self.dtype.itemsize))), width, 1)
+        moved = (sums, *layer.conv, *windows, u, z, len(sums), c.inner_size)
+        steps.append(Launch(self._kernel("decode_conv"), grid, 256, moved))
+        return None
+
+    def _x_proj(self, steps: Step, layer: Layer, common: dict[str, Any]) -> Tensor:
+        """x_proj of u: its sums."""
+        width = common["batch"]
+        u = self.u[:width]
+        if common["wide"] and decode_wide.fits(layer.x_proj, self.dtype):
+            return self._sums(steps, layer.x_proj, u)
+        mixes = self._mixes(layer, width, kernels.slices_of(layer.x_proj, kernels.PARTIAL))
+        steps += linear(layer.x_proj, u, mixes, result=kernels.PARTIAL, **common)
+        return mixes
+
+    def _mixes(self, layer: Layer, width: int, slices: int) -> Tensor:
+        """Room for so many slices of x_proj's sums, (slices, M, R + 2 N)."""
+        return self.mixes[: slices * width * layer.x_proj.rows].view(slices, width, layer.x_proj.rows)
+
+    def _mix(self, steps: Step, layer: Layer, mixes: Tensor, width: int, fused: bool) -> None:
+        """x_proj's sums to dt's vector, B and C, with their norms. fused: the convolution's kernel left the sums."""
+        eps = float(self.config.dt_bc_norm_eps or self.config.rms_norm_eps)
+        args = (mixes, *layer.norms, self.mixed, self.dt, len(mixes), width, eps)
+        name, block = ("decode_mix_wide", decode_wide.mix_threads(mixes.shape[2])) if fused else ("decode_mix", 256)
+        steps.append(Launch(self._kernel(name), width, block, args))
+
+    def _scan(
+        self, steps: Step, layer: Layer, mixes: Tensor, states: tuple[Tensor, Tensor], width: int
+    ) -> tuple[Tensor, bool]:
+        """dt_proj, the scan's step and the gate, of a narrow batch with what `_mix` does: y, and whether it is arranged
+        for out_proj (decode_stream.py). states: this step's and the next."""
+        wide, c = width > self.narrow, self.config
+        u, z, y = self.u[:width], self.z[:width], self.y[:width]
+        weights = (layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D)
         if wide and (shared := decode_wide.scan_bytes(c, self.dtype, self.device)):
             how = decode_stream.arrangement_for(layer.out_proj, layer.rotation, width, self.dtype)
             y = self.y[: decode_stream.padded(width)] if how[0] else y
-            moves = (self.mixed, self.dt, *weights, self.ssm[1 - turn, index], y, width, c.inner_size, *how)
-            scan = self._kernel("decode_scan_wide", MIXED=1, FLOW=decode_wide.FLOW)
-            steps.append(Launch(scan, -(-c.inner_size // 32), 512, moves, shared))
-            self._rotate(steps, layer.rotation, y)
-            return self._add(steps, layer.out_proj, y, common, how[0] > 0)
+            moves = (self.mixed, self.dt, *weights, u, z, *states, y, width, c.inner_size, *how)
+            kernel = self._kernel("decode_scan_wide", MIXED=1, FLOW=decode_wide.FLOW)
+            steps.append(Launch(kernel, -(-c.inner_size // 32), 512, moves, shared))
+            return y, how[0] > 0
+        eps = float(c.dt_bc_norm_eps or c.rms_norm_eps)
         args = (
-            self.mixed if wide else mixes, *layer.norms, layer.dt_proj, layer.dt_bias, layer.A_log2, layer.D, u, z,
-            self.ssm[turn, index], self.ssm[1 - turn, index], y, len(mixes), width, c.inner_size, eps,
+            self.mixed if wide else mixes, *layer.norms, *weights, u, z, *states, y, len(mixes), width, c.inner_size,
+            eps,
         )  # fmt: skip
         rows = kernels.SCAN_ROWS
         grid = (-(-c.inner_size // 32), -(-width // rows), 1)
         shared = rows * (c.time_step_rank + 2 * c.state_size) * 4
         steps.append(Launch(self._kernel("decode_scan", MIXED=int(wide)), grid, 256, args, shared))
-        self._rotate(steps, layer.rotation, y)
-        return self._add(steps, layer.out_proj, y, common)
+        return y, False
 
     def _ffn(self, steps: Step, layer: Layer, width: int, pending: Tensor | None) -> Tensor | None:
         assert layer.gate is not None and layer.down is not None and layer.ffn_norm is not None
