@@ -98,7 +98,8 @@ def scan(
     dim: Annotated[Words, typer.Option("--dim", help="Channels I: one or several.", show_default=False)] = None,
     state: Annotated[Words, typer.Option("--state", help="States N a channel: one or several.")] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="The shapes of a published table: h100.", show_default=False)
+        str | None,
+        typer.Option("--preset", help="The shapes of a published table: h100 (on a GPU).", show_default=False),
     ] = None,
     dtype: Dtype = "auto",
     against: Annotated[

@@ -258,12 +258,20 @@ def shapes_of(
     dims: Sequence[str] | None,
     states: Sequence[str] | None,
 ) -> list[Shape]:
-    """The shapes that flags ask for: a preset's, or every combination; on a CPU smaller by default. UsageError."""
+    """The shapes that flags ask for: a preset's, for a GPU alone, or every combination; on a CPU smaller by default.
+    UsageError."""
     given = {"--seq-len": lengths, "--batch": batches, "--dim": dims, "--state": states}
     if name is not None:
         if named := [flag for flag, value in given.items() if value]:
             raise UsageError(f"--preset and {named[0]} don't go together", hint="leave one of them out")
-        return preset(name)
+        shapes = preset(name)
+        if device.type != "cuda":  # hours, and more memory than most have
+            largest = max(shapes, key=lambda one: one.millions)
+            raise UsageError(
+                f"--preset {name} has shapes for a GPU, up to {largest}, not for {device}",
+                hint="name smaller ones: --seq-len 512,2048 --dim 512",
+            )
+        return shapes
     usual = ("2048,8192", "1", "4096", "16") if device.type == "cuda" else ("512,2048", "1", "512", "16")
     choices = [report.numbers(flag, value or text) for (flag, value), text in zip(given.items(), usual, strict=True)]
     return [Shape(b, n, d, s) for s in choices[3] for d in choices[2] for b in choices[1] for n in choices[0]]

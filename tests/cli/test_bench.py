@@ -85,6 +85,10 @@ def test_train(moai):
         (("scan", "--seq-len", "none"), "--seq-len must be whole numbers >= 1"),
         (("scan", "--preset", "h100", "--batch", "2"), "--preset and --batch don't go together"),
         (("scan", "--preset", "a10"), "--preset: unknown name 'a10'"),
+        (
+            ("scan", "--preset", "h100", "--device", "cpu"),
+            "--preset h100 has shapes for a GPU, up to 1 x 131072 x 4096",
+        ),
         (("scan", "--scan", "tea"), "unknown scan backend 'tea'"),
         (("scan", "--backend", "tea"), "unknown scan backend 'tea'"),
         (("--scan", "cpu", "scan"), "--scan stands before 'scan'"),
