@@ -55,7 +55,7 @@ Embeddings = Annotated[
 # ---- generate and chat
 
 Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", help="Tokenizer folder or name, if the model has none of its own.")
+    str | None, typer.Option("--tokenizer", help="Folder (a model's or run's too) or name, if the model has none.")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
 MaxNewTokens = Annotated[

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moai_core import paths
 from moai_core.footprint import element_bytes, letters, parameters, phases, resolved_precision
 from moai_core.recipe import Recipe
+from moai_core.storage import tokenizer_folder
 
 GIB = 1 << 30
 
@@ -152,11 +152,9 @@ def vocabulary(tokenizer: str | None) -> int | None:
     is none to read."""
     if tokenizer is None:
         return None
-    packaged = paths.TOKENIZERS / tokenizer
     try:
-        parsed = json.loads(
-            ((packaged if packaged.is_dir() else Path(tokenizer)) / "tokenizer.json").read_text(encoding="utf-8")
-        )
+        folder = tokenizer_folder(tokenizer) or Path(tokenizer)
+        parsed = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         ids = [entry["id"] for entry in parsed.get("added_tokens", [])]
         words = parsed["model"]["vocab"]
         ids += words.values() if isinstance(words, dict) else [len(words) - 1]

@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from moai_core import paths
 from moai_core.errors import CheckpointError, LockedError, StorageError, storage_error
 from moai_core.locks import is_locked_here, lock
 
@@ -302,6 +303,20 @@ def steps(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
         raise storage_error(exc, run_dir) from exc
     found = [(int(match[1]), Path(run_dir) / name) for name in names if (match := _STEP.fullmatch(name))]
     return sorted((step, path) for step, path in found if path.is_dir())
+
+
+def tokenizer_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The folder that a tokenizer's name stands for: a folder itself, of a run folder its newest step with a tokenizer,
+    or, by name, a tokenizer or a model that comes with moai. None where there is no such folder.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        own = paths.TOKENIZERS / path
+        return (own if own.is_dir() else paths.pretrained(path.name)) if len(path.parts) == 1 else None
+    if not (path / "tokenizer.json").exists():
+        held = [step for _, step in steps(path) if (step / "tokenizer.json").exists()]
+        path = held[-1] if held else path
+    return path
 
 
 def purge(run_dir: Path, *, newest: int, keep_last: int, spare: int | None = None) -> None:

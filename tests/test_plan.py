@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, config, device, footprint, plan
+from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, config, device, footprint, paths, plan
 from moai_core import recipe as recipes
 from moai_core.errors import RecipeError, UsageError
 from moai_core.training.optim import make_optimizer
@@ -283,6 +284,8 @@ def test_the_vocabulary_is_the_tokenizers(tmp_path):
     assert plan.vocabulary("moai_tiny") == size
     assert plan.numbers(recipes.load("cpu-tiny"))["vocab_size"] == size
     assert plan.numbers(recipes.load("cpu-tiny", ["model.vocab_size=9000"]))["vocab_size"] == 9000
+    shutil.copytree(paths.TOKENIZERS / "moai_tiny", tmp_path / "run" / "step-7")
+    assert plan.vocabulary(str(tmp_path / "run")) == size
     (tmp_path / "tokenizer.json").write_text("{}")
     assert plan.vocabulary(str(tmp_path)) is plan.vocabulary(str(tmp_path / "no")) is plan.vocabulary(None) is None
 

@@ -59,7 +59,10 @@ def show(
     samples: Annotated[int, typer.Option("--samples", help="Print so many random records a source.", min=0)] = 0,
     part: Annotated[str, typer.Option("--part", help="Of which part: train, valid or calib.")] = "train",
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Count tokens with it: folder or name.", show_default=False)
+        str | None,
+        typer.Option(
+            "--tokenizer", help="Count tokens with it: folder (a model's or a run's too) or name.", show_default=False
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random records.")] = 0,
     json: Json = False,

@@ -117,18 +117,20 @@ def _for_this_machine() -> str:
 
 
 def _tokenizer(text: str) -> str:
-    """A packaged name as it is, a folder as its absolute path."""
+    """A name as it is, a folder as its absolute path."""
     from moai_core import paths
     from moai_core.errors import UsageError
+    from moai_core.storage import tokenizer_folder
 
     names = sorted(p.name for p in paths.TOKENIZERS.iterdir() if p.is_dir())
     if text in names:
         return text
-    if (Path(text).expanduser() / "tokenizer.json").is_file():
-        return str(Path(text).expanduser().absolute())
-    raise UsageError(
-        f"no tokenizer {clean(text)!r}", hint=f"give one of {', '.join(names)}, or a folder with tokenizer.json"
-    )
+    folder = tokenizer_folder(text)
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        given = Path(text).expanduser()
+        return str(given.absolute()) if given.is_dir() else text
+    hint = f"give one of {', '.join(names)}, or a folder with tokenizer.json, a model's or a run's"
+    raise UsageError(f"no tokenizer {clean(text)!r}", hint=hint)
 
 
 def _check_folder(folder: Path, force: bool) -> None:

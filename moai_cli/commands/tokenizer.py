@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moai_cli.console import clean, note, on_event, print_json, progress, table, warn
-from moai_cli.options import Force, Json, Seed
+from moai_cli.options import Force, Json, Seed, by_name
 
 app = typer.Typer(no_args_is_help=True, help="Train, extend and compare tokenizers.")
 
@@ -98,7 +98,12 @@ def train(
     "model: `moai tokenizer extend my-model filings/ --add 8000 --model my-model --output my-model-filings`"
 )
 def extend(
-    base: Annotated[str, typer.Argument(help="Folder, tokenizer.json, one of moai's by name, or a name of the hub.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="Folder (a model's or a run's too), tokenizer.json, one of moai's by name, or a name of the hub."
+        ),
+    ],
     data: Texts,
     out: Out,
     add: Annotated[int, typer.Option("--add", help="At most so many new tokens.")] = 8000,
@@ -110,6 +115,7 @@ def extend(
             "-m",
             help="Model that uses BASE: OUT is then the model with rows for the new tokens.",
             show_default=False,
+            callback=by_name,
         ),
     ] = None,
     seed: Seed = 0,
@@ -172,7 +178,8 @@ def evaluate(
     tokenizers: Annotated[
         list[str],
         typer.Argument(
-            help="Folders, tokenizer.json files, moai's own by name, or names of the hub.", show_default=False
+            help="Folders (a model's or a run's too), tokenizer.json files, moai's own by name, or names of the hub.",
+            show_default=False,
         ),
     ],
     data: Annotated[

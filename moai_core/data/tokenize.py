@@ -26,7 +26,7 @@ import numpy as np
 from moai_core.data.records import Document, Segment
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.paths import TOKENIZERS
-from moai_core.storage import read_limited
+from moai_core.storage import read_limited, tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +40,8 @@ _MARK = "\uf8ff"
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder (with tokenizer.json), or by name one of those that come with moai.
+    """The tokenizer of a folder (with tokenizer.json; a tokenizer's, a model's or a run's), or by name one of those
+    that come with moai.
 
     Raises UsageError when there is none, CheckpointError when its files are damaged or unsafe.
     """
@@ -103,12 +104,8 @@ def compact(state: dict[str, Any]) -> bytes:
 
 
 def _folder(path_or_name: str | Path) -> Path:
-    folder = Path(path_or_name).expanduser()
-    if folder.is_dir():
-        found = folder
-    elif len(folder.parts) == 1 and (TOKENIZERS / folder).is_dir():
-        found = TOKENIZERS / folder
-    else:
+    found = tokenizer_folder(path_or_name)
+    if found is None:
         names = (
             sorted(p.name for p in TOKENIZERS.glob("*") if (p / "tokenizer.json").exists())
             if TOKENIZERS.is_dir()
@@ -116,7 +113,7 @@ def _folder(path_or_name: str | Path) -> Path:
         )
         raise UsageError(
             f"tokenizer {str(path_or_name)!r}: no such folder or name",
-            hint=f"moai has {', '.join(names) or 'none'}; or give a folder with tokenizer.json",
+            hint=f"moai has {', '.join(names) or 'none'}; or give a folder with tokenizer.json, a model's or a run's",
         )
     if not (found / "tokenizer.json").exists():
         raise UsageError(

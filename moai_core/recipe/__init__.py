@@ -71,7 +71,8 @@ class Recipe:
     description: str = dataclasses.field(default="", metadata={"help": "one line for `moai recipes ls`"})
     model: Model = dataclasses.field(default_factory=Model)
     tokenizer: str | None = dataclasses.field(
-        default="moai_tiny", metadata={"help": "name of a packaged tokenizer, or its folder"}
+        default="moai_tiny",
+        metadata={"help": "name of a packaged tokenizer, or the folder of one, of a model or of a run"},
     )
     data: Data = dataclasses.field(default_factory=Data)
     optim: Optim = dataclasses.field(default_factory=Optim)

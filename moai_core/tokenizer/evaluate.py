@@ -17,7 +17,7 @@ from moai_core.data.hub import reason, unreachable
 from moai_core.data.regexes import check_patterns
 from moai_core.errors import CheckpointError, StorageError, UsageError, at_least
 from moai_core.paths import TOKENIZERS
-from moai_core.storage import parse_json, read_limited
+from moai_core.storage import parse_json, read_limited, tokenizer_folder
 from moai_core.tokenizer.layout import load_backend
 from moai_core.tokenizer.text import OnEvent, Source, Texts
 
@@ -26,7 +26,8 @@ _BATCH = 64
 
 
 def open_tokenizer(name: str) -> tuple[Any, dict[str, Any]]:
-    """`(backend, its tokenizer.json)` of a folder, a tokenizer.json, one of moai's by name, or one of the hub.
+    """`(backend, its tokenizer.json)` of a folder (a model's or a run's too), a tokenizer.json, one of moai's by name,
+    or one of the hub.
 
     The backend takes no text for a special token. Raises UsageError when there is none, CheckpointError.
     """
@@ -48,11 +49,9 @@ def find_tokenizer(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    if not path.is_dir() and len(path.parts) == 1 and (TOKENIZERS / path).is_dir():
-        path = TOKENIZERS / path
-    if path.is_dir():
-        if (path / "tokenizer.json").is_file():
-            return path / "tokenizer.json"
+    if (folder := tokenizer_folder(name)) is not None:
+        if (folder / "tokenizer.json").is_file():
+            return folder / "tokenizer.json"
         raise UsageError(f"{name}: no tokenizer.json in it", hint="transformers' save_pretrained writes one")
     own = ", ".join(sorted(p.name for p in TOKENIZERS.glob("*") if (p / "tokenizer.json").exists()))
     hint = f"give a folder, a tokenizer.json, a name of the hub (owner/name), or one of moai's: {own}"

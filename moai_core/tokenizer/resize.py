@@ -85,7 +85,8 @@ class Grown:
 def _own(folder: Path) -> dict[str, Any] | None:
     from moai_core.tokenizer.evaluate import open_tokenizer
 
-    return open_tokenizer(str(folder))[1] if (folder / "tokenizer.json").is_file() else None
+    holds = storage.tokenizer_folder(folder)
+    return open_tokenizer(str(holds))[1] if holds is not None and (holds / "tokenizer.json").is_file() else None
 
 
 def padded(needed: int, rows: int) -> int:

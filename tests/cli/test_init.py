@@ -90,6 +90,10 @@ def test_flags(moai, tmp_path):
     assert code == 0 and set(json.loads(out)["files"]) == FILES
     r = recipes.load(tmp_path / "p/recipe.yaml")
     assert (r.name, r.model.preset, r.tokenizer) == ("한국 'x'", "2b", str(tmp_path / "tok"))
+    shutil.move(tmp_path / "tok", tmp_path / "run" / "step-3")
+    for n, (given, kept) in enumerate({"run": str(tmp_path / "run"), "moai-30m": "moai-30m"}.items()):
+        assert moai("init", f"t{n}", "--tokenizer", given)[0] == 0
+        assert recipes.load(tmp_path / f"t{n}" / "recipe.yaml").tokenizer == kept
     own = tmp_path / "own.yaml"
     own.write_text("train: {epochs: 2}\nmodel: {hidden_size: 16}\n")
     assert moai("init", "q", "--recipe", "own.yaml")[0] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,18 @@ def test_notes_and_warnings_go_to_stderr(moai, text):
     assert code == 0 and "5,000 ids were asked for; no further pair was seen 10 times" in err
     code, _, err = moai("tokenizer", "train", "text.txt", "-o", "b", "--vocab-size", 5000, "--min-frequency", 1)
     assert code == 0 and "warning: of the last 1,000 merges" in err
+
+
+def test_a_model_or_a_run_holds_a_tokenizer(moai, text, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "내 run" / "step-4")
+    code, out, err = moai("tokenizer", "eval", "내 run", "moai_tiny", "moai-30m", "-d", "text.txt", "--json")
+    run, tiny, _ = json.loads(out)["tokenizers"]
+    assert code == 0 and err == "" and run["vocab_size"] == tiny["vocab_size"] and run["texts"] == tiny["texts"]
+    code, _, err = moai("tokenizer", "extend", "내 run", "text.txt", "--add", 5, "-o", "more")
+    assert code == 0 and (tmp_path / "more" / "chat_template.jinja").is_file()
+    own = ("data.train=text.txt", "~data.valid", "data.valid_fraction=0.05", "tokenizer=./내 run")
+    code, out, err = moai("train", "--recipe", "cpu-tiny", *own, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["parameters"]["head"] == run["vocab_size"] * 128, err
 
 
 def test_extend_with_a_model(moai, text, folder):

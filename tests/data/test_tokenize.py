@@ -1,11 +1,13 @@
 """Tokenizers: loading and refusing, chats with their loss mask against transformers' own, injection, bytes a token."""
 
 import json
+import shutil
 import time
 
 import numpy as np
 import pytest
 
+from moai_core import paths, storage
 from moai_core.data.records import Document, Segment, segments_of
 from moai_core.data.regexes import KNOWN, nested
 from moai_core.data.tokenize import Encoder, check_tokenizer, fingerprint, load_tokenizer, token_bytes
@@ -215,6 +217,23 @@ def test_names_and_folders(tokenizer_folder, tmp_path):
         load_tokenizer("../tokenizers/nonesuch")
     with pytest.raises(UsageError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_models_and_runs_are_tokenizers_too(tokenizer, tokenizer_folder, tmp_path):
+    run = tmp_path / "a run"
+    for step in ("step-2", "step-10"):
+        shutil.copytree(tokenizer_folder, run / step)
+    (run / "step-20").mkdir()  # of a model without one
+    (run / "step-2" / "tokenizer.json").write_text("not looked at", encoding="utf-8")
+    assert storage.tokenizer_folder(run) == run / "step-10"
+    assert fingerprint(load_tokenizer(run)) == fingerprint(tokenizer)
+    assert fingerprint(load_tokenizer("moai-30m")) == fingerprint(load_tokenizer(str(paths.pretrained())))
+    assert storage.tokenizer_folder("moai_tiny") == paths.TOKENIZERS / "moai_tiny"
+    assert storage.tokenizer_folder("step-2") is None and storage.tokenizer_folder("no/moai-30m") is None
+    (run / "step-10" / "tokenizer.json").unlink()
+    (run / "step-2" / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match=r"a run: no tokenizer\.json"):
+        load_tokenizer(run)
 
 
 def test_saving_and_loading_keeps_the_fingerprint(tokenizer, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moai_core.checkpoint import load_model, save_model
+from moai_core.checkpoint import load_model, save, save_model
 from moai_core.data.tokenize import load_tokenizer
 from moai_core.errors import CheckpointError, UsageError
 from moai_core.tokenizer.evaluate import open_tokenizer
@@ -169,6 +169,7 @@ def test_padding(needed, rows, expected):
 def test_models_that_dont_go_with_the_tokenizer(made, tiny_model, tmp_path):
     folder, _ = made
     source = [Source(str(folder / "domain.txt"))]
+    (folder / "other.txt").write_text("Kartoffelsalat mit Remoulade. " * 40, encoding="utf-8")
     save_model(tmp_path / "small", tiny_model(vocab_size=97))
     with pytest.raises(UsageError, match="its embedding has 97 rows, the tokenizer has ids up to 6143"):
         extend("moai_tiny", source, tmp_path / "x", add=5, model=tmp_path / "small")
@@ -177,7 +178,13 @@ def test_models_that_dont_go_with_the_tokenizer(made, tiny_model, tmp_path):
         extend("moai_tiny", source, tmp_path / "x", add=5, model=tmp_path / "other")
     with pytest.raises(CheckpointError, match="doesn't exist"):
         extend("moai_tiny", source, tmp_path / "x", add=5, model=tmp_path / "none")
+    run = tmp_path / "run"
+    save(run, 3, model=tiny_model(vocab_size=6400), tokenizer=load_tokenizer(folder / "out"))
+    with pytest.raises(UsageError, match="own tokenizer has other tokens"):
+        extend("moai_tiny", source, tmp_path / "x", add=5, model=run)
     assert not (tmp_path / "x").exists()
+    extend(str(run), [Source(str(folder / "other.txt"))], tmp_path / "x", add=2, model=run)  # a run is both
+    assert load_model(tmp_path / "x").config.vocab_size == 6400 and (tmp_path / "x" / "chat_template.jinja").is_file()
 
 
 def test_other_kinds_and_useless_text(tmp_path):
