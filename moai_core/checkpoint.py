@@ -13,6 +13,7 @@ of `optimizer_state` becomes one rank's file, and all are merged on loading, wha
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -145,17 +146,17 @@ def _tell(on_event: OnEvent | None, **event: Any) -> None:
 
 
 def _write_tokenizer(tokenizer: Any, path: Path) -> None:
-    try:
-        tokenizer.save_pretrained(path)
-        file = path / "tokenizer.json"  # indented, each merge a list: two and a half times the bytes
-        file.write_bytes(compact(json.loads(file.read_bytes())))
-    except OSError:
-        raise
-    except Exception as exc:  # the tokenizers library raises a bare Exception whose text ends "(os error 28)"
-        code = re.search(r"os error (\d+)", str(exc))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from exc
+    """What `save_pretrained` writes, with a small tokenizer.json: its own is indented, each merge a list, two and a half
+    times the bytes."""
+
+    def write(save_directory: str, file_names: tuple[str, ...], **_: Any) -> tuple[str, ...]:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        (Path(save_directory) / "tokenizer.json").write_bytes(compact(state))
+        return file_names
+
+    saved = copy.copy(tokenizer)  # the caller's stays as it is
+    saved._save_pretrained = write  # the step of save_pretrained that writes tokenizer.json
+    saved.save_pretrained(path)
 
 
 def _write_optimizer(folder: storage.FolderWriter, ranks: Sequence[Mapping[str, Any]]) -> None:

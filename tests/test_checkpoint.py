@@ -124,7 +124,10 @@ def test_a_tokenizer_is_saved_small_and_always_the_same(tiny_model, tmp_path, na
 
     folders = [paths.TOKENIZERS / name, tmp_path / "a", tmp_path / "b"]
     for source, target in itertools.pairwise(folders):
-        checkpoint.save_model(target, tiny_model(), load_tokenizer(source))
+        tokenizer = load_tokenizer(source)
+        before = vars(tokenizer).copy()
+        checkpoint.save_model(target, tiny_model(), tokenizer)
+        assert vars(tokenizer) == before
     first, once, twice = ((folder / "tokenizer.json").read_bytes() for folder in folders)
     assert once == twice and len(once) < len(first) + 500
     text = "The state 상태는 커지지 않는다. 吾輩は猫である 床前明月光 <|im_end|>\n\n  12345 £"
