@@ -146,8 +146,8 @@ def _tell(on_event: OnEvent | None, **event: Any) -> None:
 
 
 def _write_tokenizer(tokenizer: Any, path: Path) -> None:
-    """What `save_pretrained` writes, with a small tokenizer.json: its own is indented, each merge a list, two and a half
-    times the bytes."""
+    """What `save_pretrained` writes, with a small tokenizer.json: its own is indented, each merge a list, two and a
+    half times the bytes."""
 
     def write(save_directory: str, file_names: tuple[str, ...], **_: Any) -> tuple[str, ...]:
         state = json.loads(tokenizer.backend_tokenizer.to_str())

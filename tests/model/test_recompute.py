@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -406,58 +407,9 @@ def test_a_compiled_model_gives_the_same_gradients(mode, backend):
         assert (parameter.grad - want[name]).norm() <= 1e-5 * want[name].norm(), name
 
 
-RANK = """
-import os, sys, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-rows = torch.randint(5, 97, (2 * world, 40), generator=torch.Generator().manual_seed(1))
-mine = rows[2 * rank : 2 * rank + 2]
-
-def make():
-    torch.manual_seed(0)
-    return MoaiMambaForCausalLM(MoaiMambaConfig(
-        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, state_size=5, initializer_range=0.2
-    )).train()
-
-alone = make()
-alone(rows, labels=rows).loss.backward()
-want = {name: p.grad for name, p in alone.named_parameters()}
-for kind in ("fsdp", "ddp"):
-    first = None
-    for mode in ("none", "selective", "full"):
-        model = run = make()
-        model.set_checkpointing(mode)
-        if kind == "ddp":
-            run = DistributedDataParallel(model)
-        else:
-            mesh = init_device_mesh("cpu", (world,))
-            for layer in model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-        for _ in range(2):
-            model.zero_grad()
-            run(mine, labels=mine).loss.backward()
-        grads = {name: p.grad.full_tensor() if kind == "fsdp" else p.grad for name, p in model.named_parameters()}
-        assert all((grads[n] - want[n]).norm() <= 1e-5 * want[n].norm() for n in want), (kind, mode)
-        first = first or grads
-        assert all(torch.equal(grads[n], first[n]) for n in want), (kind, mode)
-if rank == 0:
-    print("the same gradients", flush=True)
-dist.barrier()
-os._exit(0)  # gloo's threads may abort an orderly exit
-"""
-
-
 @pytest.mark.slow
-def test_sharded_and_replicated_models_have_the_gradients_of_one_process(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_sharded_and_replicated_models_have_the_gradients_of_one_process():
+    script = Path(__file__).parents[1] / "ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(script), "cpu"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "the same gradients" in done.stdout, done.stderr[-3000:]
