@@ -35,7 +35,7 @@ from moai_core.quant.formats import FORMATS, Spec
 from moai_core.quantize import layerwise, layouts, plan, report, search
 from moai_core.quantize.calibrate import Calibration
 from moai_core.quantize.plan import EMBEDDING, HEAD
-from moai_core.quantize.runner import Runner
+from moai_core.quantize.runner import BLOCKS, Runner
 
 VERSION = 1
 KEY = "key.json"
@@ -57,9 +57,9 @@ def quantize_folder(
 
     calibration: gives the sequences, for methods that look at data. evaluation: text on which the model is measured
     before and after, None to leave that out. requantize: a model that is quantized already is decoded first, and a note
-    says so. force replaces an earlier result. Events: {"event": "layer", "name",
-    "done", "total"}, tensor, evaluate. Returns the report (report.py), which also lies in the folder as
-    quantization.json, with the errors by layer as quantization.png.
+    says so. force replaces an earlier result. Events: {"event": "layer", "name", "done", "total"}; calibrating, the
+    same inside of a layer, with its part of a whole in `done`; tensor, evaluate. Returns the report (report.py), which
+    also lies in the folder as quantization.json, with the errors by layer as quantization.png.
 
     Raises UsageError (settings, a matrix that doesn't fit the format, a target that exists), CheckpointError (the
     source is damaged, quantized already, or holds NaN), DataError (calibration), StorageError.
@@ -232,6 +232,8 @@ class Job:
         for number in range(count):
             name = f"model.layers.{number}"
             file = work / f"layer-{number:05d}.safetensors"
+            if runner is not None:
+                runner.on_event = self._inside(name, number, count, finished=file.exists())
             if file.exists():
                 # Written under its last name only when complete.
                 if runner is not None:
@@ -246,6 +248,19 @@ class Job:
             reports.append(storage.read_json(file.with_suffix(".json")))
             self._tell(event="layer", name=name, done=number + 1, total=count)
         return reports
+
+    def _inside(self, name: str, number: int, count: int, *, finished: bool) -> OnEvent:
+        """What tells how far a layer is, whose calibration runs through it once for each stage and each block."""
+        stages = [stage for stage in layerwise.STAGES if set(stage) & set(self._of(name))]
+        passes, done = len(BLOCKS) + (0 if finished else len(stages)), 0
+
+        def on_event(event: dict[str, Any]) -> None:
+            nonlocal done
+            part = min(1.0, (done + event["done"] / event["total"]) / passes)
+            done += event["done"] == event["total"]
+            self._tell(event="calibrating", name=f"{name} {event['source']}", done=number + part, total=count)
+
+        return on_event
 
     def _of(self, layer: str) -> dict[str, Spec]:
         """The specs of one layer, by the names inside it."""

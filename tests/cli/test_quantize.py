@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from moai_core import storage
 from moai_core.locks import lock_file
@@ -33,8 +34,6 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wide(folder, tmp_path_factory):
     """A model with the tokenizer, 64 columns wide and six layers deep."""
-    import torch
-
     from moai_core import MoaiMambaConfig, MoaiMambaForCausalLM, checkpoint
     from moai_core.data.tokenize import load_tokenizer
 
@@ -74,6 +73,53 @@ def test_a_table_a_report_and_a_model_that_talks(moai, folder, text, tmp_path, m
     code, out, _ = moai("eval", "-m", made, "--data", text / "held out.txt", "--json")
     assert code == 0
     assert json.loads(out)["loss"] == pytest.approx(report["quality"]["after"]["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("flags, told", [([], True), (["--calib-sequences", "64"], False)])
+def test_long_calibration_on_a_processor_is_told(moai, folder, monkeypatch, flags, told):
+    from moai_cli.commands import quantize as command
+    from moai_core.errors import UsageError
+    from moai_core.quantize import disk
+
+    def stop(*_, calibration, **__):
+        assert calibration() == "sequences"
+        raise UsageError("enough")
+
+    monkeypatch.setattr(disk, "quantize_folder", stop)
+    monkeypatch.setattr(command, "_calibration", lambda *_, **__: "sequences")
+    code, _, err = moai("quantize", "-m", folder, "--method", "gptq", "--device", "cpu", *flags)
+    assert code == 2 and "error: enough" in err
+    assert ("take a processor many minutes; --calib-sequences 64 takes an eighth of them" in err) == told
+
+
+def test_how_far_the_calibration_is_shows_inside_of_a_layer(wide, tmp_path):
+    """From the first events a bar has an ETA, though a layer may take minutes; and it never goes back."""
+    from moai_core.errors import Interrupted
+    from moai_core.quantize.calibrate import from_tokens
+    from moai_core.quantize.disk import quantize_folder
+    from moai_core.quantize.plan import Settings
+
+    settings, seen = Settings("gptq", group_size=32), []
+
+    def run(stop=None):
+        def on_event(event):
+            seen.append(event)
+            if stop is not None and (event["event"], event.get("done")) == ("layer", stop):
+                raise Interrupted(signal.SIGINT)
+
+        ids = torch.randint(5, 900, (40, 512), generator=torch.Generator().manual_seed(0))
+        quantize_folder(wide, tmp_path / "q", settings, calibration=lambda: from_tokens(ids), on_event=on_event)
+
+    with pytest.raises(Interrupted):
+        run(stop=2)
+    run()
+    again = next(n for n, event in enumerate(seen) if event["event"] == "note")
+    for part, layers in ((seen[:again], 2), (seen[again:], 6)):
+        told = [event for event in part if event["event"] in ("calibrating", "layer")]
+        done = [event["done"] for event in told]
+        assert told[0]["event"] == "calibrating" and 0 < done[0] < 0.5 and done == sorted(done)
+        assert {event["total"] for event in told} == {6}
+        assert sum(event["event"] == "layer" for event in told) == done[-1] == layers
 
 
 @pytest.mark.parametrize("method", ["fp8", "fp4", "bnb4", "bnb8"])
@@ -224,8 +270,6 @@ def test_nan_outside_the_layers(moai, folder, tmp_path):
 
 def test_interrupted_and_gone_on_with(wide, tmp_path, text):
     """Ctrl-C after the first finished layer: nothing appears, and the same command uses what was finished."""
-    import torch
-
     from moai_core import checkpoint
 
     command = [sys.executable, "-m", "moai_cli", "quantize", "-m", str(wide), "--method", "gptq", "--group-size", "32"]
