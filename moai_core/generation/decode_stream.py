@@ -28,8 +28,8 @@ _VECTORS = {"Plain": 1, "Int8": 2, "Fp8": 2, "Int4": 4}
 
 
 def rings(m: Matrix, end: str, tiles: int) -> tuple[int, int, int]:
-    """(units of a block's W, stages of x, units of a team on their way), timed on an H100 with 8 and 64 rows: a ring of W
-    that is larger than what is on its way fills while the kernels in front go on, and holds up nothing else."""
+    """(units of a block's W, stages of x, units of a team on their way), timed on an H100 with 8 and 64 rows: a ring of
+    W that is larger than what is on its way fills while the kernels in front go on, and holds up nothing else."""
     many, plain = tiles == 8, m.format == "Plain"
     if plain:
         units = {"CONV": 8 if many else 10, "GATE": 7 if many else 6, "SUMS": 5 if many else 4}[end]
