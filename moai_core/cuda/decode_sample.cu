@@ -1,4 +1,4 @@
-// moai: kernels sample_best, sample_masses, sample_gather, sample_pick; spills 128; macros T=bf16 | T=float | T=fp16
+// moai: kernels sample_best, sample_masses, sample_pick; macros T=bf16 | T=float | T=fp16
 //
 // The next token of each row from its logits, as generation/sampling.py defines it: repetition penalty, temperature,
 // top-k, top-p, min-p, and the number of the row's own random stream (Philox 4x64-10) looked up in the distribution.
@@ -8,12 +8,15 @@
 //
 //   sample_best    slices of the vocabulary: the largest score and where it first occurs
 //   sample_masses  slices: how many tokens, and how much weight, at each distance from the best
-//   sample_gather  slices: the tokens of the best bins, as many as the last kernel can keep
 //   sample_pick    a block a row: the filters' thresholds, the draw
 //
-// Tokens are ordered by score, equal ones by id. So every filter is a threshold in that order: the token's key, score
-// before id, as one integer. It is found in the bin of distances in which it must lie, whose tokens are gathered; a bin
-// of too many is searched where it is, digit by digit of the keys.
+// Tokens are ordered by score, equal ones by id. So every filter keeps the tokens up to a threshold in that order: a key,
+// score before id, as one integer. It is found in the bin of distances in which it must lie. One way through the row
+// lists the tokens of that bin, and of those in which the draw may lie; few of them are compared each with each, many
+// are spread over parts of the range of their keys first. A bin of too many is searched where it is.
+//
+// What a kernel reads before its wait: settings, what the last step left, and what the kernel before the previous one
+// wrote. For the previous one's blocks have all waited for that, or this kernel wouldn't have begun.
 //
 //   T  type of the logits
 #include "gemv.cuh"
@@ -21,23 +24,44 @@
 using uint64 = unsigned long long;
 
 constexpr int PIECE = 16 / sizeof(T);
-constexpr int SLICE = 4096;   // tokens of a block of sample_best and sample_masses
+constexpr int SHARE = 16;     // tokens of a thread of sample_best and sample_masses
 constexpr int BINS = 1312;    // of 1/32 of a factor of two: down to 2^-41
-constexpr int LIST = 4096;    // tokens of a bin that are gathered
 constexpr float UNIT = 1099511627776.0f;  // 2^40
-constexpr uint64 MOST = (1ull << 40) - 1;  // whose halves of 20 bits add up SLICE times in 32 bits
+constexpr uint64 MOST = (1ull << 40) - 1;
+constexpr uint32 WARP = 0xffffffffu;
+
+#ifdef MOAI_HOST
+#define OUT_OF_LINE inline
+#else
+#define OUT_OF_LINE __device__ __noinline__  // what is rare mustn't lie in the way: instructions come from memory too
+#endif
+
+OUT_OF_LINE float penalize(const unsigned char* seen, int id, float x, float penalty) {
+  return seen[id] ? (x < 0.0f ? x * penalty : x / penalty) : x;
+}
+
+// PIECE logits of a row that isn't aligned, zeros from `end`.
+OUT_OF_LINE Vec<T, PIECE> read_ragged(const T* logits, int id, int end) {
+  Vec<T, PIECE> x{};
+#pragma unroll
+  for (int i = 0; i < PIECE; i++)
+    if (id + i < end) x.at[i] = logits[id + i];
+  return x;
+}
 
 struct Row {
   const T* logits;
   const unsigned char* seen;  // null without a penalty
-  int64 V;
+  int V;
   float penalty, inverse;  // inverse: log2(e) / temperature
   float best;
 
-  DEVICE float penalized(float x, int64 id) const {
-    return seen && seen[id] ? (x < 0.0f ? x * penalty : x / penalty) : x;
+  DEVICE float penalized(float x, int id) const {
+    return seen ? penalize(seen, id, x, penalty) : x;
   }
-  DEVICE float score(int64 id) const { return penalized(to_float(logits[id]), id); }
+  // No penalized score is above that of a larger logit by this.
+  DEVICE float at_most(float x) const { return !seen || penalty >= 1.0f ? x : x < 0.0f ? x * penalty : x / penalty; }
+  DEVICE float score(int id) const { return penalized(to_float(logits[id]), id); }
   // Powers of two below the best.
   DEVICE float distance(float score) const { return (best - score) * inverse; }
   DEVICE static float weight(float distance) { return exp2_approx(-distance); }
@@ -49,56 +73,96 @@ struct Row {
 };
 
 // Larger for larger scores; among equal scores for smaller ids.
-DEVICE uint64 key_of(float score, int64 id) {
+DEVICE uint64 key_of(float score, int id) {
   const uint32 bits = float_bits(score + 0.0f);  // -0 counts as 0
   const uint32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return (uint64)ordered << 32 | (uint32)~(uint32)id;
+  return (uint64)ordered << 32 | ~(uint32)id;
+}
+
+DEVICE float score_of(uint64 key) {
+  const uint32 ordered = (uint32)(key >> 32);
+  return bits_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
+// Without `inverse`, which takes a division of float64.
+DEVICE Row row_of(const T* logits, const unsigned char* seen, const double* penalty, int row, int64 V) {
+  const double p = penalty[row];
+  return {logits + row * V, p != 1.0 ? seen + row * V : nullptr, (int)V, (float)p, 0.0f, 0.0f};
 }
 
 // Temperature 0 takes the best.
-DEVICE Row row_of(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty, int64 row,
-                  int64 V) {
-  const double t = temperature[row], p = penalty[row];
-  const float inverse = t > 0.0 ? (float)fmin(1.4426950408889634 / t, 1e30) : 0.0f;
-  return {logits + row * V, p != 1.0 ? seen + row * V : nullptr, V, (float)p, inverse, 0.0f};
+DEVICE float inverse_of(double temperature) {
+  return temperature > 0.0 ? (float)fmin(1.4426950408889634 / temperature, 1e30) : 0.0f;
 }
 
-// What the kernels of slices begin with: the row, blockIdx.y, once the kernel before has written what is read here.
-DEVICE Row begin_row(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty, int64 V) {
-  wait_for_previous();
-  let_next_begin();
-  return row_of(logits, seen, temperature, penalty, blockIdx.y, V);
+// Logits `id` to id + PIECE - 1, zeros from `end`; 16 bytes at once where rows allow it.
+DEVICE Vec<T, PIECE> read(const Row& r, int id, int end) {
+  if (r.V % PIECE) return read_ragged(r.logits, id, end);
+  return id < end ? load_vec<T, PIECE>(r.logits + id) : Vec<T, PIECE>{};
 }
 
-// f(id, score) for the tokens from `begin`, a multiple of PIECE, to `end`, by `threads` threads of which this is number
-// `thread`; 16 bytes of logits at once where rows allow it.
-template <int AHEAD = 2, class F>  // AHEAD: loads under way, for a block alone waits for each
-DEVICE void each_token(const Row& r, int64 begin, int64 end, int thread, int threads, F f) {
-  const bool whole = r.V % PIECE == 0;
-  const auto read = [&](int64 id) {
-    Vec<T, PIECE> x{};
-    if (whole) {
-      if (id < end) x = load_vec<T, PIECE>(r.logits + id);
-    } else {
+DEVICE float largest(const Vec<T, PIECE>& x) {
+  float most = to_float(x.at[0]);
 #pragma unroll
-      for (int i = 0; i < PIECE; i++) x.at[i] = id + i < end ? r.logits[id + i] : T{};
+  for (int i = 1; i < PIECE; i++) most = fmaxf(most, to_float(x.at[i]));
+  return most;
+}
+
+// A thread's tokens of a slice, blockIdx.x, all asked for at once.
+struct Share {
+  Vec<T, PIECE> x[SHARE / PIECE];
+  int first, end;
+
+  DEVICE Share(const Row& r, int known) {
+    const int begin = blockIdx.x * SHARE * blockDim.x, behind = begin + SHARE * blockDim.x;
+    first = begin + threadIdx.x * PIECE, end = behind < known ? behind : known;
+#pragma unroll
+    for (int k = 0; k < SHARE / PIECE; k++) x[k] = read(r, first + k * blockDim.x * PIECE, end);
+  }
+  // f(id, score), ids from small to large.
+  template <class F>
+  DEVICE void each(const Row& r, F f) {
+    int id = first;
+#pragma unroll 1
+    for (int k = 0; k < SHARE / PIECE; k++, id += blockDim.x * PIECE) {
+      const Vec<T, PIECE> own = x[0];
+#pragma unroll
+      for (int i = 1; i < SHARE / PIECE; i++) x[i - 1] = x[i];
+#pragma unroll
+      for (int i = 0; i < PIECE; i++)
+        if (id + i < end) f(id + i, r.penalized(to_float(own.at[i]), id + i));
     }
-    return x;
-  };
-  const int64 step = (int64)threads * PIECE;
-  int64 id = begin + (int64)thread * PIECE;
+  }
+};
+
+// f(id, score, distance) for the tokens from `begin`, a multiple of PIECE, to `end` that are less than `bound` bins from
+// the best, by `threads` threads of which this is number `thread`.
+template <class F>
+DEVICE void each_token(const Row& r, int begin, int end, int bound, int thread, int threads, F f) {
+  constexpr int AHEAD = 4;  // loads under way, for a block alone waits for each
+  const int step = threads * PIECE;
+  int id = begin + thread * PIECE;
   Vec<T, PIECE> next[AHEAD];
 #pragma unroll
-  for (int k = 0; k < AHEAD; k++) next[k] = read(id + k * step);
+  for (int k = 0; k < AHEAD; k++) next[k] = read(r, id + k * step, end);
 #pragma unroll 1  // more of them cost seconds of compilation
   for (; id < end; id += step) {
     const Vec<T, PIECE> x = next[0];
 #pragma unroll
     for (int k = 1; k < AHEAD; k++) next[k - 1] = next[k];
-    next[AHEAD - 1] = read(id + AHEAD * step);
+    next[AHEAD - 1] = read(r, id + AHEAD * step, end);
+    const auto is_near = [&](float score) { return r.distance(score) * 32.0f < (float)bound; };
+    if (!is_near(r.at_most(largest(x)))) continue;
+    uint32 near = 0;
 #pragma unroll
-    for (int i = 0; i < PIECE; i++)
-      if (id + i < end) f(id + i, r.penalized(to_float(x.at[i]), id + i));
+    for (int i = 0; i < PIECE; i++) near |= (uint32)is_near(r.at_most(to_float(x.at[i]))) << i;
+    if (end - id < PIECE) near &= (1u << (end - id)) - 1;
+#pragma unroll 1
+    for (; near; near &= near - 1) {
+      const int own = id + __ffs((int)near) - 1;
+      const float score = r.score(own);
+      if (is_near(score)) f(own, score, r.distance(score));
+    }
   }
 }
 
@@ -113,75 +177,84 @@ struct Best {
 DEVICE Best warp_best(Best mine) {
 #pragma unroll
   for (int other = 16; other > 0; other /= 2) {
-    const float score = __shfl_xor_sync(0xffffffffu, mine.score, other);
-    const int id = __shfl_xor_sync(0xffffffffu, mine.id, other);
+    const float score = __shfl_xor_sync(WARP, mine.score, other);
+    const int id = __shfl_xor_sync(WARP, mine.id, other);
     mine.meet(score, id);
   }
   return mine;
 }
 
 DEVICE float infinite() { return bits_float(0x7f800000u); }
+DEVICE bool finite(float x) { return x - x == 0.0f; }
 
 // Grid: x slices, y rows. best (rows, slices): NaN counts as infinity, which stops the row.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(1024)
 sample_best(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty,
             float* best_score, int* best_id, int64 V, int64 known) {
-  __shared__ Best warps[8];
-  const Row r = begin_row(logits, seen, temperature, penalty, V);
-  const int64 row = blockIdx.y;
+  __shared__ Best warps[32];
+  const int row = blockIdx.y;
+  const Row r = row_of(logits, seen, penalty, row, V);
+  if (threadIdx.x < 32) warps[threadIdx.x] = {-infinite(), 0x7fffffff};
+  wait_for_previous();
+  let_next_begin();
+  Share share(r, (int)known);
+  __syncthreads();
   Best mine{-infinite(), 0x7fffffff};
-  const int64 begin = (int64)blockIdx.x * SLICE, end = begin + SLICE < known ? begin + SLICE : known;
-  each_token(r, begin, end, threadIdx.x, 256,
-             [&](int64 id, float score) { mine.meet(score == score ? score : infinite(), (int)id); });
+  share.each(r, [&](int id, float score) {
+    if (!(score <= mine.score)) mine = {score == score ? score : infinite(), id};  // ids rise: the first of equal ones stays
+  });
   mine = warp_best(mine);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
   __syncthreads();
+  if (threadIdx.x >= 32) return;
+  mine = warp_best(warps[threadIdx.x]);
   if (threadIdx.x > 0) return;
-  for (int w = 1; w < 8; w++) mine.meet(warps[w].score, warps[w].id);
   best_score[row * gridDim.x + blockIdx.x] = mine.score, best_id[row * gridDim.x + blockIdx.x] = mine.id;
 }
 
-// The row's best, in every thread of the first warp's; all threads call.
-DEVICE Best whole_best(const float* score, const int* id, int64 row, int slices, Best* shared) {
-  if (threadIdx.x < 32) {
-    Best mine{-infinite(), 0x7fffffff};
-    for (int s = threadIdx.x; s < slices; s += 32) mine.meet(score[row * slices + s], id[row * slices + s]);
-    mine = warp_best(mine);
-    if (threadIdx.x == 0) *shared = mine;
-  }
-  __syncthreads();
-  return *shared;
+// The row's best, in every thread, each warp for itself.
+DEVICE Best whole_best(const float* score, const int* id, int row, int slices) {
+  Best mine{-infinite(), 0x7fffffff};
+  for (int s = threadIdx.x % 32; s < slices; s += 32)
+    mine.meet(load_fresh_float(score + row * slices + s), (int)float_bits(load_fresh_float((const float*)id + row * slices + s)));
+  return warp_best(mine);
 }
 
-DEVICE bool finite(float x) { return x - x == 0.0f; }
+// 64 bits in two words of shared memory: adding them in one takes a loop.
+DEVICE void add_wide(uint32* low, uint32* high, int at, uint64 value) {
+  const uint32 part = (uint32)value, carry = atomicAdd(&low[at], part) + part < part;
+  if (const uint32 rest = (uint32)(value >> 32) + carry) atomicAdd(&high[at], rest);
+}
 
 // Grid: x slices, y rows. counts, masses (rows, BINS), zeros before: sample_pick leaves them so.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(1024)
 sample_masses(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty,
               const float* best_score, const int* best_id, int* counts, uint64* masses, int64 V, int64 known) {
   __shared__ int count[BINS];
-  __shared__ uint32 low[BINS], high[BINS];  // of masses: adding 64 bits takes a loop
-  __shared__ Best best;
-  Row r = begin_row(logits, seen, temperature, penalty, V);
-  const int64 row = blockIdx.y;
+  __shared__ uint32 low[BINS], high[BINS];  // of masses
+  const int row = blockIdx.y;
+  Row r = row_of(logits, seen, penalty, row, V);
+  r.inverse = inverse_of(temperature[row]);
+  Share share(r, (int)known);  // from before sample_best
+  for (int b = threadIdx.x; b < BINS; b += blockDim.x) count[b] = 0, low[b] = 0, high[b] = 0;
+  __syncthreads();
+  wait_for_previous();
+  let_next_begin();
   if (r.inverse == 0.0f) return;
-  for (int b = threadIdx.x; b < BINS; b += 256) count[b] = 0, low[b] = 0, high[b] = 0;
-  r.best = whole_best(best_score, best_id, row, gridDim.x, &best).score;
+  r.best = whole_best(best_score, best_id, row, gridDim.x).score;
   if (!finite(r.best)) return;
-  const int64 begin = (int64)blockIdx.x * SLICE, end = begin + SLICE < known ? begin + SLICE : known;
-  each_token(r, begin, end, threadIdx.x, 256, [&](int64, float score) {
+  share.each(r, [&](int, float score) {
     const float distance = r.distance(score);
     const int b = Row::bin(distance);
-    if (b == BINS - 1) return;  // most of them, and never drawn
+    if (b == BINS - 1) return;  // never drawn
     atomicAdd(&count[b], 1);
-    const uint64 mass = Row::mass(distance);
-    atomicAdd(&low[b], (uint32)mass & 0xfffffu);
-    atomicAdd(&high[b], (uint32)(mass >> 20));
+    if (const uint64 mass = Row::mass(distance)) add_wide(low, high, b, mass);
   });
   __syncthreads();
-  for (int b = threadIdx.x; b < BINS; b += 256) {
-    if (count[b]) atomicAdd(&counts[row * BINS + b], count[b]);
-    if (low[b] | high[b]) atomicAdd(&masses[row * BINS + b], ((uint64)high[b] << 20) + low[b]);
+  for (int b = threadIdx.x; b < BINS; b += blockDim.x) {
+    if (count[b] == 0) continue;
+    atomicAdd(&counts[row * BINS + b], count[b]);
+    if (low[b] | high[b]) atomicAdd(&masses[row * BINS + b], (uint64)high[b] << 32 | low[b]);
   }
 }
 
@@ -208,431 +281,364 @@ DEVICE uint64 last_kept(double nucleus, uint64 all) {
   return target < all ? target : all - 1;
 }
 
-// Which bins' tokens are gathered: those before `limit`, bin `extra`, and from `first` to `last`.
-struct Listed {
-  int filled, limit, extra, first, last, unused[3];
-  DEVICE bool has(int bin) const { return bin < limit || bin == extra || (first <= bin && bin <= last); }
-};
-
-// Grid: x slices, y rows. The keys of the tokens in the bins that sample_pick will search, no more than LIST of them: as
-// many of the best bins as there is room for. Where top-p alone reaches beyond them, the bin in which it ends and those in
-// which the draw may lie, for what is kept is known but for a part of that bin. keys (rows, LIST); listed (rows),
-// `filled` zero before.
-extern "C" __global__ void __launch_bounds__(256)
-sample_gather(const T* logits, const unsigned char* seen, const double* temperature, const double* top_p, const double* min_p,
-              const double* penalty, const int64* top_k, const int64* seed, const int64* draws, const float* best_score,
-              const int* best_id, const int* counts, const uint64* masses, uint64* keys, Listed* listed, int64 V, int64 known) {
-  constexpr int OWN = (BINS - 1 + 255) / 256;  // bins of a thread
-  __shared__ int warps[8], ends[2];            // ends: tokens before bin `first`, and with bin `last`
-  __shared__ uint64 warp_masses[8], around[2];  // around: the mass before bin `extra`, and with it
-  __shared__ uint64 own_keys[SLICE];
-  __shared__ int own_filled, place;
-  __shared__ Listed bins;
-  __shared__ Best best;
-  Row r = begin_row(logits, seen, temperature, penalty, V);
-  const int64 row = blockIdx.y;
-  if (r.inverse == 0.0f) return;
-  if (threadIdx.x == 0) bins = {0, BINS - 1, -1, 0, -1}, own_filled = 0;
-  r.best = whole_best(best_score, best_id, row, gridDim.x, &best).score;
-  if (!finite(r.best)) return;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = threadIdx.x * OWN;
-  int count[OWN], tokens = 0;
-  uint64 mass[OWN], weight = 0, all = 0;
-#pragma unroll
-  for (int i = 0; i < OWN; i++) {
-    const bool here = first + i < BINS - 1;
-    tokens += count[i] = here ? counts[row * BINS + first + i] : 0;
-    weight += mass[i] = here ? masses[row * BINS + first + i] : 0;
-  }
-  int until = tokens;
-  uint64 until_mass = weight;
-#pragma unroll
-  for (int other = 1; other < 32; other *= 2) {
-    const int left = __shfl_up_sync(0xffffffffu, until, other);
-    const uint64 left_mass = __shfl_up_sync(0xffffffffu, until_mass, other);
-    if (lane >= other) until += left, until_mass += left_mass;
-  }
-  if (lane == 31) warps[warp] = until, warp_masses[warp] = until_mass;
-  __syncthreads();
-  for (int w = 0; w < 8; w++) {
-    if (w < warp) until += warps[w], until_mass += warp_masses[w];
-    all += warp_masses[w];
-  }
-  // The first of the thread's bins whose mass goes beyond `target`, -1: none; the mass and the tokens before it.
-  const auto beyond = [&](uint64 target, uint64& before, int& before_count) {
-    before = until_mass - weight, before_count = until - tokens;
-    int found = -1;
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-      if (found >= 0) continue;
-      if (before <= target && target < before + mass[i]) found = i;
-      else before += mass[i], before_count += count[i];
-    }
-    return found;
-  };
-  uint64 before;
-  int before_count = until - tokens;
-#pragma unroll
-  for (int i = 0; i < OWN; i++) {
-    if (before_count <= LIST && before_count + count[i] > LIST) bins.limit = first + i;  // the first bin that is left out
-    before_count += count[i];
-  }
-  const double nucleus = top_p[row];
-  const int64 k = top_k[row];
-  if (nucleus < 1.0 && !(k > 0 && k < known) && !(min_p[row] > 0.0)) {  // the same for all threads
-    const int end = beyond(last_kept(nucleus, all), before, before_count);
-    if (end >= 0) {
-      bins.extra = first + end;
-#pragma unroll
-      for (int i = 0; i < OWN; i++)
-        if (i == end) around[0] = before, around[1] = before + mass[i];
-    }
-    __syncthreads();
-    if (bins.extra >= bins.limit) {
-      const double u = uniform((uint64)seed[row], (uint64)draws[row]);
-#pragma unroll
-      for (int side = 0; side < 2; side++) {
-        uint64 target = (uint64)(u * (double)around[side]);
-        if (target >= around[1]) target = around[1] - 1;
-        const int bin = beyond(target, before, before_count);
-        if (bin < 0) continue;
-        (side ? bins.last : bins.first) = first + bin;
-        ends[side] = before_count;
-#pragma unroll
-        for (int i = 0; i < OWN; i++)
-          if (side && i == bin) ends[side] += count[i];
-      }
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        const int own = counts[row * BINS + bins.extra], range = ends[1] - ends[0];
-        if (own + range > LIST) bins.last = -1;
-        if (own > LIST) bins.extra = -1;
-        else bins.limit = 0;
-      }
-    } else {
-      __syncthreads();
-      if (threadIdx.x == 0) bins.extra = -1;
-    }
-  }
-  __syncthreads();
-  const int64 begin = (int64)blockIdx.x * SLICE, end = begin + SLICE < known ? begin + SLICE : known;
-  const Listed wanted = bins;
-  each_token(r, begin, end, threadIdx.x, 256, [&](int64 id, float score) {
-    const int b = Row::bin(r.distance(score));
-    if (b < BINS - 1 && wanted.has(b)) own_keys[atomicAdd(&own_filled, 1)] = key_of(score, id);
-  });
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    place = atomicAdd(&listed[row].filled, own_filled);
-    if (blockIdx.x == 0) {
-      listed[row].limit = wanted.limit, listed[row].extra = wanted.extra;
-      listed[row].first = wanted.first, listed[row].last = wanted.last;
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < own_filled; i += 256) keys[row * LIST + place + i] = own_keys[i];
-}
-
 // ---- Thresholds
 
 constexpr int THREADS = 1024;
-constexpr int DIGIT = 8, DIGITS = 1 << DIGIT;
-#ifdef MOAI_HOST
-#define OUT_OF_LINE inline
-#else
-#define OUT_OF_LINE __device__ __noinline__
-#endif
+constexpr int LIST = 4096;  // tokens that are listed
+constexpr int FEW = 256;    // tokens that are compared each with each
+constexpr int PARTS = THREADS, PART_BITS = 10;
+constexpr int OWN = 4;  // bins of a thread, as long as there are any
+
+struct Sum {
+  uint64 mass;
+  int tokens;
+};
+
+// What is done with the tokens of bins `first` to `last` and `extra`.
+struct Task {
+  enum What { COLLECT, RANGE, SPREAD, COMPARE, ADD } what;
+  int first, last, extra;
+  uint64 low, high;  // keys that count
+  int shift;         // a part has 2^shift of the keys from `high` down
+  bool counting;     // a token counts for one, not for its mass
+  float floor;       // weights that count
+};
 
 struct Work {
-  uint64 digit[DIGITS], scan[THREADS / 32], found, before;
+  uint64 before[BINS + 1];  // the mass in front of a bin
   uint64 keys[LIST];
-  int chosen, filled, bin;  // bin: whose keys are in the list; -1: none
-  Best best;
+  uint64 few[FEW], values[FEW];
+  uint64 key, front;  // what was found, and the values in front of it
+  double number;      // of the random stream
+  Sum warps[32];
+  Row row;
+  Task task;
+  int tokens[BINS + 1];  // in front of a bin
+  uint32 low[PARTS], high[PARTS];
+  int count[PARTS];
+  int first, last, extra;  // bins whose tokens are listed
+  int filled, picked, part, left, bins[3];
 };
 
-// What a token counts for: one, or its mass if its key isn't below `least` nor its weight below `floor`.
-struct Value {
-  bool counting;
-  uint64 least;
-  float floor;
-  DEVICE uint64 operator()(uint64 key, float distance) const {
-    if (counting) return 1;
-    return key >= least && Row::weight(distance) >= floor ? Row::mass(distance) : 0;
-  }
-};
+DEVICE bool listed(const Work& w, int bin) { return (w.first <= bin && bin <= w.last) || bin == w.extra; }
+DEVICE int tokens_of(const Work& w, int bin) { return w.tokens[bin + 1] - w.tokens[bin]; }
 
-// All functions are for all threads of the block, which get the same answers.
-struct Picker {
-  const Row& r;
-  Work& w;
-  const int* counts;
-  const uint64* masses;
-  const uint64* keys;  // of the tokens in the bins that `listed` has
-  Listed listed;
-  int64 known;
+// Functions are for all threads of the block, which get the same answers, but for `work`.
 
-  // The first of n <= 2 THREADS values that takes their sum beyond `target`, n if none does; `before`: the sum in front
-  // of it.
-  template <class F>
-  DEVICE int beyond(int n, uint64 target, uint64& before, F value) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i = 2 * threadIdx.x;
-    const uint64 one = i < n ? value(i) : 0, two = i + 1 < n ? value(i + 1) : 0;
-    uint64 until = one + two;
-    for (int other = 1; other < 32; other *= 2) {
-      const uint64 left = __shfl_up_sync(0xffffffffu, until, other);
-      if (lane >= other) until += left;
+// w.task, by the tokens that this thread comes upon: in the list, or in the row. Returns its sum (ADD), its largest and its
+// smallest score (RANGE).
+OUT_OF_LINE uint64 work(Work& w, int known) {
+  const Row r = w.row;
+  const Task task = w.task;
+  uint32 most = 0, least = ~0u;
+  uint64 sum = 0;
+  const auto take = [&](uint64 key, float distance) {
+    if (key < task.low || key > task.high) return;
+    const uint64 value = task.counting ? 1 : Row::mass(distance);
+    if (task.what == Task::COMPARE) {
+      const int place = atomicAdd(&w.picked, 1);
+      w.few[place] = key, w.values[place] = value;
+    } else if (task.what == Task::SPREAD) {
+      const int part = (int)((task.high - key) >> task.shift);
+      atomicAdd(&w.count[part], 1);
+      add_wide(w.low, w.high, part, value);
+    } else if (task.what == Task::RANGE) {
+      const uint32 score = (uint32)(key >> 32);
+      most = score > most ? score : most, least = score < least ? score : least;
+    } else if (Row::weight(distance) >= task.floor) {
+      sum += value;
     }
-    __syncthreads();
-    if (lane == 31) w.scan[warp] = until;
-    if (threadIdx.x == 0) w.chosen = n;
-    __syncthreads();
-    if (warp == 0) {
-      uint64 sum = w.scan[lane];
-      const uint64 own = sum;
-      for (int other = 1; other < 32; other *= 2) {
-        const uint64 left = __shfl_up_sync(0xffffffffu, sum, other);
-        if (lane >= other) sum += left;
-      }
-      w.scan[lane] = sum - own;
+  };
+  if (task.what != Task::COLLECT && listed(w, task.first)) {
+    for (int i = threadIdx.x; i < w.filled; i += THREADS) {
+      const uint64 key = w.keys[i];
+      const float distance = r.distance(score_of(key));
+      if (Row::bin(distance) == task.first) take(key, distance);
     }
-    __syncthreads();
-    until += w.scan[warp];
-    const uint64 from = until - one - two;
-    if (from <= target && until > target) {
-      w.chosen = from + one > target ? i : i + 1;
-      w.before = from + one > target ? from : from + one;
-    }
-    __syncthreads();
-    if (threadIdx.x == THREADS - 1 && w.chosen == n) w.before = until;
-    __syncthreads();
-    before = w.before;
-    return w.chosen;
-  }
-
-  // f(key, distance) for each token of a bin, by whoever has it.
-  template <class F>
-  DEVICE void scan_row(int bin, F f) {
-    each_token<1>(r, 0, known, threadIdx.x, THREADS, [&](int64 id, float score) {
-      const float distance = r.distance(score);
-      if (Row::bin(distance) == bin) f(key_of(score, id), distance);
+  } else {
+    const int bound = (task.last > task.extra ? task.last : task.extra) + 1;
+    each_token(r, 0, known, bound, threadIdx.x, THREADS, [&](int id, float score, float distance) {
+      const int bin = Row::bin(distance);
+      if ((bin < task.first || bin > task.last) && bin != task.extra) return;
+      const uint64 key = key_of(score, id);
+      if (task.what == Task::COLLECT) w.keys[atomicAdd(&w.filled, 1)] = key;
+      else take(key, distance);
     });
   }
-  // The keys of a bin's tokens, at most LIST, come to w.keys.
-  DEVICE void load(int bin) {
-    if (w.bin == bin) return;  // the same for all threads: it changes between barriers only
+  return task.what == Task::RANGE ? (uint64)most << 32 | least : sum;
+}
+
+DEVICE uint64 run(Work& w, Task task, int known) {
+  if (threadIdx.x == 0) w.task = task, w.picked = 0;
+  if (task.what == Task::SPREAD) w.count[threadIdx.x] = 0, w.low[threadIdx.x] = 0, w.high[threadIdx.x] = 0;
+  __syncthreads();
+  const uint64 mine = work(w, known);
+  __syncthreads();
+  return mine;
+}
+
+// The tokens of bins `first` to `last` and `extra`, at most LIST, are listed, and no others.
+DEVICE void collect(Work& w, int first, int last, int extra, int known) {
+  __syncthreads();
+  if (threadIdx.x == 0) w.first = first, w.last = last, w.extra = extra, w.filled = 0;
+  run(w, {Task::COLLECT, first, last, extra, 0, 0, 0, false, 0.0f}, known);
+}
+
+// A bin's tokens are listed if there is room for them, and all better ones if there is room for those too.
+DEVICE void list(Work& w, int bin, int known) {
+  if (listed(w, bin) || tokens_of(w, bin) > LIST) return;
+  collect(w, w.tokens[bin + 1] <= LIST ? 0 : bin, bin, -1, known);
+}
+
+// The sum over the threads in front of this one.
+DEVICE Sum in_front(Work& w, Sum mine) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Sum until = mine;
+#pragma unroll
+  for (int other = 1; other < 32; other *= 2) {
+    const uint64 mass = __shfl_up_sync(WARP, until.mass, other);
+    const int tokens = __shfl_up_sync(WARP, until.tokens, other);
+    if (lane >= other) until.mass += mass, until.tokens += tokens;
+  }
+  if (lane == 31) w.warps[warp] = until;
+  __syncthreads();
+  Sum front = lane < warp ? w.warps[lane] : Sum{0, 0};
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    front.mass += __shfl_xor_sync(WARP, front.mass, other);
+    front.tokens += __shfl_xor_sync(WARP, front.tokens, other);
+  }
+  return {front.mass + until.mass - mine.mass, front.tokens + until.tokens - mine.tokens};
+}
+
+DEVICE uint64 add_all(Work& w, uint64 mine) {
+  for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(WARP, mine, other);
+  if (threadIdx.x % 32 == 0) w.warps[threadIdx.x / 32].mass = mine;
+  __syncthreads();
+  mine = w.warps[threadIdx.x % 32].mass;
+  for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(WARP, mine, other);
+  __syncthreads();
+  return mine;
+}
+
+// The mass of a bin's tokens whose key isn't below `least` nor their weight below `floor`.
+DEVICE uint64 sum(Work& w, int bin, uint64 least, float floor, int known) {
+  list(w, bin, known);
+  return add_all(w, run(w, {Task::ADD, bin, bin, -1, least, ~0ull, 0, false, floor}, known));
+}
+
+// Sets w.bins[place] to the bin with which the sum goes beyond `target`; a barrier has to follow.
+template <class Number>
+DEVICE void mark_bin(Work& w, const Number* before, uint64 target, int place) {
+  for (int b = threadIdx.x; b < BINS; b += THREADS)
+    if ((uint64)before[b] <= target && target < (uint64)before[b + 1]) w.bins[place] = b;
+}
+
+// The keys from `low` to `high` of a bin shrink to those of its scores, or of the ids where it has one score.
+DEVICE void tighten(Work& w, int bin, uint64& low, uint64& high, int known) {
+  if (low >> 32 != high >> 32) {
+    const uint64 mine = run(w, {Task::RANGE, bin, bin, -1, low, high, 0, false, 0.0f}, known);
+    uint32 most = __reduce_max_sync(WARP, (uint32)(mine >> 32)), least = __reduce_min_sync(WARP, (uint32)mine);
+    if (threadIdx.x % 32 == 0) w.warps[threadIdx.x / 32].mass = (uint64)most << 32 | least;
     __syncthreads();
-    if (threadIdx.x == 0) w.filled = 0, w.bin = bin;
+    const uint64 all = w.warps[threadIdx.x % 32].mass;
+    most = __reduce_max_sync(WARP, (uint32)(all >> 32)), least = __reduce_min_sync(WARP, (uint32)all);
+    const uint64 from = (uint64)least << 32, to = (uint64)most << 32 | ~0u;
+    low = low > from ? low : from, high = high < to ? high : to;
+  }
+  const uint64 last = low >> 32 << 32 | ~(uint32)(known - 1);
+  if (low >> 32 == high >> 32 && low < last) low = last;
+}
+
+// Tokens of a bin from the largest key down: the first whose value takes the sum beyond `target`, as w.key, and the sum in
+// front of it in w.front. The bin's sum is beyond `target`.
+DEVICE void find(Work& w, int bin, uint64 target, bool counting, int known) {
+  uint64 low = 0, high = ~0ull, passed = 0;
+  list(w, bin, known);
+  int tokens = tokens_of(w, bin);
+#pragma unroll 1
+  while (tokens > FEW) {
+    tighten(w, bin, low, high, known);
+    const int bits = 64 - __clzll((int64)(high - low)), shift = bits > PART_BITS ? bits - PART_BITS : 0;
+    run(w, {Task::SPREAD, bin, bin, -1, low, high, shift, counting, 0.0f}, known);
+    const Sum mine{(uint64)w.high[threadIdx.x] << 32 | w.low[threadIdx.x], w.count[threadIdx.x]};
+    const uint64 before = in_front(w, mine).mass;
+    if (before <= target && target < before + mine.mass) w.part = threadIdx.x, w.front = before, w.left = mine.tokens;
     __syncthreads();
-    const auto keep = [&](uint64 key) { w.keys[atomicAdd(&w.filled, 1)] = key; };
-    if (listed.has(bin)) {
-      for (int i = threadIdx.x; i < listed.filled; i += THREADS)
-        if (Row::bin(distance_of(keys[i])) == bin) keep(keys[i]);
-    } else {
-      scan_row(bin, [&](uint64 key, float) { keep(key); });
+    tokens = w.left, target -= w.front, passed += w.front;
+    high -= (uint64)w.part << shift;
+    const uint64 part = (1ull << shift) - 1;
+    low = high - low > part ? high - part : low;
+  }
+  run(w, {Task::COMPARE, bin, bin, -1, low, high, 0, counting, 0.0f}, known);
+  constexpr int TEAM = THREADS / FEW;  // threads of a token
+  const int own = threadIdx.x / TEAM, member = threadIdx.x % TEAM;
+  uint64 before = 0;
+  if (own < tokens)
+    for (int i = member; i < tokens; i += TEAM)
+      if (w.few[i] > w.few[own]) before += w.values[i];
+#pragma unroll
+  for (int other = 1; other < TEAM; other *= 2) before += __shfl_xor_sync(WARP, before, other);
+  if (own < tokens && member == 0 && before <= target && target < before + w.values[own])
+    w.key = w.few[own], w.front = passed + before;
+  __syncthreads();
+}
+
+// The row's bins come to w.before and w.tokens, and are zeros in memory.
+DEVICE void take_bins(Work& w, int* counts, uint64* masses) {
+  const int first = threadIdx.x * OWN;
+  const bool some = first < BINS;
+  Vec<int, OWN> count{};
+  Vec<uint64, 2> mass[OWN / 2]{};
+  if (some) {
+    const Words c = load_fresh(counts + first), m[2] = {load_fresh(masses + first), load_fresh(masses + first + 2)};
+    count = *reinterpret_cast<const Vec<int, OWN>*>(&c);
+    mass[0] = *reinterpret_cast<const Vec<uint64, 2>*>(&m[0]), mass[1] = *reinterpret_cast<const Vec<uint64, 2>*>(&m[1]);
+    store_vec(counts + first, Vec<int, OWN>{}), store_vec(masses + first, Vec<uint64, 2>{});
+    store_vec(masses + first + 2, Vec<uint64, 2>{});
+  }
+  Sum mine{0, 0};
+#pragma unroll
+  for (int i = 0; i < OWN; i++) mine.mass += mass[i / 2].at[i % 2], mine.tokens += count.at[i];
+  Sum front = in_front(w, mine);
+  if (some)
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      w.before[first + i] = front.mass, w.tokens[first + i] = front.tokens;
+      front.mass += mass[i / 2].at[i % 2], front.tokens += count.at[i];
     }
-    __syncthreads();
-  }
-  template <class F>
-  DEVICE void each(int bin, F f) {
-    const int count = counts[bin];
-    if (count == 0) return;
-    if (count > LIST) return scan_row(bin, f);
-    load(bin);
-    for (int i = threadIdx.x; i < count; i += THREADS) f(w.keys[i], distance_of(w.keys[i]));
-  }
+  if (first + OWN == BINS) w.before[BINS] = front.mass, w.tokens[BINS] = front.tokens;
+  __syncthreads();
+}
 
-  DEVICE float distance_of(uint64 key) const {
-    const uint32 ordered = (uint32)(key >> 32);
-    return r.distance(bits_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered));
-  }
+DEVICE uint64 drawn(double number, uint64 all) {
+  const uint64 target = (uint64)(number * (double)all);
+  return target < all ? target : all - 1;
+}
 
-  // The sum of a bin's values.
-  OUT_OF_LINE uint64 sum(int bin, Value value) {
-    __syncthreads();
-    if (threadIdx.x == 0) w.found = 0;
-    __syncthreads();
-    uint64 mine = 0;
-    each(bin, [&](uint64 key, float distance) { mine += value(key, distance); });
-    if (mine) atomicAdd(&w.found, mine);
-    __syncthreads();
-    return w.found;
-  }
+// The tokens of the bin in which top-p ends and of those in which the draw may lie are listed, if there is room: what is
+// kept is known but for a part of that bin.
+DEVICE void list_draw(Work& w, int bin, int known) {
+  mark_bin(w, w.before, w.before[bin] ? drawn(w.number, w.before[bin]) : 0, 1);
+  mark_bin(w, w.before, drawn(w.number, w.before[bin + 1]), 2);
+  __syncthreads();
+  const int first = w.bins[1], last = w.bins[2];
+  if (tokens_of(w, bin) + w.tokens[last + 1] - w.tokens[first] <= LIST) collect(w, first, last, bin, known);
+}
 
-  // The mass of all bins before `last` and of bin `last` by `value`.
-  DEVICE uint64 total(int last, Value value) {
-    const bool all = value.least == 0 && value.floor == 0.0f;
-    uint64 before;
-    beyond(BINS, ~0ull, before, [&](int b) { return b < last || (all && b == last) ? masses[b] : 0; });
-    const uint64 whole = before;
-    return all ? whole : whole + sum(last, value);
-  }
-
-  // The sum of a value of each thread. Two sums in a row use two places.
-  DEVICE uint64 add_all(uint64 mine, int place) {
-    for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, other);
-    if (threadIdx.x % 32 == 0) w.digit[place * 32 + threadIdx.x / 32] = mine;
-    __syncthreads();
-    mine = w.digit[place * 32 + threadIdx.x % 32];
-    for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, other);
-    return mine;
-  }
-
-  // As key_beyond, where a thread has one token, or none: `mine` 0. Bit by bit of the score first; tokens of a score have
-  // one value, or come behind those that have it with 0, so that counting finds the id.
-  OUT_OF_LINE uint64 key_of_few(uint64 key, uint64 mine, uint64 target) {
-    const uint32 score = (uint32)(key >> 32), id = (uint32)key;
-    __syncthreads();
-    if (threadIdx.x == 0) w.found = 0, w.before = 0;
-    __syncthreads();
-    // Bits in which scores differ.
-    const uint32 ones = __reduce_or_sync(0xffffffffu, mine ? score : 0u), zeros = __reduce_or_sync(0xffffffffu, mine ? ~score : 0u);
-    if (threadIdx.x % 32 == 0) atomicOr((unsigned*)&w.found, ones), atomicOr((unsigned*)&w.before, zeros);
-    __syncthreads();
-    const uint32 differ = (uint32)w.found & (uint32)w.before;
-    bool in = mine > 0;
-    int place = 0;
-    for (uint32 rest = differ; rest;) {
-      const uint32 bit = 0x80000000u >> __clz(rest);
-      rest ^= bit;
-      const uint64 sum = add_all(in && score & bit ? mine : 0, place ^= 1);
-      if (target >= sum) target -= sum, in = in && !(score & bit);
-      else in = in && score & bit;
-    }
-    // What is left has one score.
-    __syncthreads();
-    if (in) w.before = mine;
-    __syncthreads();
-    int nth = (int)(target / w.before);
-    for (uint32 bit = 0x80000000u >> __clz((uint32)known); bit; bit >>= 1) {
-      const int count = __syncthreads_count(in && id & bit);
-      if (nth >= count) nth -= count, in = in && !(id & bit);
-      else in = in && id & bit;
-    }
-    if (in) w.found = key;
-    __syncthreads();
-    return w.found;
-  }
-
-  // Tokens of a bin from the largest key down: the key of the first whose value takes the sum beyond `target`, digit by
-  // digit. The bin's sum is beyond it.
-  OUT_OF_LINE uint64 key_beyond(int bin, uint64 target, Value value) {
-    const int count = counts[bin], own = threadIdx.x;
-    if (count <= THREADS) {  // few: a thread for each
-      load(bin);
-      uint64 key = 0, mine = 0;
-      if (own < count) key = w.keys[own], mine = value(key, distance_of(key));
-      return key_of_few(key, mine, target);
-    }
-    uint64 prefix = 0;
-    for (int shift = 64 - DIGIT; shift >= 0; shift -= DIGIT) {
-      __syncthreads();
-      for (int d = threadIdx.x; d < DIGITS; d += THREADS) w.digit[d] = 0;
-      __syncthreads();
-      each(bin, [&](uint64 key, float distance) {
-        if (shift + DIGIT < 64 && key >> (shift + DIGIT) != prefix >> (shift + DIGIT)) return;
-        if (const uint64 v = value(key, distance)) atomicAdd(&w.digit[key >> shift & (DIGITS - 1)], v);
-      });
-      __syncthreads();
-      uint64 before;
-      const int place = beyond(DIGITS, target, before, [&](int i) { return w.digit[DIGITS - 1 - i]; });
-      target -= before;
-      prefix |= (uint64)(DIGITS - 1 - place) << shift;
-    }
-    return prefix;
-  }
-
-  // The token with which the mass of those before goes beyond `target`, in the order of keys, where all bins before
-  // `last` count whole and bin `last` by `value`. `bin` becomes its bin.
-  DEVICE uint64 heaviest_beyond(uint64 target, int last, Value value, int& bin) {
-    uint64 before;
-    bin = beyond(last + 1, target, before, [&](int b) { return b < last ? masses[b] : ~0ull >> 1; });
-    return key_beyond(bin, target - before, bin < last ? Value{false, 0, 0.0f} : value);
-  }
+// What the filters keep: bins before `last`, and of that the tokens whose key isn't below `least` nor their weight below
+// `floor`; their mass.
+struct Kept {
+  int last;
+  uint64 least;
+  float floor;
+  uint64 all;
 };
+
+// The token with which the kept mass goes beyond `target`, in the order of ids: first in which of 32 runs of the
+// vocabulary, a warp each, then in which thread's tokens of that run.
+DEVICE int by_id(Work& w, Kept kept, uint64 target, int known) {
+  const Row r = w.row;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const auto mass = [&](int id, float score, float distance) {
+    const int b = Row::bin(distance);
+    if (b > kept.last || (b == kept.last && (key_of(score, id) < kept.least || Row::weight(distance) < kept.floor))) return 0ull;
+    return Row::mass(distance);
+  };
+  const int run = ((known + 31) / 32 + PIECE - 1) / PIECE * PIECE;
+  const int begin = warp * run, end = begin + run < known ? begin + run : known;
+  uint64 mine = 0;
+  each_token(r, begin, end, kept.last + 1, lane, 32, [&](int id, float score, float distance) { mine += mass(id, score, distance); });
+  uint64 before = in_front(w, {mine, 0}).mass;
+  for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(WARP, mine, other);
+  before = __shfl_sync(WARP, before, 0);
+  if (lane == 0 && before <= target && target < before + mine) w.part = warp, w.front = before;
+  __syncthreads();
+  target -= w.front;
+  const int share = (run + THREADS - 1) / THREADS, run_end = (w.part + 1) * run < known ? (w.part + 1) * run : known;
+  const int first = w.part * run + threadIdx.x * share, behind = first + share < run_end ? first + share : run_end;
+  const auto at = [&](int id) {
+    const float score = r.score(id);
+    return mass(id, score, r.distance(score));
+  };
+  mine = 0;
+  for (int id = first; id < behind; id++) mine += at(id);
+  before = in_front(w, {mine, 0}).mass;
+  if (before <= target && target < before + mine) {
+    int id = first;
+    while ((before += at(id)) <= target) id++;
+    w.part = id;
+  }
+  __syncthreads();
+  return w.part;
+}
 
 // Grid: a block a row. Writes the token (-1 where logits aren't finite), counts the draw, marks the token as seen.
 extern "C" __global__ void __launch_bounds__(THREADS)
 sample_pick(const T* logits, unsigned char* seen, const double* temperature, const double* top_p, const double* min_p,
             const double* penalty, const int64* top_k, const int64* seed, int64* draws, const float* best_score,
-            const int* best_id, int* counts, uint64* masses, const uint64* keys, Listed* listed, int64* token, int64 slices,
-            int64 V, int64 known) {
+            const int* best_id, int* counts, uint64* masses, int64* token, int64 slices, int64 V, int64 known_) {
   extern __shared__ uint64 shared[];
   Work& w = *reinterpret_cast<Work*>(shared);
+  const int row = blockIdx.x, known = (int)known_;
+  const double nucleus = top_p[row], floor = min_p[row];
+  const int64 k = top_k[row];
+  Row r = row_of(logits, seen, penalty, row, V);
+  r.inverse = inverse_of(temperature[row]);
+  const Best best = whole_best(best_score, best_id, row, (int)slices);  // from before sample_masses
+  r.best = best.score;
+  if (threadIdx.x == 0) w.row = r, w.first = 0, w.last = -1, w.extra = -1;
+  if (threadIdx.x == THREADS - 1) w.number = uniform((uint64)seed[row], (uint64)draws[row]);
   wait_for_previous();
   let_next_begin();
-  const int64 row = blockIdx.x;
-  Row r = row_of(logits, seen, temperature, penalty, row, V);
-  if (threadIdx.x == 0) w.bin = -1;
-  const Best best = whole_best(best_score, best_id, row, (int)slices, &w.best);
-  r.best = best.score;
-  int64 chosen = best.id;
-  if (!finite(best.score)) {
+  if (!finite(r.best)) {
     if (threadIdx.x == 0) token[row] = -1;
     return;
   }
+  int chosen = best.id;
   if (r.inverse > 0.0f) {
-    counts += row * BINS, masses += row * BINS;
-    Picker p{r, w, counts, masses, keys + row * LIST, listed[row], known};
-    Value kept{false, 0, 0.0f};  // what is kept in bin `last`; of those before, all
-    int last = BINS - 2;
-    uint64 before;
-    const int64 k = top_k[row];
-    const double nucleus = top_p[row];
-    if (k > 0 && k < known) {
-      const int b = p.beyond(BINS - 1, k - 1, before, [&](int b) { return (uint64)counts[b]; });
-      if (b < BINS - 1) {  // and all of the same score
-        const uint64 rest = k - 1 - before;
-        kept.least = p.key_beyond(b, rest, Value{true, 0, 0.0f}) >> 32 << 32, last = b;
+    take_bins(w, counts + row * BINS, masses + row * BINS);
+    Kept kept{BINS - 2, 0, 0.0f, w.before[BINS]};
+    enum { TOP_K, TOP_P, DRAW };
+#pragma unroll 1  // what finds a key stands once
+    for (int stage = TOP_K; stage <= DRAW; stage++) {
+      uint64 target = k - 1;
+      if (stage == TOP_K && !(0 < k && k < known && k <= w.tokens[BINS])) continue;
+      if (stage == TOP_P) {
+        if (!(nucleus < 1.0)) continue;
+        target = last_kept(nucleus, kept.all);
+      }
+      if (stage == DRAW) {
+        const int b = floor > 0.0 ? Row::bin(-log2_approx((float)floor)) : BINS;
+        if (b <= kept.last + 1) {
+          if (b < kept.last) kept.last = b, kept.least = 0;
+          kept.floor = (float)floor;
+          kept.all = w.before[kept.last] + sum(w, kept.last, kept.least, kept.floor, known);
+        }
+        target = drawn(w.number, kept.all);
+        if (!(nucleus < 1.0)) {
+          chosen = by_id(w, kept, target, known);
+          break;
+        }
+      }
+      if (stage == TOP_K) mark_bin(w, w.tokens, target, 0);
+      else mark_bin(w, w.before, target, 0);
+      __syncthreads();
+      const int bin = w.bins[0];
+      const uint64 before = stage == TOP_K ? w.tokens[bin] : w.before[bin];
+      if (stage == TOP_P && w.last < 0 && !(floor > 0.0)) list_draw(w, bin, known);
+      find(w, bin, target - before, stage == TOP_K, known);
+      const uint64 key = w.key;
+      if (stage == DRAW) {
+        chosen = (int)~(uint32)key;
+      } else if (stage == TOP_P) {
+        kept = {bin, key, 0.0f, before + w.front + Row::mass(r.distance(score_of(key)))};
+      } else {  // and all of the same score
+        kept = {bin, key >> 32 << 32, 0.0f, 0};
+        kept.all = w.before[bin] + sum(w, bin, kept.least, 0.0f, known);
       }
     }
-    if (nucleus < 1.0) {
-      const uint64 all = p.total(last, kept);
-      int b;
-      const uint64 least = p.heaviest_beyond(last_kept(nucleus, all), last, kept, b);
-      kept.least = least, last = b;
-    }
-    if (min_p[row] > 0.0) {
-      kept.floor = (float)min_p[row];
-      const int b = Row::bin(-log2_approx(kept.floor));
-      if (b < last) last = b, kept.least = 0;
-    }
-    const uint64 all = p.total(last, kept);
-    uint64 target = (uint64)(uniform((uint64)seed[row], (uint64)draws[row]) * (double)all);
-    if (target >= all) target = all - 1;
-    if (nucleus < 1.0) {  // in the order of the scores
-      int b;
-      chosen = (int64)(uint32)~(uint32)p.heaviest_beyond(target, last, kept, b);
-    } else {  // in the order of the ids: first in which of 2 THREADS runs of the vocabulary, then token by token
-      const auto mass = [&](int64 id, float score) {
-        const float distance = r.distance(score);
-        const int b = Row::bin(distance);
-        return b > last ? 0 : b < last ? Row::mass(distance) : kept(key_of(score, id), distance);
-      };
-      const int64 run = ((known + 31) / 32 + PIECE - 1) / PIECE * PIECE;  // a warp's
-      const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-      const int64 begin = warp * run, end = begin + run < known ? begin + run : known;
-      uint64 mine = 0;
-      each_token<1>(r, begin, end, lane, 32, [&](int64 id, float score) { mine += mass(id, score); });
-      for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, other);
-      __syncthreads();
-      if (lane == 0) w.digit[warp] = mine;
-      __syncthreads();
-      const int64 first = p.beyond(32, target, before, [&](int i) { return w.digit[i]; }) * run;
-      target -= before;
-      const int64 behind = first + run < known ? first + run : known, share = (run + 2 * THREADS - 1) / (2 * THREADS);
-      const auto part = [&](int i) {
-        uint64 sum = 0;
-        for (int64 id = first + i * share; id < first + (i + 1) * share && id < behind; id++) sum += mass(id, r.score(id));
-        return sum;
-      };
-      const int64 from = first + p.beyond(2 * THREADS, target, before, part) * share;
-      uint64 sum = before;
-      for (chosen = from; chosen < behind - 1; chosen++)
-        if ((sum += mass(chosen, r.score(chosen))) > target) break;
-    }
-    __syncthreads();
-    for (int b = threadIdx.x; b < BINS; b += THREADS) counts[b] = 0, masses[b] = 0;
-    if (threadIdx.x == 0) draws[row] += 1, listed[row].filled = 0;
+    if (threadIdx.x == 0) draws[row] += 1;
   }
   if (threadIdx.x > 0) return;
   token[row] = chosen;

@@ -1,4 +1,4 @@
-"""The choice of the next token at the end of a step of the decode engine: four kernels (`cuda/decode_sample.cu`)."""
+"""The choice of the next token at the end of a step of the decode engine: three kernels (`cuda/decode_sample.cu`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch import Tensor
 from moai_core import cuda
 from moai_core.generation.decode_kernels import Launch
 
-# As decode_sample.cu has them.
-_SLICE, _BINS, _LIST, _WORK = 4096, 1312, 4096, 40 << 10
+# As decode_sample.cu has them: tokens of a thread, bins, bytes of shared memory of the last kernel (its Work) at most.
+_SHARE, _BINS, _WORK = 16, 1312, 68 << 10
+# Threads of a slice: few where a row is alone, for its slices run side by side; many where rows do, for each slice adds
+# all its bins to the row's.
+_NARROW, _FEW, _MANY = 8, 256, 1024
 
 
 class Found(NamedTuple):
@@ -22,17 +25,14 @@ class Found(NamedTuple):
     best_id: Tensor
     bins: Tensor
     masses: Tensor
-    keys: Tensor
-    listed: Tensor
 
     @classmethod
     def make(cls, make: Callable[..., Tensor], rows: int, known: int) -> Found:
         """make: zeros of a shape and dtype; known: tokens that may be chosen."""
-        slices = -(-known // _SLICE)
+        slices = -(-known // (_SHARE * _FEW))
         return cls(
             make(rows, slices), make(rows, slices, dtype=torch.int32), make(rows, _BINS, dtype=torch.int32),
-            make(rows, _BINS, dtype=torch.int64), make(rows, _LIST, dtype=torch.int64),
-            make(rows, 8, dtype=torch.int32),
+            make(rows, _BINS, dtype=torch.int64),
         )  # fmt: skip
 
 
@@ -45,13 +45,16 @@ def launches(decoder: Any, width: int) -> list[Launch]:
     temperature, top_p, min_p, penalty = decoder.numbers
     token, top_k, seed, draws = decoder.counts
     own: Found = decoder.found
-    slices, size, known = own.best.shape[1], decoder.config.vocab_size, decoder.known
+    size, known = decoder.config.vocab_size, decoder.known
+    threads = _FEW if width <= _NARROW else _MANY
+    slices = -(-known // (_SHARE * threads))
     first = (decoder.logits, decoder.seen, temperature, penalty, own.best, own.best_id)
     filters = (temperature, top_p, min_p, penalty, top_k, seed, draws)
-    chosen = (decoder.logits, decoder.seen, *filters, *own)
     return [
-        Launch(kernel("sample_best"), (slices, width, 1), 256, (*first, size, known)),
-        Launch(kernel("sample_masses"), (slices, width, 1), 256, (*first, own.bins, own.masses, size, known)),
-        Launch(kernel("sample_gather"), (slices, width, 1), 256, (*chosen, size, known)),
-        Launch(kernel("sample_pick"), width, 1024, (*chosen, token, slices, size, known), _WORK),
+        Launch(kernel("sample_best"), (slices, width, 1), threads, (*first, size, known)),
+        Launch(kernel("sample_masses"), (slices, width, 1), threads, (*first, own.bins, own.masses, size, known)),
+        Launch(
+            kernel("sample_pick"), width, 1024,
+            (decoder.logits, decoder.seen, *filters, *own, token, slices, size, known), _WORK,
+        ),
     ]  # fmt: skip
