@@ -41,12 +41,12 @@ OUT_OF_LINE float penalize(const unsigned char* seen, int id, float x, float pen
 }
 
 // PIECE logits of a row that isn't aligned, zeros from `end`.
-OUT_OF_LINE Vec<T, PIECE> read_ragged(const T* logits, int id, int end) {
+OUT_OF_LINE Words read_ragged(const T* logits, int id, int end) {
   Vec<T, PIECE> x{};
 #pragma unroll
   for (int i = 0; i < PIECE; i++)
     if (id + i < end) x.at[i] = logits[id + i];
-  return x;
+  return *reinterpret_cast<const Words*>(&x);
 }
 
 struct Row {
@@ -54,16 +54,19 @@ struct Row {
   const unsigned char* seen;  // null without a penalty
   int V;
   float penalty, inverse;  // inverse: log2(e) / temperature
+  float below, above;      // what a penalty can make of a logit below zero and above
   float best;
 
   DEVICE float penalized(float x, int id) const {
     return seen ? penalize(seen, id, x, penalty) : x;
   }
-  // No penalized score is above that of a larger logit by this.
-  DEVICE float at_most(float x) const { return !seen || penalty >= 1.0f ? x : x < 0.0f ? x * penalty : x / penalty; }
+  // No penalty takes a logit, or a smaller one, above this.
+  DEVICE float at_most(float x) const { return x * (x < 0.0f ? below : above); }
   DEVICE float score(int id) const { return penalized(to_float(logits[id]), id); }
   // Powers of two below the best.
   DEVICE float distance(float score) const { return (best - score) * inverse; }
+  // In one of the first `bound` bins.
+  DEVICE bool near(float score, int bound) const { return distance(score) * 32.0f < (float)bound; }
   DEVICE static float weight(float distance) { return exp2_approx(-distance); }
   DEVICE static uint64 mass(float distance) {
     const uint64 whole = (uint64)(weight(distance) * UNIT);
@@ -86,8 +89,11 @@ DEVICE float score_of(uint64 key) {
 
 // Without `inverse`, which takes a division of float64.
 DEVICE Row row_of(const T* logits, const unsigned char* seen, const double* penalty, int row, int64 V) {
-  const double p = penalty[row];
-  return {logits + row * V, p != 1.0 ? seen + row * V : nullptr, (int)V, (float)p, 0.0f, 0.0f};
+  const double exact = penalty[row];
+  const float p = (float)exact;
+  const bool raises = p < 1.0f;
+  return {logits + row * V, exact != 1.0 ? seen + row * V : nullptr, (int)V, p, 0.0f, raises ? p : 1.0f,
+          raises ? 1.000001f / p : 1.0f, 0.0f};
 }
 
 // Temperature 0 takes the best.
@@ -96,21 +102,23 @@ DEVICE float inverse_of(double temperature) {
 }
 
 // Logits `id` to id + PIECE - 1, zeros from `end`; 16 bytes at once where rows allow it.
-DEVICE Vec<T, PIECE> read(const Row& r, int id, int end) {
+DEVICE Words read(const Row& r, int id, int end) {
   if (r.V % PIECE) return read_ragged(r.logits, id, end);
-  return id < end ? load_vec<T, PIECE>(r.logits + id) : Vec<T, PIECE>{};
+  return id < end ? load_vec<uint32, 4>((const uint32*)(r.logits + id)) : Words{};
 }
 
-DEVICE float largest(const Vec<T, PIECE>& x) {
-  float most = to_float(x.at[0]);
+DEVICE float largest(const Words& words) {
+  float x[PIECE], most;
+  unpack<T>(x, words);
+  most = x[0];
 #pragma unroll
-  for (int i = 1; i < PIECE; i++) most = fmaxf(most, to_float(x.at[i]));
+  for (int i = 1; i < PIECE; i++) most = fmaxf(most, x[i]);
   return most;
 }
 
 // A thread's tokens of a slice, blockIdx.x, all asked for at once.
 struct Share {
-  Vec<T, PIECE> x[SHARE / PIECE];
+  Words x[SHARE / PIECE];
   int first, end;
 
   DEVICE Share(const Row& r, int known) {
@@ -125,44 +133,50 @@ struct Share {
     int id = first;
 #pragma unroll 1
     for (int k = 0; k < SHARE / PIECE; k++, id += blockDim.x * PIECE) {
-      const Vec<T, PIECE> own = x[0];
+      float own[PIECE];
+      unpack<T>(own, x[0]);
 #pragma unroll
       for (int i = 1; i < SHARE / PIECE; i++) x[i - 1] = x[i];
 #pragma unroll
       for (int i = 0; i < PIECE; i++)
-        if (id + i < end) f(id + i, r.penalized(to_float(own.at[i]), id + i));
+        if (id + i < end) f(id + i, r.penalized(own[i], id + i));
     }
   }
 };
 
-// f(id, score, distance) for the tokens from `begin`, a multiple of PIECE, to `end` that are less than `bound` bins from
-// the best, by `threads` threads of which this is number `thread`.
+// f(id, score, distance) for those of the tokens from `id` on, with logits x, that are less than `bound` bins from the best.
+template <class F>
+DEVICE void each_near(const Row& r, const Words& words, int id, int end, int bound, F f) {
+  float x[PIECE];
+  unpack<T>(x, words);
+  uint32 near = 0;
+#pragma unroll
+  for (int i = 0; i < PIECE; i++) near |= (uint32)r.near(r.at_most(x[i]), bound) << i;
+  if (end - id < PIECE) near &= (1u << (end - id)) - 1;
+#pragma unroll 1
+  for (; near; near &= near - 1) {
+    const int own = id + __ffs((int)near) - 1;
+    const float score = r.score(own);
+    if (r.near(score, bound)) f(own, score, r.distance(score));
+  }
+}
+
+// So for the tokens from `begin`, a multiple of PIECE, to `end`, by `threads` threads of which this is number `thread`.
 template <class F>
 DEVICE void each_token(const Row& r, int begin, int end, int bound, int thread, int threads, F f) {
   constexpr int AHEAD = 4;  // loads under way, for a block alone waits for each
   const int step = threads * PIECE;
   int id = begin + thread * PIECE;
-  Vec<T, PIECE> next[AHEAD];
+  Words next[AHEAD];
 #pragma unroll
   for (int k = 0; k < AHEAD; k++) next[k] = read(r, id + k * step, end);
 #pragma unroll 1  // more of them cost seconds of compilation
   for (; id < end; id += step) {
-    const Vec<T, PIECE> x = next[0];
+    const Words x = next[0];
 #pragma unroll
     for (int k = 1; k < AHEAD; k++) next[k - 1] = next[k];
     next[AHEAD - 1] = read(r, id + AHEAD * step, end);
-    const auto is_near = [&](float score) { return r.distance(score) * 32.0f < (float)bound; };
-    if (!is_near(r.at_most(largest(x)))) continue;
-    uint32 near = 0;
-#pragma unroll
-    for (int i = 0; i < PIECE; i++) near |= (uint32)is_near(r.at_most(to_float(x.at[i]))) << i;
-    if (end - id < PIECE) near &= (1u << (end - id)) - 1;
-#pragma unroll 1
-    for (; near; near &= near - 1) {
-      const int own = id + __ffs((int)near) - 1;
-      const float score = r.score(own);
-      if (is_near(score)) f(own, score, r.distance(score));
-    }
+    if (r.near(r.at_most(largest(x)), bound)) each_near(r, x, id, end, bound, f);
   }
 }
 
@@ -287,6 +301,7 @@ constexpr int THREADS = 1024;
 constexpr int LIST = 4096;  // tokens that are listed
 constexpr int FEW = 256;    // tokens that are compared each with each
 constexpr int PARTS = THREADS, PART_BITS = 10;
+constexpr int GROUPS = 32 / sizeof(T);  // of PIECE logits whose largest a thread remembers
 constexpr int OWN = 4;  // bins of a thread, as long as there are any
 
 struct Sum {
@@ -305,7 +320,8 @@ struct Task {
 };
 
 struct Work {
-  uint64 before[BINS + 1];  // the mass in front of a bin
+  T most[GROUPS * THREADS];  // the largest of PIECE logits each
+  uint64 before[BINS + 1];   // the mass in front of a bin
   uint64 keys[LIST];
   uint64 few[FEW], values[FEW];
   uint64 key, front;  // what was found, and the values in front of it
@@ -357,13 +373,23 @@ OUT_OF_LINE uint64 work(Work& w, int known) {
     }
   } else {
     const int bound = (task.last > task.extra ? task.last : task.extra) + 1;
-    each_token(r, 0, known, bound, threadIdx.x, THREADS, [&](int id, float score, float distance) {
+    const auto meet = [&](int id, float score, float distance) {
       const int bin = Row::bin(distance);
       if ((bin < task.first || bin > task.last) && bin != task.extra) return;
       const uint64 key = key_of(score, id);
       if (task.what == Task::COLLECT) w.keys[atomicAdd(&w.filled, 1)] = key;
       else take(key, distance);
-    });
+    };
+    uint32 near = 0;
+#pragma unroll
+    for (int k = 0; k < GROUPS; k++)
+      near |= (uint32)r.near(r.at_most(to_float(w.most[k * THREADS + threadIdx.x])), bound) << k;
+#pragma unroll 1
+    for (; near; near &= near - 1) {
+      const int id = ((__ffs((int)near) - 1) * THREADS + threadIdx.x) * PIECE;
+      if (id < known) each_near(r, read(r, id, known), id, known, bound, meet);
+    }
+    each_token(r, GROUPS * THREADS * PIECE, known, bound, threadIdx.x, THREADS, meet);
   }
   return task.what == Task::RANGE ? (uint64)most << 32 | least : sum;
 }
@@ -588,6 +614,12 @@ sample_pick(const T* logits, unsigned char* seen, const double* temperature, con
   const Best best = whole_best(best_score, best_id, row, (int)slices);  // from before sample_masses
   r.best = best.score;
   if (threadIdx.x == 0) w.row = r, w.first = 0, w.last = -1, w.extra = -1;
+  if (r.inverse > 0.0f)
+#pragma unroll 4
+    for (int k = 0; k < GROUPS; k++) {
+      const int group = k * THREADS + threadIdx.x;
+      w.most[group] = from_float<T>(largest(read(r, group * PIECE, known)));
+    }
   if (threadIdx.x == THREADS - 1) w.number = uniform((uint64)seed[row], (uint64)draws[row]);
   wait_for_previous();
   let_next_begin();

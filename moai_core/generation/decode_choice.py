@@ -12,7 +12,7 @@ from moai_core import cuda
 from moai_core.generation.decode_kernels import Launch
 
 # As decode_sample.cu has them: tokens of a thread, bins, bytes of shared memory of the last kernel (its Work) at most.
-_SHARE, _BINS, _WORK = 16, 1312, 68 << 10
+_SHARE, _BINS, _WORK = 16, 1312, 97 << 10
 # Threads of a slice: few where a row is alone, for its slices run side by side; many where rows do, for each slice adds
 # all its bins to the row's.
 _NARROW, _FEW, _MANY = 8, 256, 1024
