@@ -54,14 +54,17 @@ struct Row {
   const unsigned char* seen;  // null without a penalty
   int V;
   float penalty, inverse;  // inverse: log2(e) / temperature
-  float below, above;      // what a penalty can make of a logit below zero and above
+  float below, above;      // what a penalty can multiply a logit by, below zero and above
   float best;
 
   DEVICE float penalized(float x, int id) const {
     return seen ? penalize(seen, id, x, penalty) : x;
   }
-  // No penalty takes a logit, or a smaller one, above this.
-  DEVICE float at_most(float x) const { return x * (x < 0.0f ? below : above); }
+  // Logits below this are none of the first `bound` bins', whatever a penalty does to them; rounding is allowed for.
+  DEVICE float reach(int bound) const {
+    const float score = best - (float)bound / (inverse * 32.0f) * 1.00001f - fabsf(best) * 1e-6f;
+    return score / (score < 0.0f ? below : above);
+  }
   DEVICE float score(int id) const { return penalized(to_float(logits[id]), id); }
   // Powers of two below the best.
   DEVICE float distance(float score) const { return (best - score) * inverse; }
@@ -92,7 +95,7 @@ DEVICE Row row_of(const T* logits, const unsigned char* seen, const double* pena
   const double exact = penalty[row];
   const float p = (float)exact;
   const bool raises = p < 1.0f;
-  return {logits + row * V, exact != 1.0 ? seen + row * V : nullptr, (int)V, p, 0.0f, raises ? p : 1.0f,
+  return {logits + row * V, exact != 1.0 ? seen + row * V : nullptr, (int)V, p, 0.0f, raises ? p * 0.999999f : 1.0f,
           raises ? 1.000001f / p : 1.0f, 0.0f};
 }
 
@@ -144,14 +147,21 @@ struct Share {
   }
 };
 
-// f(id, score, distance) for those of the tokens from `id` on, with logits x, that are less than `bound` bins from the best.
-template <class F>
-DEVICE void each_near(const Row& r, const Words& words, int id, int end, int bound, F f) {
+// Which of PIECE logits reach `least`, a bit each.
+DEVICE uint32 reaching(const Words& words, float least) {
   float x[PIECE];
   unpack<T>(x, words);
-  uint32 near = 0;
+  uint32 found = 0;
 #pragma unroll
-  for (int i = 0; i < PIECE; i++) near |= (uint32)r.near(r.at_most(x[i]), bound) << i;
+  for (int i = 0; i < PIECE; i++) found |= (uint32)(x[i] >= least) << i;
+  return found;
+}
+
+// f(id, score, distance) for those of the tokens from `id` on, with logits `words`, that are less than `bound` bins from
+// the best; least: r.reach(bound).
+template <class F>
+DEVICE void each_near(const Row& r, const Words& words, int id, int end, int bound, float least, F f) {
+  uint32 near = reaching(words, least);
   if (end - id < PIECE) near &= (1u << (end - id)) - 1;
 #pragma unroll 1
   for (; near; near &= near - 1) {
@@ -166,6 +176,7 @@ template <class F>
 DEVICE void each_token(const Row& r, int begin, int end, int bound, int thread, int threads, F f) {
   constexpr int AHEAD = 4;  // loads under way, for a block alone waits for each
   const int step = threads * PIECE;
+  const float least = r.reach(bound);
   int id = begin + thread * PIECE;
   Words next[AHEAD];
 #pragma unroll
@@ -176,7 +187,7 @@ DEVICE void each_token(const Row& r, int begin, int end, int bound, int thread, 
 #pragma unroll
     for (int k = 1; k < AHEAD; k++) next[k - 1] = next[k];
     next[AHEAD - 1] = read(r, id + AHEAD * step, end);
-    if (r.near(r.at_most(largest(x)), bound)) each_near(r, x, id, end, bound, f);
+    if (largest(x) >= least) each_near(r, x, id, end, bound, least, f);
   }
 }
 
@@ -297,11 +308,13 @@ DEVICE uint64 last_kept(double nucleus, uint64 all) {
 
 // ---- Thresholds
 
-constexpr int THREADS = 1024;
+constexpr int THREADS = 512;  // fewer wait for each other less, more read faster
 constexpr int LIST = 4096;  // tokens that are listed
+constexpr int WARPS = THREADS / 32;
 constexpr int FEW = 256;    // tokens that are compared each with each
-constexpr int PARTS = THREADS, PART_BITS = 10;
-constexpr int GROUPS = 32 / sizeof(T);  // of PIECE logits whose largest a thread remembers
+constexpr int TEAM = THREADS / FEW;  // threads that compare one
+constexpr int PARTS = THREADS, PART_BITS = 9;
+constexpr int GROUPS = 64 / sizeof(T);  // of PIECE logits whose largest a thread remembers
 constexpr int OWN = 4;  // bins of a thread, as long as there are any
 
 struct Sum {
@@ -309,10 +322,10 @@ struct Sum {
   int tokens;
 };
 
-// What is done with the tokens of bins `first` to `last` and `extra`.
+// What is done with the tokens of a bin.
 struct Task {
-  enum What { COLLECT, RANGE, SPREAD, COMPARE, ADD } what;
-  int first, last, extra;
+  enum What { RANGE, SPREAD, COMPARE, ADD } what;
+  int bin;
   uint64 low, high;  // keys that count
   int shift;         // a part has 2^shift of the keys from `high` down
   bool counting;     // a token counts for one, not for its mass
@@ -320,13 +333,14 @@ struct Task {
 };
 
 struct Work {
-  T most[GROUPS * THREADS];  // the largest of PIECE logits each
+  T most[GROUPS / PIECE][THREADS][PIECE];  // the largest of PIECE logits each
   uint64 before[BINS + 1];   // the mass in front of a bin
   uint64 keys[LIST];
   uint64 few[FEW], values[FEW];
+  int few_bins[FEW];
   uint64 key, front;  // what was found, and the values in front of it
   double number;      // of the random stream
-  Sum warps[32];
+  Sum warps[WARPS];
   Row row;
   Task task;
   int tokens[BINS + 1];  // in front of a bin
@@ -365,31 +379,16 @@ OUT_OF_LINE uint64 work(Work& w, int known) {
       sum += value;
     }
   };
-  if (task.what != Task::COLLECT && listed(w, task.first)) {
+  if (listed(w, task.bin)) {
     for (int i = threadIdx.x; i < w.filled; i += THREADS) {
       const uint64 key = w.keys[i];
       const float distance = r.distance(score_of(key));
-      if (Row::bin(distance) == task.first) take(key, distance);
+      if (Row::bin(distance) == task.bin) take(key, distance);
     }
   } else {
-    const int bound = (task.last > task.extra ? task.last : task.extra) + 1;
-    const auto meet = [&](int id, float score, float distance) {
-      const int bin = Row::bin(distance);
-      if ((bin < task.first || bin > task.last) && bin != task.extra) return;
-      const uint64 key = key_of(score, id);
-      if (task.what == Task::COLLECT) w.keys[atomicAdd(&w.filled, 1)] = key;
-      else take(key, distance);
-    };
-    uint32 near = 0;
-#pragma unroll
-    for (int k = 0; k < GROUPS; k++)
-      near |= (uint32)r.near(r.at_most(to_float(w.most[k * THREADS + threadIdx.x])), bound) << k;
-#pragma unroll 1
-    for (; near; near &= near - 1) {
-      const int id = ((__ffs((int)near) - 1) * THREADS + threadIdx.x) * PIECE;
-      if (id < known) each_near(r, read(r, id, known), id, known, bound, meet);
-    }
-    each_token(r, GROUPS * THREADS * PIECE, known, bound, threadIdx.x, THREADS, meet);
+    each_token(r, 0, known, task.bin + 1, threadIdx.x, THREADS, [&](int id, float score, float distance) {
+      if (Row::bin(distance) == task.bin) take(key_of(score, id), distance);
+    });
   }
   return task.what == Task::RANGE ? (uint64)most << 32 | least : sum;
 }
@@ -403,17 +402,41 @@ DEVICE uint64 run(Work& w, Task task, int known) {
   return mine;
 }
 
+// The largest of the pieces that this thread comes upon in `collect`.
+DEVICE void look(Work& w, const Row& r, int known) {
+#pragma unroll 4
+  for (int k = 0; k < GROUPS; k++)
+    w.most[k / PIECE][threadIdx.x][k % PIECE] = from_float<T>(largest(read(r, (k * THREADS + (int)threadIdx.x) * PIECE, known)));
+}
+
 // The tokens of bins `first` to `last` and `extra`, at most LIST, are listed, and no others.
-DEVICE void collect(Work& w, int first, int last, int extra, int known) {
+DEVICE void collect(Work& w, const Row& r, int first, int last, int extra, int known) {
   __syncthreads();
   if (threadIdx.x == 0) w.first = first, w.last = last, w.extra = extra, w.filled = 0;
-  run(w, {Task::COLLECT, first, last, extra, 0, 0, 0, false, 0.0f}, known);
+  __syncthreads();
+  const int bound = (last > extra ? last : extra) + 1;
+  const float least = r.reach(bound);
+#pragma unroll 1
+  for (int block = 0; block * PIECE * THREADS * PIECE < known; block++) {
+    uint32 near = (1u << PIECE) - 1;
+    if (block < GROUPS / PIECE) near = reaching(*reinterpret_cast<const Words*>(w.most[block][threadIdx.x]), least);
+#pragma unroll 1
+    for (; near; near &= near - 1) {
+      const int id = ((block * PIECE + __ffs((int)near) - 1) * THREADS + threadIdx.x) * PIECE;
+      if (id >= known) break;
+      each_near(r, read(r, id, known), id, known, bound, least, [&](int id, float score, float distance) {
+        const int bin = Row::bin(distance);
+        if ((first <= bin && bin <= last) || bin == extra) w.keys[atomicAdd(&w.filled, 1)] = key_of(score, id);
+      });
+    }
+  }
+  __syncthreads();
 }
 
 // A bin's tokens are listed if there is room for them, and all better ones if there is room for those too.
-DEVICE void list(Work& w, int bin, int known) {
+OUT_OF_LINE void list(Work& w, int bin, int known) {
   if (listed(w, bin) || tokens_of(w, bin) > LIST) return;
-  collect(w, w.tokens[bin + 1] <= LIST ? 0 : bin, bin, -1, known);
+  collect(w, w.row, w.tokens[bin + 1] <= LIST ? 0 : bin, bin, -1, known);
 }
 
 // The sum over the threads in front of this one.
@@ -441,16 +464,16 @@ DEVICE uint64 add_all(Work& w, uint64 mine) {
   for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(WARP, mine, other);
   if (threadIdx.x % 32 == 0) w.warps[threadIdx.x / 32].mass = mine;
   __syncthreads();
-  mine = w.warps[threadIdx.x % 32].mass;
-  for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(WARP, mine, other);
+  mine = w.warps[threadIdx.x % WARPS].mass;
+  for (int other = WARPS / 2; other > 0; other /= 2) mine += __shfl_xor_sync(WARP, mine, other);
   __syncthreads();
   return mine;
 }
 
 // The mass of a bin's tokens whose key isn't below `least` nor their weight below `floor`.
-DEVICE uint64 sum(Work& w, int bin, uint64 least, float floor, int known) {
+OUT_OF_LINE uint64 sum(Work& w, int bin, uint64 least, float floor, int known) {
   list(w, bin, known);
-  return add_all(w, run(w, {Task::ADD, bin, bin, -1, least, ~0ull, 0, false, floor}, known));
+  return add_all(w, run(w, {Task::ADD, bin, least, ~0ull, 0, false, floor}, known));
 }
 
 // Sets w.bins[place] to the bin with which the sum goes beyond `target`; a barrier has to follow.
@@ -463,11 +486,11 @@ DEVICE void mark_bin(Work& w, const Number* before, uint64 target, int place) {
 // The keys from `low` to `high` of a bin shrink to those of its scores, or of the ids where it has one score.
 DEVICE void tighten(Work& w, int bin, uint64& low, uint64& high, int known) {
   if (low >> 32 != high >> 32) {
-    const uint64 mine = run(w, {Task::RANGE, bin, bin, -1, low, high, 0, false, 0.0f}, known);
+    const uint64 mine = run(w, {Task::RANGE, bin, low, high, 0, false, 0.0f}, known);
     uint32 most = __reduce_max_sync(WARP, (uint32)(mine >> 32)), least = __reduce_min_sync(WARP, (uint32)mine);
     if (threadIdx.x % 32 == 0) w.warps[threadIdx.x / 32].mass = (uint64)most << 32 | least;
     __syncthreads();
-    const uint64 all = w.warps[threadIdx.x % 32].mass;
+    const uint64 all = w.warps[threadIdx.x % WARPS].mass;
     most = __reduce_max_sync(WARP, (uint32)(all >> 32)), least = __reduce_min_sync(WARP, (uint32)all);
     const uint64 from = (uint64)least << 32, to = (uint64)most << 32 | ~0u;
     low = low > from ? low : from, high = high < to ? high : to;
@@ -486,7 +509,7 @@ DEVICE void find(Work& w, int bin, uint64 target, bool counting, int known) {
   while (tokens > FEW) {
     tighten(w, bin, low, high, known);
     const int bits = 64 - __clzll((int64)(high - low)), shift = bits > PART_BITS ? bits - PART_BITS : 0;
-    run(w, {Task::SPREAD, bin, bin, -1, low, high, shift, counting, 0.0f}, known);
+    run(w, {Task::SPREAD, bin, low, high, shift, counting, 0.0f}, known);
     const Sum mine{(uint64)w.high[threadIdx.x] << 32 | w.low[threadIdx.x], w.count[threadIdx.x]};
     const uint64 before = in_front(w, mine).mass;
     if (before <= target && target < before + mine.mass) w.part = threadIdx.x, w.front = before, w.left = mine.tokens;
@@ -496,8 +519,7 @@ DEVICE void find(Work& w, int bin, uint64 target, bool counting, int known) {
     const uint64 part = (1ull << shift) - 1;
     low = high - low > part ? high - part : low;
   }
-  run(w, {Task::COMPARE, bin, bin, -1, low, high, 0, counting, 0.0f}, known);
-  constexpr int TEAM = THREADS / FEW;  // threads of a token
+  run(w, {Task::COMPARE, bin, low, high, 0, counting, 0.0f}, known);
   const int own = threadIdx.x / TEAM, member = threadIdx.x % TEAM;
   uint64 before = 0;
   if (own < tokens)
@@ -542,14 +564,43 @@ DEVICE uint64 drawn(double number, uint64 all) {
   return target < all ? target : all - 1;
 }
 
-// The tokens of the bin in which top-p ends and of those in which the draw may lie are listed, if there is room: what is
-// kept is known but for a part of that bin.
-DEVICE void list_draw(Work& w, int bin, int known) {
+// Top-p alone: the bin in which it ends and those in which the draw may lie are known from the bins; their tokens, if they
+// are few, are put in order all at once. -1: they are many, but perhaps listed.
+DEVICE int pick_among_few(Work& w, const Row& r, double nucleus, int known) {
+  const uint64 target = last_kept(nucleus, w.before[BINS]);
+  mark_bin(w, w.before, target, 0);
+  __syncthreads();
+  const int bin = w.bins[0];
   mark_bin(w, w.before, w.before[bin] ? drawn(w.number, w.before[bin]) : 0, 1);
   mark_bin(w, w.before, drawn(w.number, w.before[bin + 1]), 2);
   __syncthreads();
-  const int first = w.bins[1], last = w.bins[2];
-  if (tokens_of(w, bin) + w.tokens[last + 1] - w.tokens[first] <= LIST) collect(w, first, last, bin, known);
+  const int first = w.bins[1], last = w.bins[2], most = tokens_of(w, bin) + w.tokens[last + 1] - w.tokens[first];
+  if (most > LIST) return -1;
+  collect(w, r, first, last, bin, known);
+  const int tokens = w.filled;
+  if (tokens > FEW) return -1;
+  const int own = threadIdx.x / TEAM, member = threadIdx.x % TEAM;
+  uint64 key = 0, mass = 0, before = 0;
+  int own_bin = 0;
+  if (own < tokens) {
+    key = w.keys[own];
+    const float distance = r.distance(score_of(key));
+    mass = Row::mass(distance), own_bin = Row::bin(distance), before = member == 0 ? w.before[own_bin] : 0;
+    if (member == 0) w.values[own] = mass, w.few_bins[own] = own_bin;
+  }
+  __syncthreads();
+  if (own < tokens)
+#pragma unroll 1
+    for (int i = member; i < tokens; i += TEAM)
+      if (w.few_bins[i] == own_bin && w.keys[i] > key) before += w.values[i];
+#pragma unroll
+  for (int other = 1; other < TEAM; other *= 2) before += __shfl_xor_sync(WARP, before, other);
+  if (before <= target && target < before + mass) w.front = before + mass;  // all that is kept
+  __syncthreads();
+  const uint64 draw = drawn(w.number, w.front);
+  if (before <= draw && draw < before + mass) w.part = (int)~(uint32)key;
+  __syncthreads();
+  return w.part;
 }
 
 // What the filters keep: bins before `last`, and of that the tokens whose key isn't below `least` nor their weight below
@@ -561,9 +612,9 @@ struct Kept {
   uint64 all;
 };
 
-// The token with which the kept mass goes beyond `target`, in the order of ids: first in which of 32 runs of the
+// The token with which the kept mass goes beyond `target`, in the order of ids: first in which of WARPS runs of the
 // vocabulary, a warp each, then in which thread's tokens of that run.
-DEVICE int by_id(Work& w, Kept kept, uint64 target, int known) {
+OUT_OF_LINE int by_id(Work& w, Kept kept, uint64 target, int known) {
   const Row r = w.row;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto mass = [&](int id, float score, float distance) {
@@ -571,7 +622,7 @@ DEVICE int by_id(Work& w, Kept kept, uint64 target, int known) {
     if (b > kept.last || (b == kept.last && (key_of(score, id) < kept.least || Row::weight(distance) < kept.floor))) return 0ull;
     return Row::mass(distance);
   };
-  const int run = ((known + 31) / 32 + PIECE - 1) / PIECE * PIECE;
+  const int run = ((known + WARPS - 1) / WARPS + PIECE - 1) / PIECE * PIECE;
   const int begin = warp * run, end = begin + run < known ? begin + run : known;
   uint64 mine = 0;
   each_token(r, begin, end, kept.last + 1, lane, 32, [&](int id, float score, float distance) { mine += mass(id, score, distance); });
@@ -599,6 +650,46 @@ DEVICE int by_id(Work& w, Kept kept, uint64 target, int known) {
   return w.part;
 }
 
+// The token for any settings.
+OUT_OF_LINE int pick_among_many(Work& w, double nucleus, double floor, int64 k, int known) {
+  Kept kept{BINS - 2, 0, 0.0f, w.before[BINS]};
+  enum { TOP_K, TOP_P, DRAW };
+#pragma unroll 1  // what finds a key stands once
+  for (int stage = TOP_K; stage <= DRAW; stage++) {
+    uint64 target = k - 1;
+    if (stage == TOP_K && !(0 < k && k < known && k <= w.tokens[BINS])) continue;
+    if (stage == TOP_P) {
+      if (!(nucleus < 1.0)) continue;
+      target = last_kept(nucleus, kept.all);
+    }
+    if (stage == DRAW) {
+      const int b = floor > 0.0 ? Row::bin(-log2_approx((float)floor)) : BINS;
+      if (b <= kept.last + 1) {
+        if (b < kept.last) kept.last = b, kept.least = 0;
+        kept.floor = (float)floor;
+        kept.all = w.before[kept.last] + sum(w, kept.last, kept.least, kept.floor, known);
+      }
+      target = drawn(w.number, kept.all);
+      if (!(nucleus < 1.0)) return by_id(w, kept, target, known);
+    }
+    if (stage == TOP_K) mark_bin(w, w.tokens, target, 0);
+    else mark_bin(w, w.before, target, 0);
+    __syncthreads();
+    const int bin = w.bins[0];
+    const uint64 before = stage == TOP_K ? w.tokens[bin] : w.before[bin];
+    find(w, bin, target - before, stage == TOP_K, known);
+    const uint64 key = w.key;
+    if (stage == DRAW) return (int)~(uint32)key;
+    if (stage == TOP_P) {
+      kept = {bin, key, 0.0f, before + w.front + Row::mass(w.row.distance(score_of(key)))};
+    } else {  // and all of the same score
+      kept = {bin, key >> 32 << 32, 0.0f, 0};
+      kept.all = w.before[bin] + sum(w, bin, kept.least, 0.0f, known);
+    }
+  }
+  return -1;
+}
+
 // Grid: a block a row. Writes the token (-1 where logits aren't finite), counts the draw, marks the token as seen.
 extern "C" __global__ void __launch_bounds__(THREADS)
 sample_pick(const T* logits, unsigned char* seen, const double* temperature, const double* top_p, const double* min_p,
@@ -614,12 +705,7 @@ sample_pick(const T* logits, unsigned char* seen, const double* temperature, con
   const Best best = whole_best(best_score, best_id, row, (int)slices);  // from before sample_masses
   r.best = best.score;
   if (threadIdx.x == 0) w.row = r, w.first = 0, w.last = -1, w.extra = -1;
-  if (r.inverse > 0.0f)
-#pragma unroll 4
-    for (int k = 0; k < GROUPS; k++) {
-      const int group = k * THREADS + threadIdx.x;
-      w.most[group] = from_float<T>(largest(read(r, group * PIECE, known)));
-    }
+  if (r.inverse > 0.0f) look(w, r, known);
   if (threadIdx.x == THREADS - 1) w.number = uniform((uint64)seed[row], (uint64)draws[row]);
   wait_for_previous();
   let_next_begin();
@@ -630,46 +716,9 @@ sample_pick(const T* logits, unsigned char* seen, const double* temperature, con
   int chosen = best.id;
   if (r.inverse > 0.0f) {
     take_bins(w, counts + row * BINS, masses + row * BINS);
-    Kept kept{BINS - 2, 0, 0.0f, w.before[BINS]};
-    enum { TOP_K, TOP_P, DRAW };
-#pragma unroll 1  // what finds a key stands once
-    for (int stage = TOP_K; stage <= DRAW; stage++) {
-      uint64 target = k - 1;
-      if (stage == TOP_K && !(0 < k && k < known && k <= w.tokens[BINS])) continue;
-      if (stage == TOP_P) {
-        if (!(nucleus < 1.0)) continue;
-        target = last_kept(nucleus, kept.all);
-      }
-      if (stage == DRAW) {
-        const int b = floor > 0.0 ? Row::bin(-log2_approx((float)floor)) : BINS;
-        if (b <= kept.last + 1) {
-          if (b < kept.last) kept.last = b, kept.least = 0;
-          kept.floor = (float)floor;
-          kept.all = w.before[kept.last] + sum(w, kept.last, kept.least, kept.floor, known);
-        }
-        target = drawn(w.number, kept.all);
-        if (!(nucleus < 1.0)) {
-          chosen = by_id(w, kept, target, known);
-          break;
-        }
-      }
-      if (stage == TOP_K) mark_bin(w, w.tokens, target, 0);
-      else mark_bin(w, w.before, target, 0);
-      __syncthreads();
-      const int bin = w.bins[0];
-      const uint64 before = stage == TOP_K ? w.tokens[bin] : w.before[bin];
-      if (stage == TOP_P && w.last < 0 && !(floor > 0.0)) list_draw(w, bin, known);
-      find(w, bin, target - before, stage == TOP_K, known);
-      const uint64 key = w.key;
-      if (stage == DRAW) {
-        chosen = (int)~(uint32)key;
-      } else if (stage == TOP_P) {
-        kept = {bin, key, 0.0f, before + w.front + Row::mass(r.distance(score_of(key)))};
-      } else {  // and all of the same score
-        kept = {bin, key >> 32 << 32, 0.0f, 0};
-        kept.all = w.before[bin] + sum(w, bin, kept.least, 0.0f, known);
-      }
-    }
+    chosen = -1;
+    if (nucleus < 1.0 && !(0 < k && k < known) && !(floor > 0.0)) chosen = pick_among_few(w, r, nucleus, known);
+    if (chosen < 0) chosen = pick_among_many(w, nucleus, floor, k, known);
     if (threadIdx.x == 0) draws[row] += 1;
   }
   if (threadIdx.x > 0) return;

@@ -15,7 +15,7 @@ from moai_core.generation.decode_kernels import Launch
 _SHARE, _BINS, _WORK = 16, 1312, 97 << 10
 # Threads of a slice: few where a row is alone, for its slices run side by side; many where rows do, for each slice adds
 # all its bins to the row's.
-_NARROW, _FEW, _MANY = 8, 256, 1024
+_NARROW, _FEW, _MANY, _PICK = 8, 256, 1024, 512
 
 
 class Found(NamedTuple):
@@ -54,7 +54,7 @@ def launches(decoder: Any, width: int) -> list[Launch]:
         Launch(kernel("sample_best"), (slices, width, 1), threads, (*first, size, known)),
         Launch(kernel("sample_masses"), (slices, width, 1), threads, (*first, own.bins, own.masses, size, known)),
         Launch(
-            kernel("sample_pick"), width, 1024,
+            kernel("sample_pick"), width, _PICK,
             (decoder.logits, decoder.seen, *filters, *own, token, slices, size, known), _WORK,
         ),
     ]  # fmt: skip
