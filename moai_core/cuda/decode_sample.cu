@@ -140,9 +140,13 @@ struct Share {
       unpack<T>(own, x[0]);
 #pragma unroll
       for (int i = 1; i < SHARE / PIECE; i++) x[i - 1] = x[i];
+      if (!r.seen && id + PIECE <= end) {
 #pragma unroll
-      for (int i = 0; i < PIECE; i++)
-        if (id + i < end) f(id + i, r.penalized(own[i], id + i));
+        for (int i = 0; i < PIECE; i++) f(id + i, own[i]);
+      } else {
+#pragma unroll 1
+        for (int i = id; i < id + PIECE && i < end; i++) f(i, r.score(i));
+      }
     }
   }
 };
@@ -347,7 +351,7 @@ struct Work {
   uint32 low[PARTS], high[PARTS];
   int count[PARTS];
   int first, last, extra;  // bins whose tokens are listed
-  int filled, picked, part, left, bins[3];
+  int filled, picked, part, left, bins[2];
 };
 
 DEVICE bool listed(const Work& w, int bin) { return (w.first <= bin && bin <= w.last) || bin == w.extra; }
@@ -476,11 +480,16 @@ OUT_OF_LINE uint64 sum(Work& w, int bin, uint64 least, float floor, int known) {
   return add_all(w, run(w, {Task::ADD, bin, least, ~0ull, 0, false, floor}, known));
 }
 
-// Sets w.bins[place] to the bin with which the sum goes beyond `target`; a barrier has to follow.
+// Sets w.bins[0] and w.bins[1] to the bins with which the sum goes beyond `target` and `other`.
 template <class Number>
-DEVICE void mark_bin(Work& w, const Number* before, uint64 target, int place) {
-  for (int b = threadIdx.x; b < BINS; b += THREADS)
-    if ((uint64)before[b] <= target && target < (uint64)before[b + 1]) w.bins[place] = b;
+DEVICE void mark_bins(Work& w, const Number* before, uint64 target, uint64 other) {
+#pragma unroll 1
+  for (int b = threadIdx.x; b < BINS; b += THREADS) {
+    const uint64 from = before[b], to = before[b + 1];
+    if (from <= target && target < to) w.bins[0] = b;
+    if (from <= other && other < to) w.bins[1] = b;
+  }
+  __syncthreads();
 }
 
 // The keys from `low` to `high` of a bin shrink to those of its scores, or of the ids where it has one score.
@@ -568,13 +577,11 @@ DEVICE uint64 drawn(double number, uint64 all) {
 // are few, are put in order all at once. -1: they are many, but perhaps listed.
 DEVICE int pick_among_few(Work& w, const Row& r, double nucleus, int known) {
   const uint64 target = last_kept(nucleus, w.before[BINS]);
-  mark_bin(w, w.before, target, 0);
+  mark_bins(w, w.before, target, target);
+  const int bin = w.bins[1];
   __syncthreads();
-  const int bin = w.bins[0];
-  mark_bin(w, w.before, w.before[bin] ? drawn(w.number, w.before[bin]) : 0, 1);
-  mark_bin(w, w.before, drawn(w.number, w.before[bin + 1]), 2);
-  __syncthreads();
-  const int first = w.bins[1], last = w.bins[2], most = tokens_of(w, bin) + w.tokens[last + 1] - w.tokens[first];
+  mark_bins(w, w.before, w.before[bin] ? drawn(w.number, w.before[bin]) : 0, drawn(w.number, w.before[bin + 1]));
+  const int first = w.bins[0], last = w.bins[1], most = tokens_of(w, bin) + w.tokens[last + 1] - w.tokens[first];
   if (most > LIST) return -1;
   collect(w, r, first, last, bin, known);
   const int tokens = w.filled;
@@ -672,9 +679,8 @@ OUT_OF_LINE int pick_among_many(Work& w, double nucleus, double floor, int64 k, 
       target = drawn(w.number, kept.all);
       if (!(nucleus < 1.0)) return by_id(w, kept, target, known);
     }
-    if (stage == TOP_K) mark_bin(w, w.tokens, target, 0);
-    else mark_bin(w, w.before, target, 0);
-    __syncthreads();
+    if (stage == TOP_K) mark_bins(w, w.tokens, target, target);
+    else mark_bins(w, w.before, target, target);
     const int bin = w.bins[0];
     const uint64 before = stage == TOP_K ? w.tokens[bin] : w.before[bin];
     find(w, bin, target - before, stage == TOP_K, known);
