@@ -483,6 +483,7 @@ OUT_OF_LINE uint64 sum(Work& w, int bin, uint64 least, float floor, int known) {
 // Sets w.bins[0] and w.bins[1] to the bins with which the sum goes beyond `target` and `other`.
 template <class Number>
 DEVICE void mark_bins(Work& w, const Number* before, uint64 target, uint64 other) {
+  __syncthreads();
 #pragma unroll 1
   for (int b = threadIdx.x; b < BINS; b += THREADS) {
     const uint64 from = before[b], to = before[b + 1];
@@ -579,7 +580,6 @@ DEVICE int pick_among_few(Work& w, const Row& r, double nucleus, int known) {
   const uint64 target = last_kept(nucleus, w.before[BINS]);
   mark_bins(w, w.before, target, target);
   const int bin = w.bins[1];
-  __syncthreads();
   mark_bins(w, w.before, w.before[bin] ? drawn(w.number, w.before[bin]) : 0, drawn(w.number, w.before[bin + 1]));
   const int first = w.bins[0], last = w.bins[1], most = tokens_of(w, bin) + w.tokens[last + 1] - w.tokens[first];
   if (most > LIST) return -1;
