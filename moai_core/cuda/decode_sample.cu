@@ -318,7 +318,7 @@ constexpr int WARPS = THREADS / 32;
 constexpr int FEW = 256;    // tokens that are compared each with each
 constexpr int TEAM = THREADS / FEW;  // threads that compare one
 constexpr int PARTS = THREADS, PART_BITS = 9;
-constexpr int GROUPS = 64 / sizeof(T);  // of PIECE logits whose largest a thread remembers
+constexpr int GROUPS = 64 / sizeof(T);  // of pieces of a row, whose largest logit a thread remembers
 constexpr int OWN = 4;  // bins of a thread, as long as there are any
 
 struct Sum {
@@ -337,7 +337,7 @@ struct Task {
 };
 
 struct Work {
-  T most[GROUPS / PIECE][THREADS][PIECE];  // the largest of PIECE logits each
+  T most[GROUPS / PIECE][THREADS][PIECE];  // a thread's, PIECE at a time
   uint64 before[BINS + 1];   // the mass in front of a bin
   uint64 keys[LIST];
   uint64 few[FEW], values[FEW];
@@ -353,6 +353,9 @@ struct Work {
   int first, last, extra;  // bins whose tokens are listed
   int filled, picked, part, left, bins[2];
 };
+
+constexpr int WORK = 97 << 10;  // as decode_choice.py has it
+static_assert(sizeof(Work) <= WORK, "shared memory of sample_pick");
 
 DEVICE bool listed(const Work& w, int bin) { return (w.first <= bin && bin <= w.last) || bin == w.extra; }
 DEVICE int tokens_of(const Work& w, int bin) { return w.tokens[bin + 1] - w.tokens[bin]; }
@@ -406,11 +409,21 @@ DEVICE uint64 run(Work& w, Task task, int known) {
   return mine;
 }
 
-// The largest of the pieces that this thread comes upon in `collect`.
+// Pieces of a group, of which a thread has GROUPS.
+DEVICE int pieces(int known) { return (known + GROUPS * THREADS * PIECE - 1) / (GROUPS * THREADS * PIECE); }
+
+// The largest logit of each group that this thread comes upon in `collect`.
 DEVICE void look(Work& w, const Row& r, int known) {
+  const int all = pieces(known);
+  float most = -infinite();
+  int group = 0, left = all;
 #pragma unroll 4
-  for (int k = 0; k < GROUPS; k++)
-    w.most[k / PIECE][threadIdx.x][k % PIECE] = from_float<T>(largest(read(r, (k * THREADS + (int)threadIdx.x) * PIECE, known)));
+  for (int k = 0; k < GROUPS * all; k++) {
+    most = fmaxf(most, largest(read(r, (k * THREADS + (int)threadIdx.x) * PIECE, known)));
+    if (--left > 0) continue;
+    w.most[group / PIECE][threadIdx.x][group % PIECE] = from_float<T>(most);
+    most = -infinite(), left = all, group++;
+  }
 }
 
 // The tokens of bins `first` to `last` and `extra`, at most LIST, are listed, and no others.
@@ -420,18 +433,22 @@ DEVICE void collect(Work& w, const Row& r, int first, int last, int extra, int k
   __syncthreads();
   const int bound = (last > extra ? last : extra) + 1;
   const float least = r.reach(bound);
+  const int all = pieces(known);
 #pragma unroll 1
-  for (int block = 0; block * PIECE * THREADS * PIECE < known; block++) {
-    uint32 near = (1u << PIECE) - 1;
-    if (block < GROUPS / PIECE) near = reaching(*reinterpret_cast<const Words*>(w.most[block][threadIdx.x]), least);
+  for (int from = 0; from < GROUPS; from += PIECE) {
+    uint32 near = reaching(*reinterpret_cast<const Words*>(w.most[from / PIECE][threadIdx.x]), least);
 #pragma unroll 1
     for (; near; near &= near - 1) {
-      const int id = ((block * PIECE + __ffs((int)near) - 1) * THREADS + threadIdx.x) * PIECE;
-      if (id >= known) break;
-      each_near(r, read(r, id, known), id, known, bound, least, [&](int id, float score, float distance) {
-        const int bin = Row::bin(distance);
-        if ((first <= bin && bin <= last) || bin == extra) w.keys[atomicAdd(&w.filled, 1)] = key_of(score, id);
-      });
+      const int group = from + __ffs((int)near) - 1;
+#pragma unroll 1
+      for (int k = group * all; k < (group + 1) * all; k++) {
+        const int begin = (k * THREADS + (int)threadIdx.x) * PIECE;
+        if (begin >= known) break;
+        each_near(r, read(r, begin, known), begin, known, bound, least, [&](int id, float score, float distance) {
+          const int bin = Row::bin(distance);
+          if ((first <= bin && bin <= last) || bin == extra) w.keys[atomicAdd(&w.filled, 1)] = key_of(score, id);
+        });
+      }
     }
   }
   __syncthreads();
