@@ -65,6 +65,11 @@ struct Row {
     const float score = best - (float)bound / (inverse * 32.0f) * 1.00001f - fabsf(best) * 1e-6f;
     return score / (score < 0.0f ? below : above);
   }
+  // Logits above this are none of bin `first` or a later one, unless a penalty makes them so.
+  DEVICE float ceiling(int first) const {
+    if (seen || first == 0) return bits_float(0x7f800000u);
+    return best - (float)first / (inverse * 32.0f) * 0.99999f + fabsf(best) * 1e-6f;
+  }
   DEVICE float score(int id) const { return penalized(to_float(logits[id]), id); }
   // Powers of two below the best.
   DEVICE float distance(float score) const { return (best - score) * inverse; }
@@ -161,11 +166,9 @@ DEVICE uint32 reaching(const Words& words, float least) {
   return found;
 }
 
-// f(id, score, distance) for those of the tokens from `id` on, with logits `words`, that are less than `bound` bins from
-// the best; least: r.reach(bound).
+// f(id, score, distance) for the tokens of `near`, a bit each, from `id` on that are less than `bound` bins from the best.
 template <class F>
-DEVICE void each_near(const Row& r, const Words& words, int id, int end, int bound, float least, F f) {
-  uint32 near = reaching(words, least);
+DEVICE void each_near(const Row& r, uint32 near, int id, int end, int bound, F f) {
   if (end - id < PIECE) near &= (1u << (end - id)) - 1;
 #pragma unroll 1
   for (; near; near &= near - 1) {
@@ -176,7 +179,8 @@ DEVICE void each_near(const Row& r, const Words& words, int id, int end, int bou
 }
 
 // So for the tokens from `begin`, a multiple of PIECE, to `end`, by `threads` threads of which this is number `thread`.
-template <class F>
+// MANY: most of them are near, and f is short.
+template <bool MANY, class F>
 DEVICE void each_token(const Row& r, int begin, int end, int bound, int thread, int threads, F f) {
   constexpr int AHEAD = 4;  // loads under way, for a block alone waits for each
   const int step = threads * PIECE;
@@ -191,7 +195,16 @@ DEVICE void each_token(const Row& r, int begin, int end, int bound, int thread, 
 #pragma unroll
     for (int k = 1; k < AHEAD; k++) next[k - 1] = next[k];
     next[AHEAD - 1] = read(r, id + AHEAD * step, end);
-    if (largest(x) >= least) each_near(r, x, id, end, bound, least, f);
+    if (!(largest(x) >= least)) continue;
+    if (MANY && !r.seen && id + PIECE <= end) {
+      float own[PIECE];
+      unpack<T>(own, x);
+#pragma unroll
+      for (int i = 0; i < PIECE; i++)
+        if (r.near(own[i], bound)) f(id + i, own[i], r.distance(own[i]));
+    } else {
+      each_near(r, reaching(x, least), id, end, bound, f);
+    }
   }
 }
 
@@ -393,7 +406,7 @@ OUT_OF_LINE uint64 work(Work& w, int known) {
       if (Row::bin(distance) == task.bin) take(key, distance);
     }
   } else {
-    each_token(r, 0, known, task.bin + 1, threadIdx.x, THREADS, [&](int id, float score, float distance) {
+    each_token<false>(r, 0, known, task.bin + 1, threadIdx.x, THREADS, [&](int id, float score, float distance) {
       if (Row::bin(distance) == task.bin) take(key_of(score, id), distance);
     });
   }
@@ -431,24 +444,36 @@ DEVICE void collect(Work& w, const Row& r, int first, int last, int extra, int k
   __syncthreads();
   if (threadIdx.x == 0) w.first = first, w.last = last, w.extra = extra, w.filled = 0;
   __syncthreads();
-  const int bound = (last > extra ? last : extra) + 1;
-  const float least = r.reach(bound);
-  const int all = pieces(known);
+  const int bound = (last > extra ? last : extra) + 1, all = pieces(known);
+  const float least = r.reach(bound), last_least = r.reach(last + 1), first_most = r.ceiling(first), extra_most = r.ceiling(extra);
+  const float extra_least = r.reach(extra + 1);
+  uint32 near = 0;  // groups
 #pragma unroll 1
-  for (int from = 0; from < GROUPS; from += PIECE) {
-    uint32 near = reaching(*reinterpret_cast<const Words*>(w.most[from / PIECE][threadIdx.x]), least);
+  for (int from = 0; from < GROUPS; from += PIECE)
+    near |= reaching(*reinterpret_cast<const Words*>(w.most[from / PIECE][threadIdx.x]), least) << from;
+  int piece = 0;  // of the group
+  const auto next = [&]() {
+    if (!near) return known;
+    const int begin = (((__ffs((int)near) - 1) * all + piece) * THREADS + (int)threadIdx.x) * PIECE;
+    if (++piece == all) piece = 0, near &= near - 1;
+    return begin;
+  };
 #pragma unroll 1
-    for (; near; near &= near - 1) {
-      const int group = from + __ffs((int)near) - 1;
+  while (near) {
+    int begin = next(), behind = next();  // two, since each is waited for
+    Words own = read(r, begin, known), then = read(r, behind, known);
 #pragma unroll 1
-      for (int k = group * all; k < (group + 1) * all; k++) {
-        const int begin = (k * THREADS + (int)threadIdx.x) * PIECE;
-        if (begin >= known) break;
-        each_near(r, read(r, begin, known), begin, known, bound, least, [&](int id, float score, float distance) {
-          const int bin = Row::bin(distance);
-          if ((first <= bin && bin <= last) || bin == extra) w.keys[atomicAdd(&w.filled, 1)] = key_of(score, id);
-        });
-      }
+    for (int turn = 0; turn < 2 && begin < known; turn++, begin = behind, own = then) {
+      float x[PIECE];
+      unpack<T>(x, own);
+      uint32 found = 0;
+#pragma unroll
+      for (int i = 0; i < PIECE; i++)
+        found |= (uint32)((x[i] >= last_least && x[i] <= first_most) || (x[i] >= extra_least && x[i] <= extra_most)) << i;
+      each_near(r, found, begin, known, bound, [&](int id, float score, float distance) {
+        const int bin = Row::bin(distance);
+        if ((first <= bin && bin <= last) || bin == extra) w.keys[atomicAdd(&w.filled, 1)] = key_of(score, id);
+      });
     }
   }
   __syncthreads();
@@ -649,7 +674,7 @@ OUT_OF_LINE int by_id(Work& w, Kept kept, uint64 target, int known) {
   const int run = ((known + WARPS - 1) / WARPS + PIECE - 1) / PIECE * PIECE;
   const int begin = warp * run, end = begin + run < known ? begin + run : known;
   uint64 mine = 0;
-  each_token(r, begin, end, kept.last + 1, lane, 32, [&](int id, float score, float distance) { mine += mass(id, score, distance); });
+  each_token<true>(r, begin, end, kept.last + 1, lane, 32, [&](int id, float score, float distance) { mine += mass(id, score, distance); });
   uint64 before = in_front(w, {mine, 0}).mass;
   for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(WARP, mine, other);
   before = __shfl_sync(WARP, before, 0);
