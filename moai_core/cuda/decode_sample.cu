@@ -10,13 +10,14 @@
 //   sample_masses  slices: how many tokens, and how much weight, at each distance from the best
 //   sample_pick    a block a row: the filters' thresholds, the draw
 //
-// Tokens are ordered by score, equal ones by id. So every filter keeps the tokens up to a threshold in that order: a key,
-// score before id, as one integer. It is found in the bin of distances in which it must lie. One way through the row
-// lists the tokens of that bin, and of those in which the draw may lie; few of them are compared each with each, many
-// are spread over parts of the range of their keys first. A bin of too many is searched where it is.
+// Tokens are ordered by score, equal ones by id. So every filter keeps the tokens up to a threshold in that order: a
+// key, score before id, as one integer. It is found in the bin of distances in which it must lie. One way through the
+// row lists the tokens of that bin, and of those in which the draw may lie; few of them are compared each with each,
+// many are spread over parts of the range of their keys first. A bin of too many is searched where it is.
 //
 // What a kernel reads before its wait: settings, what the last step left, and what the kernel before the previous one
-// wrote. For the previous one's blocks have all waited for that, or this kernel wouldn't have begun.
+// wrote. For the previous one's blocks have all waited for that, or this kernel wouldn't have begun. Logits may come
+// from the first cache: no kernel of a step reads them before they are written.
 //
 //   T  type of the logits
 #include "gemv.cuh"
@@ -24,11 +25,14 @@
 using uint64 = unsigned long long;
 
 constexpr int PIECE = 16 / sizeof(T);
-constexpr int SHARE = 16;     // tokens of a thread of sample_best and sample_masses
-constexpr int BINS = 1312;    // of 1/32 of a factor of two: down to 2^-41
+constexpr int SHARE = 16;   // tokens of a thread of sample_best and sample_masses
+constexpr int BINS = 1312;  // of 1/32 of a factor of two: down to 2^-41
 constexpr float UNIT = 1099511627776.0f;  // 2^40
-constexpr uint64 MOST = (1ull << 40) - 1;
+constexpr uint64 MOST = (1ull << 40) - 1;  // of a token
 constexpr uint32 WARP = 0xffffffffu;
+
+DEVICE float infinite() { return bits_float(0x7f800000u); }
+DEVICE bool finite(float x) { return x - x == 0.0f; }
 
 #ifdef MOAI_HOST
 #define OUT_OF_LINE inline
@@ -57,9 +61,14 @@ struct Row {
   float below, above;      // what a penalty can multiply a logit by, below zero and above
   float best;
 
-  DEVICE float penalized(float x, int id) const {
+  DEVICE float score(int id) const {
+    const float x = to_float(logits[id]);
     return seen ? penalize(seen, id, x, penalty) : x;
   }
+  // Powers of two below the best.
+  DEVICE float distance(float score) const { return (best - score) * inverse; }
+  // In one of the first `bound` bins.
+  DEVICE bool near(float score, int bound) const { return distance(score) * 32.0f < (float)bound; }
   // Logits below this are none of the first `bound` bins', whatever a penalty does to them; rounding is allowed for.
   DEVICE float reach(int bound) const {
     const float score = best - (float)bound / (inverse * 32.0f) * 1.00001f - fabsf(best) * 1e-6f;
@@ -67,14 +76,9 @@ struct Row {
   }
   // Logits above this are none of bin `first` or a later one, unless a penalty makes them so.
   DEVICE float ceiling(int first) const {
-    if (seen || first == 0) return bits_float(0x7f800000u);
+    if (seen || first == 0) return infinite();
     return best - (float)first / (inverse * 32.0f) * 0.99999f + fabsf(best) * 1e-6f;
   }
-  DEVICE float score(int id) const { return penalized(to_float(logits[id]), id); }
-  // Powers of two below the best.
-  DEVICE float distance(float score) const { return (best - score) * inverse; }
-  // In one of the first `bound` bins.
-  DEVICE bool near(float score, int bound) const { return distance(score) * 32.0f < (float)bound; }
   DEVICE static float weight(float distance) { return exp2_approx(-distance); }
   DEVICE static uint64 mass(float distance) {
     const uint64 whole = (uint64)(weight(distance) * UNIT);
@@ -166,7 +170,7 @@ DEVICE uint32 reaching(const Words& words, float least) {
   return found;
 }
 
-// f(id, score, distance) for the tokens of `near`, a bit each, from `id` on that are less than `bound` bins from the best.
+// f(id, score, distance) for the tokens of `near`, a bit each, from `id` on that are in one of the first `bound` bins.
 template <class F>
 DEVICE void each_near(const Row& r, uint32 near, int id, int end, int bound, F f) {
   if (end - id < PIECE) near &= (1u << (end - id)) - 1;
@@ -226,13 +230,10 @@ DEVICE Best warp_best(Best mine) {
   return mine;
 }
 
-DEVICE float infinite() { return bits_float(0x7f800000u); }
-DEVICE bool finite(float x) { return x - x == 0.0f; }
-
 // Grid: x slices, y rows. best (rows, slices): NaN counts as infinity, which stops the row.
 extern "C" __global__ void __launch_bounds__(1024)
-sample_best(const T* logits, const unsigned char* seen, const double* temperature, const double* penalty,
-            float* best_score, int* best_id, int64 V, int64 known) {
+sample_best(const T* logits, const unsigned char* seen, const double* penalty, float* best_score, int* best_id, int64 V,
+            int64 known) {
   __shared__ Best warps[32];
   const int row = blockIdx.y;
   const Row r = row_of(logits, seen, penalty, row, V);
@@ -243,7 +244,7 @@ sample_best(const T* logits, const unsigned char* seen, const double* temperatur
   __syncthreads();
   Best mine{-infinite(), 0x7fffffff};
   share.each(r, [&](int id, float score) {
-    if (!(score <= mine.score)) mine = {score == score ? score : infinite(), id};  // ids rise: the first of equal ones stays
+    if (!(score <= mine.score)) mine = {score == score ? score : infinite(), id};  // ids rise: of equal ones the first
   });
   mine = warp_best(mine);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
@@ -257,8 +258,10 @@ sample_best(const T* logits, const unsigned char* seen, const double* temperatur
 // The row's best, in every thread, each warp for itself.
 DEVICE Best whole_best(const float* score, const int* id, int row, int slices) {
   Best mine{-infinite(), 0x7fffffff};
-  for (int s = threadIdx.x % 32; s < slices; s += 32)
-    mine.meet(load_fresh_float(score + row * slices + s), (int)float_bits(load_fresh_float((const float*)id + row * slices + s)));
+  for (int s = threadIdx.x % 32; s < slices; s += 32) {
+    const int at = row * slices + s;
+    mine.meet(load_fresh_float(score + at), (int)float_bits(load_fresh_float((const float*)id + at)));
+  }
   return warp_best(mine);
 }
 
@@ -315,7 +318,8 @@ DEVICE double uniform(uint64 seed, uint64 n) {
   return (double)(c[0] >> 11) * 0x1p-53;
 }
 
-// With which mass, of all there is, top-p is reached: the token with which the sum goes beyond this is the last one kept.
+// With which mass, of all there is, top-p is reached: the token with which the sum goes beyond this is the last one
+// kept.
 DEVICE uint64 last_kept(double nucleus, uint64 all) {
   const double wanted = nucleus * (double)all;
   uint64 target = (uint64)wanted;
@@ -326,13 +330,13 @@ DEVICE uint64 last_kept(double nucleus, uint64 all) {
 // ---- Thresholds
 
 constexpr int THREADS = 512;  // fewer wait for each other less, more read faster
-constexpr int LIST = 4096;  // tokens that are listed
 constexpr int WARPS = THREADS / 32;
-constexpr int FEW = 256;    // tokens that are compared each with each
-constexpr int TEAM = THREADS / FEW;  // threads that compare one
-constexpr int PARTS = THREADS, PART_BITS = 9;
-constexpr int GROUPS = 64 / sizeof(T);  // of pieces of a row, whose largest logit a thread remembers
-constexpr int OWN = 4;  // bins of a thread, as long as there are any
+constexpr int LIST = 4096;                     // tokens that are listed
+constexpr int FEW = 256;                       // tokens that are compared each with each
+constexpr int TEAM = THREADS / FEW;            // threads that compare one
+constexpr int PARTS = THREADS, PART_BITS = 9;  // of a range of keys
+constexpr int GROUPS = 64 / sizeof(T);         // of pieces of a row, whose largest logit a thread remembers
+constexpr int OWN = 4;                         // bins of a thread, as long as there are any
 
 struct Sum {
   uint64 mass;
@@ -350,8 +354,8 @@ struct Task {
 };
 
 struct Work {
-  T most[GROUPS / PIECE][THREADS][PIECE];  // a thread's, PIECE at a time
-  uint64 before[BINS + 1];   // the mass in front of a bin
+  T most[GROUPS / PIECE][THREADS][PIECE];  // the largest logits of a thread's groups
+  uint64 before[BINS + 1];                 // the mass in front of a bin
   uint64 keys[LIST];
   uint64 few[FEW], values[FEW];
   int few_bins[FEW];
@@ -375,8 +379,8 @@ DEVICE int tokens_of(const Work& w, int bin) { return w.tokens[bin + 1] - w.toke
 
 // Functions are for all threads of the block, which get the same answers, but for `work`.
 
-// w.task, by the tokens that this thread comes upon: in the list, or in the row. Returns its sum (ADD), its largest and its
-// smallest score (RANGE).
+// w.task, by the tokens that this thread comes upon: in the list, or in the row. Returns its sum (ADD), or its largest
+// and its smallest score (RANGE).
 OUT_OF_LINE uint64 work(Work& w, int known) {
   const Row r = w.row;
   const Task task = w.task;
@@ -445,8 +449,8 @@ DEVICE void collect(Work& w, const Row& r, int first, int last, int extra, int k
   if (threadIdx.x == 0) w.first = first, w.last = last, w.extra = extra, w.filled = 0;
   __syncthreads();
   const int bound = (last > extra ? last : extra) + 1, all = pieces(known);
-  const float least = r.reach(bound), last_least = r.reach(last + 1), first_most = r.ceiling(first), extra_most = r.ceiling(extra);
-  const float extra_least = r.reach(extra + 1);
+  const float least = r.reach(bound), range_least = r.reach(last + 1), range_most = r.ceiling(first);
+  const float extra_least = r.reach(extra + 1), extra_most = r.ceiling(extra);
   uint32 near = 0;  // groups
 #pragma unroll 1
   for (int from = 0; from < GROUPS; from += PIECE)
@@ -468,8 +472,10 @@ DEVICE void collect(Work& w, const Row& r, int first, int last, int extra, int k
       unpack<T>(x, own);
       uint32 found = 0;
 #pragma unroll
-      for (int i = 0; i < PIECE; i++)
-        found |= (uint32)((x[i] >= last_least && x[i] <= first_most) || (x[i] >= extra_least && x[i] <= extra_most)) << i;
+      for (int i = 0; i < PIECE; i++) {
+        const bool ranged = x[i] >= range_least && x[i] <= range_most;
+        found |= (uint32)(ranged || (x[i] >= extra_least && x[i] <= extra_most)) << i;
+      }
       each_near(r, found, begin, known, bound, [&](int id, float score, float distance) {
         const int bin = Row::bin(distance);
         if ((first <= bin && bin <= last) || bin == extra) w.keys[atomicAdd(&w.filled, 1)] = key_of(score, id);
@@ -551,8 +557,8 @@ DEVICE void tighten(Work& w, int bin, uint64& low, uint64& high, int known) {
   if (low >> 32 == high >> 32 && low < last) low = last;
 }
 
-// Tokens of a bin from the largest key down: the first whose value takes the sum beyond `target`, as w.key, and the sum in
-// front of it in w.front. The bin's sum is beyond `target`.
+// Tokens of a bin from the largest key down: the first whose value takes the sum beyond `target`, as w.key, and the sum
+// in front of it in w.front. The bin's sum is beyond `target`.
 DEVICE void find(Work& w, int bin, uint64 target, bool counting, int known) {
   uint64 low = 0, high = ~0ull, passed = 0;
   list(w, bin, known);
@@ -591,9 +597,9 @@ DEVICE void take_bins(Work& w, int* counts, uint64* masses) {
   Vec<int, OWN> count{};
   Vec<uint64, 2> mass[OWN / 2]{};
   if (some) {
-    const Words c = load_fresh(counts + first), m[2] = {load_fresh(masses + first), load_fresh(masses + first + 2)};
+    const Words c = load_fresh(counts + first), one = load_fresh(masses + first), two = load_fresh(masses + first + 2);
     count = *reinterpret_cast<const Vec<int, OWN>*>(&c);
-    mass[0] = *reinterpret_cast<const Vec<uint64, 2>*>(&m[0]), mass[1] = *reinterpret_cast<const Vec<uint64, 2>*>(&m[1]);
+    mass[0] = *reinterpret_cast<const Vec<uint64, 2>*>(&one), mass[1] = *reinterpret_cast<const Vec<uint64, 2>*>(&two);
     store_vec(counts + first, Vec<int, OWN>{}), store_vec(masses + first, Vec<uint64, 2>{});
     store_vec(masses + first + 2, Vec<uint64, 2>{});
   }
@@ -616,8 +622,8 @@ DEVICE uint64 drawn(double number, uint64 all) {
   return target < all ? target : all - 1;
 }
 
-// Top-p alone: the bin in which it ends and those in which the draw may lie are known from the bins; their tokens, if they
-// are few, are put in order all at once. -1: they are many, but perhaps listed.
+// Top-p alone: the bin in which it ends and those in which the draw may lie are known from the sums of the bins; their
+// tokens, if they are few, are put in order all at once. -1: they are many, but perhaps listed.
 DEVICE int pick_among_few(Work& w, const Row& r, double nucleus, int known) {
   const uint64 target = last_kept(nucleus, w.before[BINS]);
   mark_bins(w, w.before, target, target);
@@ -652,8 +658,8 @@ DEVICE int pick_among_few(Work& w, const Row& r, double nucleus, int known) {
   return w.part;
 }
 
-// What the filters keep: bins before `last`, and of that the tokens whose key isn't below `least` nor their weight below
-// `floor`; their mass.
+// What the filters keep: bins before `last`, and of that one the tokens whose key isn't below `least` nor their weight
+// below `floor`; the mass of all.
 struct Kept {
   int last;
   uint64 least;
@@ -668,13 +674,14 @@ OUT_OF_LINE int by_id(Work& w, Kept kept, uint64 target, int known) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto mass = [&](int id, float score, float distance) {
     const int b = Row::bin(distance);
-    if (b > kept.last || (b == kept.last && (key_of(score, id) < kept.least || Row::weight(distance) < kept.floor))) return 0ull;
-    return Row::mass(distance);
+    const bool out = b == kept.last && (key_of(score, id) < kept.least || Row::weight(distance) < kept.floor);
+    return b > kept.last || out ? 0 : Row::mass(distance);
   };
   const int run = ((known + WARPS - 1) / WARPS + PIECE - 1) / PIECE * PIECE;
   const int begin = warp * run, end = begin + run < known ? begin + run : known;
   uint64 mine = 0;
-  each_token<true>(r, begin, end, kept.last + 1, lane, 32, [&](int id, float score, float distance) { mine += mass(id, score, distance); });
+  each_token<true>(r, begin, end, kept.last + 1, lane, 32,
+                   [&](int id, float score, float distance) { mine += mass(id, score, distance); });
   uint64 before = in_front(w, {mine, 0}).mass;
   for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(WARP, mine, other);
   before = __shfl_sync(WARP, before, 0);

@@ -11,11 +11,11 @@ from torch import Tensor
 from moai_core import cuda
 from moai_core.generation.decode_kernels import Launch
 
-# As decode_sample.cu has them: tokens of a thread, bins, bytes of shared memory of the last kernel (its Work) at most.
-_SHARE, _BINS, _WORK = 16, 1312, 97 << 10
-# Threads of a slice: few where a row is alone, for its slices run side by side; many where rows do, for each slice adds
-# all its bins to the row's.
-_NARROW, _FEW, _MANY, _PICK = 8, 256, 1024, 512
+# As decode_sample.cu has them: tokens of a slice's thread, bins; threads and shared memory of the last kernel.
+_SHARE, _BINS, _PICK, _WORK = 16, 1312, 512, 97 << 10
+# Threads of a slice: few for a narrow batch, whose slices run side by side; many for a wide one, for each slice adds all
+# its bins to the row's.
+_NARROW, _FEW, _MANY = 8, 256, 1024
 
 
 class Found(NamedTuple):
@@ -48,13 +48,16 @@ def launches(decoder: Any, width: int) -> list[Launch]:
     size, known = decoder.config.vocab_size, decoder.known
     threads = _FEW if width <= _NARROW else _MANY
     slices = -(-known // (_SHARE * threads))
-    first = (decoder.logits, decoder.seen, temperature, penalty, own.best, own.best_id)
+    rows, best = (decoder.logits, decoder.seen), (penalty, own.best, own.best_id)
     filters = (temperature, top_p, min_p, penalty, top_k, seed, draws)
     return [
-        Launch(kernel("sample_best"), (slices, width, 1), threads, (*first, size, known)),
-        Launch(kernel("sample_masses"), (slices, width, 1), threads, (*first, own.bins, own.masses, size, known)),
+        Launch(kernel("sample_best"), (slices, width, 1), threads, (*rows, *best, size, known)),
+        Launch(
+            kernel("sample_masses"), (slices, width, 1), threads,
+            (*rows, temperature, *best, own.bins, own.masses, size, known),
+        ),
         Launch(
             kernel("sample_pick"), width, _PICK,
-            (decoder.logits, decoder.seen, *filters, *own, token, slices, size, known), _WORK,
+            (*rows, *filters, *own, token, slices, size, known), _WORK,
         ),
     ]  # fmt: skip
