@@ -26,6 +26,7 @@
 //   - Before it, a kernel reads only what no kernel of the step writes (weights, tables, and the states that the last step
 //     left, for a step writes the other copy), writes nothing to memory, and so disturbs no one. The last step has ended:
 //     the first kernel of this one began after it.
+//     Where all blocks of k - 1 say `let_next_begin` behind their wait, what k - 2 and earlier ones wrote is there too.
 //   - A block that waits holds registers and shared memory, but never those that an earlier kernel needs to go on: all of
 //     k - 1's blocks have begun before one of k does.
 //   - What another kernel of the step has written is read past the first cache (`load_fresh`, cp.async.cg): with kernels
