@@ -13,8 +13,8 @@ from moai_core.generation.decode_kernels import Launch
 
 # As decode_sample.cu has them: tokens of a slice's thread, bins; threads and shared memory of the last kernel.
 _SHARE, _BINS, _PICK, _WORK = 16, 1312, 512, 97 << 10
-# Threads of a slice: few for a narrow batch, whose slices run side by side; many for a wide one, for each slice adds its
-# bins to the row's.
+# Threads of a slice: few for a narrow batch, whose slices run side by side; many for a wide one, as each slice adds
+# its bins to the row's.
 _NARROW, _FEW, _MANY = 8, 256, 1024
 
 
