@@ -258,10 +258,9 @@ sample_best(const T* logits, const unsigned char* seen, const double* penalty, f
 // The row's best, in every thread, each warp for itself.
 DEVICE Best whole_best(const float* score, const int* id, int row, int slices) {
   Best mine{-infinite(), 0x7fffffff};
-  for (int s = threadIdx.x % 32; s < slices; s += 32) {
-    const int at = row * slices + s;
-    mine.meet(load_fresh_float(score + at), (int)float_bits(load_fresh_float((const float*)id + at)));
-  }
+  for (int s = threadIdx.x % 32; s < slices; s += 32)
+    mine.meet(load_fresh_float(score + row * slices + s),
+              (int)float_bits(load_fresh_float((const float*)id + row * slices + s)));
   return warp_best(mine);
 }
 
@@ -450,7 +449,7 @@ DEVICE void collect(Work& w, const Row& r, int first, int last, int extra, int k
   __syncthreads();
   const int bound = (last > extra ? last : extra) + 1, all = pieces(known);
   const float least = r.reach(bound), range_least = r.reach(last + 1), range_most = r.ceiling(first);
-  const float extra_least = r.reach(extra + 1), extra_most = r.ceiling(extra);
+  const float extra_most = r.ceiling(extra), extra_least = r.reach(extra + 1);
   uint32 near = 0;  // groups
 #pragma unroll 1
   for (int from = 0; from < GROUPS; from += PIECE)
@@ -674,8 +673,9 @@ OUT_OF_LINE int by_id(Work& w, Kept kept, uint64 target, int known) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto mass = [&](int id, float score, float distance) {
     const int b = Row::bin(distance);
-    const bool out = b == kept.last && (key_of(score, id) < kept.least || Row::weight(distance) < kept.floor);
-    return b > kept.last || out ? 0 : Row::mass(distance);
+    if (b > kept.last) return 0ull;
+    if (b == kept.last && (key_of(score, id) < kept.least || Row::weight(distance) < kept.floor)) return 0ull;
+    return Row::mass(distance);
   };
   const int run = ((known + WARPS - 1) / WARPS + PIECE - 1) / PIECE * PIECE;
   const int begin = warp * run, end = begin + run < known ? begin + run : known;
