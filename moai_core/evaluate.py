@@ -22,7 +22,7 @@ import torch
 from moai_core.data.cache import batches_of
 from moai_core.data.read import Problems, find_files, left_out, read_documents
 from moai_core.data.tokenize import Encoder, check_tokenizer, token_bytes
-from moai_core.errors import DataError, at_least
+from moai_core.errors import DataError, NonFiniteError, at_least
 from moai_core.model.loss import IGNORED, chunked_cross_entropy, shift_labels
 from moai_core.model.padding import in_order
 
@@ -137,7 +137,8 @@ def evaluate_file(
 
     `max_length` is the chunk that is read at once and changes speed and memory, not the result (up to rounding). Of
     chats the assistant's turns are scored unless `train_on` is "all". Returns `summary`'s figures, `nats`,
-    `documents`, `skipped` and `empty`. Raises DataError, UsageError."""
+    `documents`, `skipped` and `empty`. Raises DataError, UsageError, and
+    NonFiniteError for a loss that is NaN or infinite."""
     at_least(("max_length", max_length, 1), ("batch_size", batch_size, 1), ("limit", limit, 1))
     check_tokenizer(tokenizer, model.config.vocab_size)
     files, _ = find_files(path)
@@ -181,6 +182,11 @@ def evaluate_file(
         )
     nats = float(sums)
     extra = {"nats": nats, "documents": counted, "skipped": problems.skipped, "empty": problems.empty}
+    if scored and not math.isfinite(nats):
+        raise NonFiniteError(
+            f"the model's loss on {path} is not finite ({nats})",
+            hint="its weights are damaged, or its training diverged: take an earlier checkpoint",
+        )
     return summary(nats, scored, size) | extra
 
 

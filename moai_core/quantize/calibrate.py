@@ -198,8 +198,11 @@ def _too_short(sequences: int, length: int, tokens: int, dropped: int, loader: L
     one = number is not None and len(loader.sources) > 1
     where = f"source {(number or 0) + 1} of the calibration text" if one else "the calibration text"
     left = f", with {dropped} documents of the evaluation text left out" if dropped else ""
+    shorter = min(length, 256)
+    fewer = f"--calib-sequences {tokens // shorter}" + (f" --calib-length {shorter}" if shorter < length else "")
+    enough = not one and not dropped and tokens >= shorter
     return DataError(
-        f"{where} is shorter than needed: {sequences} sequences of {length} tokens are {sequences * length} tokens, "
-        f"and it gives {tokens}{left}",
-        hint="give more text with --calib, or ask for fewer or shorter sequences",
+        f"{where} is shorter than needed: {sequences:,} sequences of {length:,} tokens are {sequences * length:,} "
+        f"tokens, and it gives {tokens:,}{left}",
+        hint="give more text with --calib, or ask for fewer or shorter sequences" + (f": {fewer}" if enough else ""),
     )

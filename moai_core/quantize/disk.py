@@ -290,7 +290,10 @@ class Job:
         """A tensor of the source. Raises CheckpointError for NaN and infinity."""
         tensor = self.source.tensors[name].load()
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{self.source.tensors[name].origin} holds NaN or infinite numbers")
+            raise CheckpointError(
+                f"{self.source.tensors[name].origin} holds NaN or infinite numbers",
+                hint="take an earlier checkpoint, or the model again from where it came",
+            )
         return tensor
 
     def _stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

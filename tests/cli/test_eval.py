@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -119,6 +120,19 @@ def test_refusals(model, data, capsys, arguments, code, words):
     assert words in shown.err
     assert "Traceback" not in shown.err
     assert shown.out == ""
+
+
+def test_a_model_that_computes_nan_is_no_result(model, data, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, tmp_path / "nan")
+    file = tmp_path / "nan" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.final_layernorm.weight"][3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert run(["eval", "--model", str(tmp_path / "nan"), "--data", str(data), "--json"]) == 5
+    shown = capsys.readouterr()
+    assert shown.out == "" and re.search(r"error: the model's loss on .* is not finite \(nan\)\nhint: ", shown.err)
 
 
 def test_a_tokenizer_of_another_model(model, data, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -73,8 +74,15 @@ def test_a_recipes_held_out_part_is_left_out(tmp_path, tokenizer):
 
 def test_text_that_is_too_short_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "text.jsonl", [story(0), story(1)])
-    with pytest.raises(DataError, match=r"needed: 512 sequences of 2048 tokens are 1048576 tokens, and it gives \d+"):
+    with pytest.raises(
+        DataError, match=r"needed: 512 sequences of 2,048 tokens are 1,048,576 tokens, and it gives \d+"
+    ):
         from_text(path, tokenizer)
+    more = write(tmp_path / "more.jsonl", [story(i) for i in range(40)])
+    with pytest.raises(DataError) as caught:
+        from_text(more, tokenizer)
+    sequences, length = re.search(r"--calib-sequences (\d+) --calib-length (\d+)$", caught.value.hint).groups()
+    assert from_text(more, tokenizer, sequences=int(sequences), length=int(length)).tokens >= 2 * 256
     with pytest.raises(DataError, match="shorter than needed"):
         from_text(path, tokenizer, sequences=1, length=2048)
     with pytest.raises(UsageError, match="length must be at least 1"):
