@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -219,6 +220,18 @@ def progress(*fields: str) -> Progress:
     ]
     columns += [TextColumn("{task.fields[" + name + "]}") for name in fields]
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+class NowAndThen:
+    """How far work is, as a line on stderr at most every ten seconds, where no bar shows it: stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._shown = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if not err.is_terminal and time.monotonic() - self._shown > 10:
+            self._shown = time.monotonic()
+            note(text)
 
 
 class ReadingBar:

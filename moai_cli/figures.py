@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import typer
 from rich.markup import escape
 
-from moai_cli.console import clean, console, err, note, print_json, progress, table, warn
+from moai_cli.console import NowAndThen, clean, console, note, print_json, progress, table, warn
 from moai_core.errors import UsageError
 
 
@@ -52,7 +51,7 @@ class Bar:
     def __init__(self) -> None:
         self._bar = progress()
         self._task = self._bar.add_task("starting", total=None)
-        self._shown, self._done = time.monotonic(), 0
+        self._tell, self._done = NowAndThen(), 0
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -69,6 +68,5 @@ class Bar:
             self._bar.reset(self._task, total=total)
         self._done = done
         self._bar.update(self._task, description=task, completed=done, total=total)
-        if not err.is_terminal and done < total and time.monotonic() - self._shown > 10:
-            self._shown = time.monotonic()
-            note(f"{done}/{total} {event['task']}")
+        if done < total:
+            self._tell(f"{done}/{total} {event['task']}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from moai_cli.console import clean, err, note, progress, warn
+from moai_cli.console import NowAndThen, clean, err, note, progress, warn
 
 # From how many columns of the terminal on each has its place.
 FIELDS = {"loss": 0, "lr": 90, "speed": 66, "memory": 76}
@@ -23,7 +23,7 @@ class Watch:
         self._tasks: dict[str, Any] = {}
         self._log_every = 10
         self._began = (0, 0.0)
-        self._shown = time.monotonic()
+        self._tell = NowAndThen()
 
     def __enter__(self) -> Watch:
         self._bar.start()
@@ -49,9 +49,8 @@ class Watch:
         done, total = (None if event.get(k) is None else int(event[k]) // scale for k in ("done", "total"))
         name = f"{event['task']}{unit}"
         self._bar.update(self._task(name, total), completed=done, total=total)
-        if total is not None and not err.is_terminal and time.monotonic() - self._shown > 10:
-            self._shown = time.monotonic()
-            note(f"{event['task']} {done}/{total}{unit}")
+        if total is not None:
+            self._tell(f"{event['task']} {done}/{total}{unit}")
         if event.get("total") is not None and event["done"] >= event["total"]:
             self._bar.remove_task(self._tasks.pop(name))
 

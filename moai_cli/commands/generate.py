@@ -164,13 +164,14 @@ def _run(
     reading = console.ReadingBar()
     rows = console.progress()
     task = rows.add_task("generating", total=len(requests))
-    many = len(requests) > 1
+    many, tell = len(requests) > 1, console.NowAndThen()
 
     def report(event: dict[str, Any]) -> None:
         if not many:
             reading(event)
         elif event["event"] == "row":
             rows.update(task, completed=event["done"])
+            tell(f"generating {event['done']}/{event['total']}")
 
     with rows if many else nullcontext():
         try:

@@ -121,6 +121,7 @@ def _events(bar: Progress, flag: StopFlag) -> Callable[[dict[str, Any]], None]:
     """What shows how far the work is, and ends it where a signal came."""
     task = bar.add_task("reading", total=None)
     bar.speed_estimate_period = 3600  # of all of it: a layer's parts take unlike times
+    tell = console.NowAndThen()
     counted = {"layer": "layers", "calibrating": "layers", "tensor": "writing", "calibration": "reading text"}
 
     def on_event(event: dict[str, Any]) -> None:
@@ -128,6 +129,7 @@ def _events(bar: Progress, flag: StopFlag) -> Callable[[dict[str, Any]], None]:
         kind = event["event"]
         if kind in counted:
             bar.update(task, description=counted[kind], completed=event["done"], total=event["total"])
+            tell(f"{counted[kind]} {event['done']:.3g}/{event['total']}")
         elif kind == "evaluate":
             bar.update(task, description=f"measuring {event['what']}")
         elif kind == "note":

@@ -95,6 +95,10 @@ def open_model(
         raise CheckpointError(f"{folder}: has no tokenizer.json", hint="name its tokenizer with --tokenizer")
     made = load_tokenizer(folder if tokenizer is None else tokenizer)
     check_tokenizer(made, model.config.vocab_size)
+    own = tokenizer is not None and (folder / "tokenizer.json").exists()
+    if own and on_event and not load_tokenizer(folder).get_vocab().items() <= made.get_vocab().items():
+        text = f"the tokenizer {tokenizer} gives ids other meanings than the one in {folder}; the text may be nonsense"
+        on_event({"event": "warning", "message": text})
     return model, made, folder
 
 

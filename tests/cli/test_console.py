@@ -33,6 +33,18 @@ def test_wrong_flags_name_flag_value_and_command(moai, words, message):
     assert moai(*words) == (2, "", f"error: {message}\n")
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_long_work_tells_a_pipe_now_and_then_how_far_it_is(terminal, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=terminal, width=80))
+    seconds = iter([0.0, 5.0, 10.5, 10.5, 12.0, 21.0, 21.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(seconds))
+    tell = console.NowAndThen()
+    for done in range(4):
+        tell(f"layers {done}/24")
+    assert shown.getvalue() == ("" if terminal else "layers 1/24\nlayers 3/24\n")
+
+
 @pytest.mark.parametrize(("command", "code", "err"), [("chat", 0, b""), ("generate", 2, b"error: stdin: no prompt")])
 def test_a_closed_stdin_is_an_empty_one(command, code, err, folder):
     line = f"'{sys.executable}' -m moai_cli {command} -m '{folder}' <&-"

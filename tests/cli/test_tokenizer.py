@@ -55,6 +55,15 @@ def test_a_model_or_a_run_holds_a_tokenizer(moai, text, folder, tmp_path):
     assert code == 0 and json.loads(out)["parameters"]["head"] == run["vocab_size"] * 128, err
 
 
+def test_a_tokenizer_that_gives_ids_other_meanings_is_warned_of(moai, text, folder):
+    command = ("generate", "-m", folder, "-p", "東京", "-n", 2, "--tokenizer")
+    assert moai("tokenizer", "train", "text.txt", "-o", "other", "--vocab-size", 300)[0] == 0
+    code, _, err = moai(*command, "other")
+    assert code == 0 and "warning: the tokenizer other gives ids other meanings than the one in" in " ".join(err.split())
+    code, _, err = moai(*command, "moai_tiny")
+    assert code == 0 and "warning" not in err
+
+
 def test_extend_with_a_model(moai, text, folder):
     code, out, _ = moai("tokenizer", "extend", folder, "text.txt", "--add", 20, "--model", folder, "--out", "grown")
     assert code == 0 and "rows of the model" in out and "6,272 now" in out
