@@ -65,15 +65,9 @@ struct Digits {
   // Piece i of 16 of a chunk of x, 8 numbers, by 16 lanes beside each other; all lanes of a warp call, those that have none
   // with `there` false. units: what `sums` count in, what they have too much. What isn't finite in x is so in the latter.
   static DEVICE void put(Words* chunk, Vec<float, 2>* units, int i, const Words& x, bool there) {
-    float v[8], sum = 0.0f, largest = 0.0f;
+    float v[8], largest, sum;
     unpack<Number>(v, x);
-#pragma unroll
-    for (int k = 0; k < 8; k++) largest = fmaxf(largest, fabsf(v[k])), sum += v[k];
-#pragma unroll
-    for (int other = 8; other > 0; other /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
-      sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    }
+    measure_chunk(v, largest, sum);
     if (!there) return;
     const uint32 bits = float_bits(largest) >> 23, exponent = bits > 40 ? bits : 40;
     const float times = bits_float((283 - exponent) << 23);  // 2^(29 + 127 - exponent)

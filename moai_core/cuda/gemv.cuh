@@ -251,6 +251,18 @@ struct Int4 {
   }
 };
 
+// Of a chunk of x, 8 numbers a lane, 16 lanes beside each other: the largest, without its sign, and the sum. All lanes call.
+DEVICE void measure_chunk(const float (&v)[8], float& largest, float& sum) {
+  largest = sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(v[i])), sum += v[i];
+#pragma unroll
+  for (int other = 8; other > 0; other /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+    sum += __shfl_xor_sync(0xffffffffu, sum, other);
+  }
+}
+
 // The same bytes with hardly any work on them. At the bottom of an fp16 whose exponent is zero, a code is code 2^-24, four
 // bits higher 16 times as much: so two of four codes need no shift, and none an addition. What makes up for it is done
 // once for x: of each chunk of 128 columns, x becomes fp16 in units of a power of two, such that the largest lies between
@@ -269,15 +281,9 @@ struct Codes {
   // in, what it has too much.
   template <class Number>
   static DEVICE Words arranged(const Words& x, Vec<float, 2>& units) {
-    float v[8], sum = 0.0f, largest = 0.0f;
+    float v[8], largest, sum;
     unpack<Number>(v, x);
-#pragma unroll
-    for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(v[i])), sum += v[i];
-#pragma unroll
-    for (int other = 8; other > 0; other /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
-      sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    }
+    measure_chunk(v, largest, sum);
     const uint32 bits = float_bits(largest) >> 23, exponent = bits > 14 ? bits : 14;
     const float times = bits_float((268 - exponent) << 23), odd = 0.0625f * times;  // 2^(14 + 127 - exponent)
     units = {{bits_float((exponent < 245 ? exponent + 10 : 255) << 23), 8.0f * sum}};  // 2^24 / times
